@@ -1,0 +1,48 @@
+// fusedopt._core: registration only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "python/read_tensor.h"
+#include "python/tensor_table.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using fusedopt::TensorTable;
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled core of fusedopt: rules, formats and tile loops. It does not link torch.";
+
+  module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a,
+             "data_ptr"_a, "exchange_api"_a);
+  module.def("available_isas", &fusedopt::cpu::available_isas);
+  module.def("selected_isa", &fusedopt::cpu::selected_isa);
+  module.def("rules", [] {
+    py::dict states_of;
+    for (const fusedopt::RuleInfo& rule : fusedopt::rules()) {
+      py::tuple names(rule.states);
+      for (int k = 0; k < rule.states; ++k) names[k] = rule.state_names[k];
+      states_of[rule.name] = names;
+    }
+    return states_of;
+  });
+  module.def(
+      "zero",
+      [](uintptr_t data, int64_t bytes, int threads) {
+        const py::gil_scoped_release released;
+        fusedopt::cpu::zero(reinterpret_cast<void*>(data), bytes, threads);
+      },
+      py::kw_only(), "data"_a, "bytes"_a, "threads"_a);
+
+  py::class_<TensorTable>(module, "TensorTable")
+      .def(py::init<>())
+      .def("__len__", &TensorTable::size)
+      .def("clear", &TensorTable::clear)
+      .def("forget", &TensorTable::forget)
+      .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a)
+      .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
+      .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a, "step"_a, "first_index"_a)
+      .def("count_square_sums", &TensorTable::count_square_sums)
+      .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
+      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a);
+}

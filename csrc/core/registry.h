@@ -1,0 +1,39 @@
+// The rules as data: what a host needs to know of them to fill, derive and launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/tensors.h"
+
+namespace fusedopt {
+
+constexpr size_t kMaxConfigBytes = 256;
+constexpr size_t kMaxHyperBytes = 128;
+
+struct RuleField {
+  const char* name;
+  size_t offset;  // of a double in the rule's Config
+};
+
+struct RuleInfo {
+  const char* name;
+  int states;
+  const char* const* state_names;
+  std::vector<RuleField> fields;
+  void (*derive)(const void* config, int64_t step, void* hyper);
+};
+
+// All rules, in the order of rules/all.h.
+const std::vector<RuleInfo>& rules();
+
+// One param group of a step: its rule and hyperparameters, in double as the user gave them.
+struct GroupDesc {
+  int rule = 0;
+  uint32_t seed = 0;
+  double grad_multiplier = 1.0;  // +- inverse loss scale x clip coefficient
+  alignas(8) unsigned char config[kMaxConfigBytes] = {};
+};
+
+}  // namespace fusedopt

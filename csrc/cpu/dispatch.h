@@ -1,0 +1,30 @@
+// The CPU entry points: whole lists of tensors, threads over the chunks of all of them at once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/registry.h"
+#include "core/tensors.h"
+
+namespace fusedopt::cpu {
+
+// Instruction sets compiled in that this machine runs, the best last.
+std::vector<std::string> available_isas();
+
+// The one in use: FUSEDOPT_CPU_ISA if set, else the best. Throws std::invalid_argument if the variable
+// names one that is unknown or that this machine cannot run. Read anew by every call.
+std::string selected_isa();
+
+// Takes one step: applies each tensor's rule and adds one to its step count.
+void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads);
+
+// How many sums square_sums writes: one for every reduction chunk of every gradient, in order.
+int64_t count_square_sums(const std::vector<TensorDesc>& tensors);
+void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threads);
+
+// Zeroes fresh memory from all threads, on huge pages where the system grants them.
+void zero(void* data, int64_t bytes, int threads);
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,36 @@
+// What one instruction set offers: a table of functions, filled by its isa_*.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensors.h"
+
+namespace fusedopt {
+
+// What is the same for every element of one tensor in one step.
+struct StepContext {
+  const void* hyper;        // the rule's Hyper
+  float grad_multiplier;    // +- inverse loss scale x clip coefficient
+  uint32_t stream_keys[2];  // random bits of states 0, 1 and of states 2, 3
+};
+
+using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length);
+using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
+
+constexpr int kMaxRules = 32;
+constexpr int64_t kReductionChunk = 4096;
+
+struct Kernels {
+  StepFn step[kMaxRules];   // in the order of rules/all.h
+  SquareSumFn square_sum;   // of at most kReductionChunk elements
+};
+
+#if defined(__x86_64__)
+extern const Kernels kBaselineKernels, kV3Kernels, kV4Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#else
+extern const Kernels kBaselineKernels;
+#endif
+
+}  // namespace fusedopt

@@ -1,0 +1,182 @@
+#include "python/read_tensor.h"
+
+#include <vector>
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// The parts of the DLPack ABI, major version 1, that are used here (https://dmlc.github.io/dlpack).
+namespace dlpack {
+
+struct Version {
+  uint32_t major, minor;
+};
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  Version version;
+  ExchangeApi* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  int (*tensor_from_py_object)(void* object, Tensor* out);
+  void* current_work_stream;
+};
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
+
+}  // namespace dlpack
+
+struct TorchNames {
+  std::vector<PyObject*> tensor_types;
+  PyObject* dtypes = nullptr;  // {torch.dtype: int}
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* is_neg = nullptr;
+  PyObject* data_ptr = nullptr;
+};
+
+// Lives as long as the process: torch's types do, too.
+TorchNames& torch_names() {
+  static TorchNames* names = new TorchNames;
+  return *names;
+}
+
+bool is_contiguous(const dlpack::Tensor& tensor) {
+  if (tensor.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] == 0) return true;
+    if (tensor.shape[i] != 1 && tensor.strides[i] != expected) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
+bool read_through_exchange(PyObject* object, TensorView& view) {
+  dlpack::Tensor tensor;
+  if (torch_names().exchange->tensor_from_py_object(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1 || !is_contiguous(tensor)) return false;
+  if (tensor.dtype.code == dlpack::kFloat && tensor.dtype.bits == 32) {
+    view.dtype = DType::kFloat32;
+  } else if (tensor.dtype.code == dlpack::kBfloat && tensor.dtype.bits == 16) {
+    view.dtype = DType::kBFloat16;
+  } else if (tensor.dtype.code == dlpack::kFloat && tensor.dtype.bits == 16) {
+    view.dtype = DType::kFloat16;
+  } else {
+    return false;
+  }
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.ndim = tensor.ndim;
+  view.shape = tensor.shape;
+  return true;
+}
+
+bool read_through_attributes(PyObject* object, TensorView& view) {
+  TorchNames& names = torch_names();
+  const py::handle tensor(object);
+  try {
+    if (!tensor.attr("is_cpu").cast<bool>() || tensor.attr("is_sparse").cast<bool>()) return false;
+    PyObject* dtype = PyDict_GetItem(names.dtypes, tensor.attr("dtype").ptr());
+    if (dtype == nullptr || !tensor.attr("is_contiguous")().cast<bool>()) return false;
+    view.dtype = static_cast<DType>(PyLong_AsLong(dtype));
+    view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    view.copied_shape.clear();
+    for (const py::handle size : tensor.attr("shape")) view.copied_shape.push_back(size.cast<int64_t>());
+  } catch (py::error_already_set&) {  // another layout, a meta tensor: not one for the core
+    return false;
+  }
+  view.ndim = static_cast<int>(view.copied_shape.size());
+  view.shape = view.copied_shape.data();
+  return true;
+}
+
+}  // namespace
+
+void bind_torch(py::tuple tensor_types, py::dict dtypes, py::object is_neg, py::object data_ptr,
+                py::object exchange_api) {
+  TorchNames& names = torch_names();
+  names.tensor_types.clear();
+  for (const py::handle type : tensor_types) names.tensor_types.push_back(type.inc_ref().ptr());
+  names.dtypes = dtypes.inc_ref().ptr();
+  names.is_neg = is_neg.inc_ref().ptr();
+  names.data_ptr = data_ptr.inc_ref().ptr();
+  names.exchange = nullptr;
+  if (exchange_api.is_none()) return;
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->version.major > 1) api = api->previous;
+  if (api != nullptr && api->version.major == 1) names.exchange = api;
+}
+
+bool read_tensor(PyObject* object, TensorView& view) {
+  const TorchNames& names = torch_names();
+  bool is_plain = false;
+  for (PyObject* type : names.tensor_types) {
+    is_plain |= reinterpret_cast<PyObject*>(Py_TYPE(object)) == type;
+  }
+  if (!is_plain) return false;
+  if (!(names.exchange ? read_through_exchange(object, view) : read_through_attributes(object, view))) return false;
+  view.numel = 1;
+  for (int i = 0; i < view.ndim; ++i) view.numel *= view.shape[i];
+  return reinterpret_cast<uintptr_t>(view.data) % size_of(view.dtype) == 0;
+}
+
+bool is_negated(PyObject* object) {
+  PyObject* answer = PyObject_CallOneArg(torch_names().is_neg, object);
+  if (answer == nullptr) PyErr_Clear();
+  const bool plain = answer == Py_False;
+  Py_XDECREF(answer);
+  return !plain;
+}
+
+void* data_pointer(PyObject* object) {
+  PyObject* answer = PyObject_CallOneArg(torch_names().data_ptr, object);
+  if (answer == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  void* pointer = PyLong_AsVoidPtr(answer);
+  Py_DECREF(answer);
+  return pointer;
+}
+
+void prefetch_object(PyObject* object) {
+  __builtin_prefetch(object);
+  __builtin_prefetch(reinterpret_cast<const char*>(object) + 64);
+}
+
+void prefetch_tensor(PyObject* object) {
+  // A torch tensor's Python object holds a pointer to its TensorImpl right behind the object header, four
+  // lines long. Should that change, this asks for the wrong lines and nothing else happens.
+  const char* impl = reinterpret_cast<const char* const*>(object)[sizeof(PyObject) / sizeof(void*)];
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
+  }
+  return true;
+}
+
+}  // namespace fusedopt

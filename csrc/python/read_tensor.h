@@ -1,0 +1,49 @@
+// Reads where a torch tensor lies without linking torch: through the C table of the DLPack exchange
+// protocol where torch offers it (a few nanoseconds a tensor), else by asking the Python object.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/tensors.h"
+
+namespace fusedopt {
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t numel = 0;
+  int ndim = 0;
+  const int64_t* shape = nullptr;     // the tensor's own, or copied_shape
+  std::vector<int64_t> copied_shape;  // where the tensor had to be asked through Python
+};
+
+// The torch objects to tell tensors by. Called once, by fusedopt.backends.cpu.
+//   tensor_types  the exact types that are read here: torch.Tensor and torch.nn.Parameter. A subclass
+//                 may keep its numbers elsewhere (DTensor), so it is never read.
+//   dtypes        {torch.dtype: DType}
+//   is_neg, data_ptr  the methods of torch.Tensor
+//   exchange_api  torch.Tensor.__dlpack_c_exchange_api__, or None
+void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg,
+                pybind11::object data_ptr, pybind11::object exchange_api);
+
+// Fills `view` and returns true if `object` is a plain, contiguous CPU tensor of a DType, aligned to
+// its element size. Returns false for everything else, with no Python error set.
+bool read_tensor(PyObject* object, TensorView& view);
+
+// Whether it is a lazily negated view, as autograd makes of imaginary parts: its memory holds the
+// negated values, which read_tensor does not see.
+bool is_negated(PyObject* object);
+
+// tensor.data_ptr(): cheaper than read_tensor for a tensor that was read before.
+void* data_pointer(PyObject* object);
+
+// Asks for the memory that reading a tensor will touch: its Python object, then what that points to.
+void prefetch_object(PyObject* object);
+void prefetch_tensor(PyObject* object);
+
+bool same_shape(const TensorView& a, const TensorView& b);
+
+}  // namespace fusedopt

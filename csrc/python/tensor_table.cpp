@@ -1,0 +1,201 @@
+#include "python/tensor_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "cpu/dispatch.h"
+#include "python/read_tensor.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+Buffer buffer_of(const TensorView& view) { return {view.data, view.dtype, Rounding::kNearest}; }
+
+int find_rule(const std::string& name) {
+  for (size_t i = 0; i < rules().size(); ++i) {
+    if (name == rules()[i].name) return static_cast<int>(i);
+  }
+  throw py::value_error("the core has no rule '" + name + "'");
+}
+
+py::object interned(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+
+}  // namespace
+
+void TensorTable::clear() {
+  groups_.clear();
+  tensors_.clear();
+  gradients_.clear();
+  is_sorted_ = true;
+}
+
+void TensorTable::forget() { records_.clear(); }
+
+void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
+                            const std::vector<int>& roundings) {
+  Group group;
+  group.desc.rule = find_rule(rule);
+  group.desc.seed = seed;
+  const RuleInfo& info = rules()[group.desc.rule];
+  for (const RuleField& field : info.fields) {
+    const auto found = config.find(field.name);
+    if (found == config.end()) throw py::type_error("rule '" + rule + "' needs the hyperparameter '" + field.name + "'");
+    std::memcpy(group.desc.config + field.offset, &found->second, sizeof(double));
+  }
+  if (config.size() != info.fields.size()) {
+    throw py::type_error("rule '" + rule + "' was given a hyperparameter that it does not have");
+  }
+  if (roundings.size() != static_cast<size_t>(info.states)) {
+    throw py::value_error("rule '" + rule + "' has " + std::to_string(info.states) + " states");
+  }
+  for (int k = 0; k < info.states; ++k) {
+    group.roundings.push_back(static_cast<Rounding>(roundings[k]));
+    group.state_keys.push_back(interned(info.state_names[k]));
+  }
+  groups_.push_back(std::move(group));
+}
+
+bool TensorTable::Known::still(PyObject* now, int64_t size) const {
+  return object.ptr() == now && numel == size && buffer.data == data_pointer(now);
+}
+
+bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states,
+                         PyObject* step, int64_t first_index, Record& record) {
+  const std::vector<Rounding>& roundings = groups_[group].roundings;
+  TensorView param_view, view;
+  TensorDesc desc;
+  if (!read_tensor(param, param_view)) return false;
+  desc.param = buffer_of(param_view);
+  if (!read_tensor(grad, view) || is_negated(grad) || !same_shape(view, param_view)) return false;
+  desc.grad = buffer_of(view);
+  const size_t count = roundings.size();
+  for (size_t k = 0; k < count; ++k) {
+    if (!record[k].still(states[k], param_view.numel)) {
+      if (!read_tensor(states[k], view) || !same_shape(view, param_view)) return false;
+      record[k] = {py::reinterpret_borrow<py::object>(states[k]), buffer_of(view), view.numel};
+    }
+    desc.states[k] = record[k].buffer;
+    if (desc.states[k].dtype != DType::kFloat32) desc.states[k].rounding = roundings[k];
+  }
+  if (!record[count].still(step, 1)) {
+    if (!read_tensor(step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
+    record[count] = {py::reinterpret_borrow<py::object>(step), buffer_of(view), 1};
+  }
+  desc.step = static_cast<float*>(record[count].buffer.data);
+  desc.numel = param_view.numel;
+  desc.first_index = first_index;
+  desc.group = group;
+  desc.position = position;
+  tensors_.push_back(desc);
+  gradients_.push_back(py::reinterpret_borrow<py::object>(grad));
+  return true;
+}
+
+struct TensorTable::Candidate {
+  Py_ssize_t position;
+  PyObject* param;
+  py::object grad;
+  PyObject* states[kMaxStates];
+  PyObject* step;
+  bool complete;
+};
+
+std::vector<int64_t> TensorTable::collect(int group, const py::list& params, const py::dict& state) {
+  static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+  static PyObject* const kStep = PyUnicode_InternFromString("step");
+  // A cold step waits for memory here: tensor objects lie scattered and each is visited once. So the
+  // objects of a block are all asked for before the first of them is read.
+  constexpr Py_ssize_t kBlock = 16;
+  const std::vector<py::object>& state_keys = groups_.at(group).state_keys;
+  const size_t state_count = state_keys.size();
+  const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
+  if (records_.size() < groups_.size()) records_.resize(groups_.size());
+  std::vector<Record>& records = records_[group];
+  records.resize(count);
+
+  std::vector<int64_t> missed;
+  std::vector<Candidate> block;
+  for (Py_ssize_t begin = 0; begin < count; begin += kBlock) {
+    const Py_ssize_t end = std::min(begin + kBlock, count);
+    for (Py_ssize_t i = begin; i < end; ++i) prefetch_object(PyList_GET_ITEM(params.ptr(), i));
+    for (Py_ssize_t i = begin; i < end; ++i) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i));
+    block.clear();
+    for (Py_ssize_t i = begin; i < end; ++i) {
+      PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+      auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, kGrad));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+      prefetch_object(grad.ptr());
+      Candidate candidate{i, param, std::move(grad), {}, nullptr, false};
+      PyObject* held = PyDict_GetItemWithError(state.ptr(), param);
+      if (held == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (held != nullptr && PyDict_CheckExact(held)) {
+        candidate.step = PyDict_GetItem(held, kStep);
+        candidate.complete = candidate.step != nullptr;
+        for (size_t k = 0; k < state_count && candidate.complete; ++k) {
+          candidate.states[k] = PyDict_GetItem(held, state_keys[k].ptr());
+          candidate.complete = candidate.states[k] != nullptr;
+        }
+      }
+      if (candidate.complete) {
+        prefetch_object(candidate.step);
+        for (size_t k = 0; k < state_count; ++k) prefetch_object(candidate.states[k]);
+      }
+      block.push_back(std::move(candidate));
+    }
+    for (const Candidate& c : block) {
+      prefetch_tensor(c.grad.ptr());
+      if (!c.complete) continue;
+      prefetch_tensor(c.step);
+      for (size_t k = 0; k < state_count; ++k) prefetch_tensor(c.states[k]);
+    }
+    for (const Candidate& c : block) {
+      const bool fits = c.complete && append(group, c.position, c.param, c.grad.ptr(), c.states, c.step, 0, records[c.position]);
+      if (!fits) missed.push_back(c.position);
+    }
+  }
+  return missed;
+}
+
+bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
+                      py::handle step, int64_t first_index) {
+  if (states.size() != groups_.at(group).state_keys.size()) throw py::value_error("one tensor is needed for every state of the rule");
+  PyObject* pointers[kMaxStates];
+  for (size_t k = 0; k < states.size(); ++k) pointers[k] = PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(k));
+  Record unused;
+  if (!append(group, position, param.ptr(), grad.ptr(), pointers, step.ptr(), first_index, unused)) return false;
+  is_sorted_ = false;
+  return true;
+}
+
+void TensorTable::sort() {
+  if (is_sorted_) return;
+  std::sort(tensors_.begin(), tensors_.end(), [](const TensorDesc& a, const TensorDesc& b) {
+    return std::pair(a.group, a.position) < std::pair(b.group, b.position);
+  });
+  is_sorted_ = true;
+}
+
+void TensorTable::step(const std::vector<double>& grad_multipliers, int threads) const {
+  if (grad_multipliers.size() != groups_.size()) throw py::value_error("one gradient multiplier is needed per group");
+  std::vector<GroupDesc> groups;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    groups.push_back(groups_[i].desc);
+    groups.back().grad_multiplier = grad_multipliers[i];
+  }
+  const py::gil_scoped_release released;
+  cpu::step(tensors_, groups, threads);
+}
+
+int64_t TensorTable::count_square_sums() const { return cpu::count_square_sums(tensors_); }
+
+void TensorTable::square_sums(uintptr_t sums, int threads) {
+  sort();
+  const py::gil_scoped_release released;
+  cpu::square_sums(tensors_, reinterpret_cast<double*>(sums), threads);
+}
+
+}  // namespace fusedopt

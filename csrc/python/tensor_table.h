@@ -1,0 +1,75 @@
+// The tensors of one step, gathered from the optimizer's Python objects.
+//
+// Parameters, gradients and states may all have been replaced since the last step (FSDP2 and
+// load_state_dict do so), so everything is looked at anew. What is remembered of a state tensor is only
+// its dtype and size, and only while the very same object still points to the same memory.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/registry.h"
+#include "core/tensors.h"
+
+namespace fusedopt {
+
+class TensorTable {
+ public:
+  // Starts a new step.
+  void clear();
+
+  // Forgets every state tensor, so that none is kept alive that the optimizer has dropped.
+  void forget();
+
+  // Adds the next param group. `config` names every hyperparameter of the rule; a missing or unknown name
+  // raises. `roundings` holds a Rounding for each state.
+  void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
+                 const std::vector<int>& roundings);
+
+  // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
+  // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
+  // those that have a gradient and do not fit, for the caller to look at more closely.
+  std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
+
+  // Adds one parameter given tensor by tensor; returns false if it does not fit.
+  bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad,
+           const pybind11::tuple& states, pybind11::handle step, int64_t first_index);
+
+  void step(const std::vector<double>& grad_multipliers, int threads) const;
+  int64_t count_square_sums() const;
+  void square_sums(uintptr_t sums, int threads);
+  size_t size() const { return tensors_.size(); }
+
+ private:
+  // A state tensor as it was read some step ago.
+  struct Known {
+    pybind11::object object;
+    Buffer buffer;
+    int64_t numel = 0;
+    bool still(PyObject* now, int64_t size) const;  // the same object, of that size, at the same memory
+  };
+  // What is known of the parameter at one position of a group: its states, and `step` last.
+  using Record = std::array<Known, kMaxStates + 1>;
+  struct Candidate;
+  struct Group {
+    GroupDesc desc;
+    std::vector<Rounding> roundings;            // of its states
+    std::vector<pybind11::object> state_keys;   // their names, interned
+  };
+
+  bool append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states, PyObject* step,
+              int64_t first_index, Record& record);
+  void sort();
+
+  std::vector<Group> groups_;
+  std::vector<TensorDesc> tensors_;
+  bool is_sorted_ = true;                     // tensors_, by group and position
+  std::vector<pybind11::object> gradients_;   // kept alive: nothing else may hold them
+  std::vector<std::vector<Record>> records_;  // of each group, by position
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,87 @@
+"""What a backend is, and what the optimizer hands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Reference = Callable[..., "tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """One param group in one step. Which optimizer it belongs to is known to `rule` and `reference` only.
+
+    Attributes:
+        rule: Name of the compiled rule.
+        hyper: The rule's hyperparameters by name.
+        reference: The same rule in plain torch: reference(param, grad, *states, step=, **hyper).
+        state_names: Names of the rule's states, in its order.
+        roundings: How each of them is rounded when stored in 16 bits.
+        seed: Seeds stochastic rounding, a uint32.
+        maximize: Whether the gradient is negated.
+    """
+
+    rule: str
+    hyper: dict[str, float]
+    reference: Reference
+    state_names: tuple[str, ...]
+    roundings: tuple[str, ...]
+    seed: int
+    maximize: bool
+
+
+@dataclass(frozen=True)
+class ParamStep:
+    """One parameter in one step; `states` in the order of its group's `state_names`."""
+
+    group: int
+    position: int  # within the group
+    param: Tensor
+    grad: Tensor
+    states: tuple[Tensor, ...]
+    step: Tensor
+    first_index: int = 0  # of this shard in the global tensor, for random bits
+
+
+class Session(Protocol):
+    """One backend's part in an optimizer's steps: begin, collect and add, square_sums, step.
+
+    Nothing is changed before `step`.
+    """
+
+    def begin(self, groups: Sequence[GroupStep]) -> None:
+        """Starts a new step."""
+
+    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+        """Takes what it can of a group as it lies; returns the positions left with a gradient."""
+
+    def add(self, entry: ParamStep) -> bool:
+        """Takes one parameter whose tensors are plain, contiguous and of one shape; False if it cannot."""
+
+    def __len__(self) -> int:
+        """How many parameters it has taken in this step."""
+
+    def square_sums(self) -> Tensor:
+        """The sums of squares of the gradients taken, by reduction chunk and in list order (float64)."""
+
+    def step(self, grad_multipliers: Sequence[float]) -> None:
+        """Steps what it has taken, each group's gradients times its multiplier; counts the step."""
+
+    def forget(self) -> None:
+        """Drops what it remembers of state tensors."""
+
+
+class Backend(Protocol):
+    """A way to take steps on some kind of tensors."""
+
+    name: str
+
+    def refusal(self, param: Tensor) -> str | None:
+        """Why it cannot step this parameter, as a clause; None if it can."""
+
+    def session(self) -> Session:
+        """A new session for one optimizer."""

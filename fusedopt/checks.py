@@ -1,0 +1,76 @@
+"""Checks of what users pass in: every error names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def number(name: str, value: Any) -> float:
+    """A finite real number, given as a number or a one-element tensor."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; pass a number or a tensor of one element")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a tensor of one element")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not finite; pass a finite number")
+    return float(value)
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """A finite number >= 0."""
+    result = number(name, value)
+    if result < 0:
+        raise ValueError(f"{name}={result!r} is negative; pass a number >= 0")
+    return result
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number in [0, 1)."""
+    result = number(name, value)
+    if not 0 <= result < 1:
+        raise ValueError(f"{name}={result!r} is outside [0, 1); pass a number from 0 up to, not including, 1")
+    return result
+
+
+def uint32(name: str, value: Any) -> int:
+    """A whole number that fits 32 unsigned bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name}={value!r} is outside [0, 2**32); pass an int in that range")
+    return value
+
+
+def one_of(name: str, value: Any, options: Iterable[str]) -> str:
+    """One of some words."""
+    options = list(options)
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is not known; pass one of {', '.join(map(repr, options))}")
+    return value
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' if a known word is close, else nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def known_keywords(cls: type, given: dict[str, Any]) -> None:
+    """Raises a TypeError for a keyword that the constructor of ``cls`` does not take."""
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    names = [name for name in parameters if name != "self"]
+    for name, value in given.items():
+        if name not in names:
+            raise TypeError(
+                f"{cls.__name__} got an unknown argument {name}={value!r}{closest(name, names)}; it takes {', '.join(names)}"
+            )

@@ -1,0 +1,31 @@
+"""Arithmetic that gives the same bits as the compiled core.
+
+Only separate add, sub, mul, div with IEEE rounding: no torch operation that may fuse or approximate
+(lerp, addcmul, addcdiv, add with alpha, rsqrt).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def power(base: float, exponent: int) -> float:
+    """base**exponent by repeated squaring: the multiplications of the core, hence the same double."""
+    result = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def rounded(value: float, like: Tensor) -> float:
+    """A derived scalar rounded once to the precision of ``like``."""
+    return torch.tensor(value, dtype=torch.float64).to(like.dtype).item()
+
+
+def root(x: Tensor) -> Tensor:
+    """The correctly rounded square root. torch.sqrt of a CPU float32 tensor is 1 ulp off at times."""
+    return x.double().sqrt().to(x.dtype)

@@ -1,0 +1,60 @@
+"""What is held here of a parameter: a plain tensor wholly, a DTensor its local shard."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without importing torch.distributed for those who do not use it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
+    """Why a DTensor parameter cannot be stepped, as a sentence; None if it can or is a plain tensor."""
+    if not is_dtensor(param):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+
+    for placement in param.placements:  # type: ignore[attr-defined]
+        if not isinstance(placement, Replicate) and placement != Shard(0):
+            return f"its DTensor placement is {placement}; only Shard(0) and Replicate() are supported"
+    if max_grad_norm is not None:
+        return f"it is a DTensor and max_grad_norm={max_grad_norm!r}; clip with torch.nn.utils.clip_grad_norm_ instead"
+    return None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is held here, sharing its memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def first_index(param: Tensor) -> int:
+    """The row-major index, in the global tensor, of the first element held here."""
+    if not is_dtensor(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    _, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    return offset[0] * param.shape[1:].numel() if offset else 0
+
+
+def like_param(tensor: Tensor, param: Tensor) -> Tensor:
+    """A local state tensor, placed as its parameter is."""
+    if not is_dtensor(param):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        tensor,
+        param.device_mesh,  # type: ignore[attr-defined]
+        param.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=param.shape,
+        stride=torch.empty(param.shape, device="meta").stride(),
+    )

@@ -1,0 +1,56 @@
+"""Builds the compiled core with CMake; all metadata is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeExtension(Extension):
+    """An extension whose sources CMakeLists.txt lists."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs next to the package.
+
+    FUSEDOPT_CMAKE_ARGS adds arguments to the configure step, as `make sanitize` does.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_INSTALL_PREFIX={target.parent}",
+            *os.environ.get("FUSEDOPT_CMAKE_ARGS", "").split(),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+setup(
+    ext_modules=[CMakeExtension("fusedopt._core")],
+    cmdclass={"build_ext": CMakeBuild},
+    packages=["fusedopt", "fusedopt.backends", "fusedopt.reference"],
+    package_dir={"fusedopt": "fusedopt"},
+)
