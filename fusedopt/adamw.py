@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from . import checks
-from .backends.base import Reference
 from .optimizer import FusedOptimizer
 from .reference.adamw import adam
 from .state import StateDtype, StateRounding, StateSpec
@@ -52,6 +51,12 @@ class Adam(FusedOptimizer):
     """
 
     STATES = (StateSpec("exp_avg"), StateSpec("exp_avg_sq"), StateSpec("max_exp_avg_sq", is_maximum=True))
+    REFERENCES = {
+        "adamw": partial(adam, decoupled_weight_decay=True),
+        "adamw_amsgrad": partial(adam, decoupled_weight_decay=True),
+        "adam": partial(adam, decoupled_weight_decay=False),
+        "adam_amsgrad": partial(adam, decoupled_weight_decay=False),
+    }
 
     def __init__(
         self,
@@ -124,9 +129,6 @@ class Adam(FusedOptimizer):
             "eps": float(group["eps"]),
             "weight_decay": float(group["weight_decay"]),
         }
-
-    def reference(self, group: dict[str, Any]) -> Reference:
-        return partial(adam, decoupled_weight_decay=self._is_decoupled(group))
 
     @staticmethod
     def _is_decoupled(group: dict[str, Any]) -> bool:

@@ -1,2 +1,122 @@
-def step(optimizer):
-    raise NotImplementedError
+"""A step under torch.compile: one operator that it traces as it is.
+
+The operator takes every tensor as an argument, so a Tensor lr and the step counts are inputs of the graph and
+changing them does not recompile. It runs the same sessions as an uncompiled step. What differs between param
+groups comes as lists with one element per group; names within an element are joined by commas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, GroupStep, candidates
+from .gather import Gathered, clip
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+_library = torch.library.Library("fusedopt", "DEF")
+_library.define(
+    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] lrs, "
+    "Tensor(d!)? grad_norm, *, int[] sizes, str[] rules, str[] hyper_names, float[] hyper_values, str[] state_names, "
+    "str[] roundings, int[] seeds, bool[] maximize, str[] backends, float? max_grad_norm) -> ()"
+)
+
+
+def _step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lrs: Sequence[Tensor],
+    grad_norm: Tensor | None,
+    *,
+    sizes: Sequence[int],
+    rules: Sequence[str],
+    hyper_names: Sequence[str],
+    hyper_values: Sequence[float],
+    state_names: Sequence[str],
+    roundings: Sequence[str],
+    seeds: Sequence[int],
+    maximize: Sequence[bool],
+    backends: Sequence[str],
+    max_grad_norm: float | None,
+) -> None:
+    values, held = iter(hyper_values), iter(states)
+    groups = []
+    for i, rule in enumerate(rules):
+        hyper = {"lr": float(lrs[i].item()), **{name: next(values) for name in hyper_names[i].split(",")}}
+        names = tuple(state_names[i].split(","))
+        groups.append(GroupStep(rule, hyper, names, tuple(roundings[i].split(",")), seeds[i], maximize[i]))
+    gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups)
+    gathered.begin()
+    members = iter(zip(params, grads, steps))
+    for i, group in enumerate(groups):
+        for position in range(sizes[i]):
+            param, grad, step = next(members)
+            state = {**{name: next(held) for name in group.state_names}, "step": step}
+            gathered.add(i, position, param, grad, state, candidates(backends[i]))
+    multiplier = 1.0
+    if max_grad_norm is not None and grad_norm is not None:
+        multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
+        grad_norm.fill_(norm)
+    gathered.step(multiplier)
+    gathered.write_back()
+
+
+_library.impl("step_", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusedopt::step_", lib=_library)
+def _(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def step(optimizer: FusedOptimizer) -> None:
+    """Takes a step while torch.compile traces."""
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    states: list[Tensor] = []
+    steps: list[Tensor] = []
+    lrs: list[Tensor] = []
+    sizes: list[int] = []
+    settings: list[GroupStep] = []
+    hyper_values: list[float] = []
+    for group in optimizer.param_groups:
+        # _init_group is given empty lists: that is what torch.compile knows how to fill
+        lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+        optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3])
+        params += lists[0]
+        grads += lists[1]
+        states += lists[2]
+        steps += lists[3]
+        sizes.append(len(lists[0]))
+        lr = group["lr"]
+        lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64))
+        setting = optimizer.group_step({**group, "lr": 0.0})
+        hyper_values += [value for name, value in setting.hyper.items() if name != "lr"]
+        settings.append(setting)
+    if not params:
+        return
+    torch.ops.fusedopt.step_(
+        params,
+        grads,
+        states,
+        steps,
+        lrs,
+        optimizer.last_grad_norm if optimizer._max_grad_norm() is not None else None,
+        sizes=sizes,
+        rules=[setting.rule for setting in settings],
+        hyper_names=[",".join([name for name in setting.hyper if name != "lr"]) for setting in settings],
+        hyper_values=hyper_values,
+        state_names=[",".join(setting.state_names) for setting in settings],
+        roundings=[",".join(setting.roundings) for setting in settings],
+        seeds=[setting.seed for setting in settings],
+        maximize=[setting.maximize for setting in settings],
+        backends=[group["backend"] for group in optimizer.param_groups],
+        max_grad_norm=optimizer._max_grad_norm(),
+    )

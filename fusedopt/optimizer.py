@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import difflib
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, checks, compiled, sharding
-from .backends import GroupStep, ParamStep, Session
-from .reference.norm import pairwise_sum, square_sums
+from .backends import GroupStep, Session
+from .gather import Gathered, clip
 from .state import (
-    DTYPES,
     Request,
     StateSpec,
     allocate,
-    keeps_own_precision,
     normalize_dtype,
     normalize_rounding,
     rounding_of,
     stored_dtype,
 )
 
-# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
-_CLIP_EPS = 1e-6
-
 
 class FusedOptimizer(Optimizer):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
-    A subclass declares its states and answers three questions about a param group: `rule` (which compiled
-    equation), `hyper` (its hyperparameters by name) and `reference` (the same equation in plain torch).
+    A subclass declares its STATES and, for every compiled rule it uses, the same equation in plain torch
+    (REFERENCES). It answers two questions about a param group: `rule`, which of them steps it, and `hyper`,
+    its hyperparameters by name, lr among them.
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
             clipping; None until a step with max_grad_norm was taken.
     """
 
-    STATES: tuple[StateSpec, ...] = ()
+    STATES: ClassVar[tuple[StateSpec, ...]] = ()
+    REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
 
     # torch.amp.GradScaler hands over its scale and whether it found inf instead of unscaling first.
     _step_supports_amp_scaling = True
 
     last_grad_norm: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        backends.base.REFERENCES.update(cls.REFERENCES)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FusedOptimizer:
         checks.known_keywords(cls, kwargs)
@@ -96,10 +96,6 @@ class FusedOptimizer(Optimizer):
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
         """The rule's hyperparameters for a group."""
-        raise NotImplementedError
-
-    def reference(self, group: dict[str, Any]) -> backends.base.Reference:
-        """The rule in plain torch."""
         raise NotImplementedError
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
@@ -161,16 +157,17 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None:
             compiled.step(self)
         else:
             self._take_step()
         return loss
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _take_step(self) -> None:
         if not self._found_inf():
             gathered = self._gather()
-            gathered.step(self._grad_multipliers(gathered))
+            gathered.step(self._grad_multiplier(gathered))
             gathered.write_back()
 
     def _found_inf(self) -> bool:
@@ -183,7 +180,6 @@ class FusedOptimizer(Optimizer):
         return GroupStep(
             rule=self.rule(group),
             hyper=self.hyper(group),
-            reference=self.reference(group),
             state_names=tuple(spec.name for spec in specs),
             roundings=tuple(rounding_of(spec, group["state_rounding"]) for spec in specs),
             seed=group["seed"],
@@ -202,10 +198,10 @@ class FusedOptimizer(Optimizer):
             )
         return values[0]
 
-    def _gather(self) -> _Gathered:
+    def _gather(self) -> Gathered:
         """Everything that this step touches, checked. Makes missing state; changes nothing else."""
         max_grad_norm = self._max_grad_norm()
-        gathered = _Gathered(self._sessions(), [self.group_step(group) for group in self.param_groups])
+        gathered = Gathered(self._sessions(), [self.group_step(group) for group in self.param_groups])
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
@@ -215,7 +211,7 @@ class FusedOptimizer(Optimizer):
             left = gathered.collect(self.param_groups, self.state)
         for group, position in left:
             param = self.param_groups[group]["params"][position]
-            gathered.add(group, position, param, self.state[param], self._backends(group))
+            gathered.add(group, position, param, param.grad, self.state[param], self._backends(group))
         return gathered
 
     def _backends(self, group: int) -> list[backends.Backend]:
@@ -269,17 +265,38 @@ class FusedOptimizer(Optimizer):
             self.state[param][name] = tensor if name == "step" else sharding.like_param(tensor, param)
         return bool(wanted)
 
-    def _grad_multipliers(self, gathered: _Gathered) -> list[float]:
-        """What each group's gradients are multiplied by: +- inverse loss scale x clip coefficient."""
+    def _grad_multiplier(self, gathered: Gathered) -> float:
+        """Inverse loss scale x clip coefficient."""
         grad_scale = getattr(self, "grad_scale", None)
         multiplier = 1.0 if grad_scale is None else 1.0 / float(grad_scale.item())
         max_grad_norm = self._max_grad_norm()
         if max_grad_norm is not None:
-            norm = math.sqrt(gathered.square_sum(self.param_groups)) * multiplier
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
             self.last_grad_norm = torch.tensor(norm, dtype=torch.float32)
-            coefficient = max_grad_norm / (norm + _CLIP_EPS)
-            multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays NaN
-        return [-multiplier if group.maximize else multiplier for group in gathered.groups]
+        return multiplier
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Tensor], steps: list[Tensor]
+    ) -> None:
+        """Appends a group's tensors to the lists, making missing state; `states` parameter by parameter.
+
+        torch.compile knows a method of this name: it runs it while tracing, so that making state is not
+        traced, and takes the tensors in the lists for inputs of the graph.
+        """
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+        for position in positions:
+            self._check_param(index, position, group["max_grad_norm"])
+        self.make_state((index, group["params"][position]) for position in positions)
+        if group["max_grad_norm"] is not None and self.last_grad_norm is None:
+            self.last_grad_norm = torch.zeros(())  # for the traced operator to write to
+        for position in positions:
+            param = group["params"][position]
+            params.append(param)
+            grads.append(param.grad)
+            states.extend(self.state[param][spec.name] for spec in self.states(group))
+            steps.append(self.state[param]["step"])
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -308,84 +325,3 @@ class FusedOptimizer(Optimizer):
         checkpoint.restore(self)
         for session in self.__dict__.get("_session_cache", {}).values():
             session.forget()
-
-
-class _Gathered:
-    """The tensors of one step, by backend, and the copies to write back."""
-
-    def __init__(self, sessions: dict[str, Session], groups: list[GroupStep]) -> None:
-        self.sessions = sessions
-        self.groups = groups
-        self._copies: list[tuple[Tensor, Tensor]] = []
-
-    def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, int]]:
-        """Lets each group's first backend take what it can; what is left, as (group, position)."""
-        for session in self.sessions.values():
-            session.begin(self.groups)
-        left = []
-        for index, group in enumerate(param_groups):
-            session = self.sessions[backends.candidates(group["backend"])[0].name]
-            left += [(index, position) for position in session.collect(index, group["params"], state)]
-        return left
-
-    def add(
-        self,
-        group: int,
-        position: int,
-        param: Tensor,
-        held: dict[str, Tensor],
-        candidates: list[backends.Backend],
-    ) -> None:
-        """Hands a checked parameter to the first backend that takes it."""
-        local = sharding.local(param)
-        entry = ParamStep(
-            group=group,
-            position=position,
-            param=self._plain(local),
-            grad=self._gradient(sharding.local(param.grad), local),  # type: ignore[arg-type]
-            states=tuple(self._plain(sharding.local(held[name])) for name in self.groups[group].state_names),
-            step=held["step"],
-            first_index=sharding.first_index(param),
-        )
-        for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
-                return
-        raise AssertionError(f"no backend took parameter {position} of group {group}, which was checked")
-
-    def _plain(self, tensor: Tensor) -> Tensor:
-        """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
-        tensor = tensor.detach()
-        if type(tensor) is not Tensor:
-            tensor = tensor.as_subclass(Tensor)
-        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
-            return tensor
-        copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
-        self._copies.append((tensor, copy))
-        return copy
-
-    @staticmethod
-    def _gradient(grad: Tensor, param: Tensor) -> Tensor:
-        """The gradient as plain numbers in memory, in a dtype that goes with the parameter's."""
-        grad = grad.detach()
-        if not keeps_own_precision(param) and grad.dtype not in DTYPES.values():
-            grad = grad.float()
-        return grad.contiguous().resolve_neg().resolve_conj()
-
-    def square_sum(self, param_groups: list[dict[str, Any]]) -> float:
-        """The sum of squares of all gradients, before any multiplier."""
-        active = [session for session in self.sessions.values() if len(session) > 0]
-        if len(active) == 1:
-            sums = active[0].square_sums()
-        else:  # list order runs across backends: the reference takes them all
-            grads = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
-            sums = torch.cat([square_sums(sharding.local(grad)).cpu() for grad in grads]) if grads else torch.zeros(0)
-        return float(pairwise_sum(sums).item())
-
-    def step(self, grad_multipliers: list[float]) -> None:
-        for session in self.sessions.values():
-            if len(session) > 0:
-                session.step(grad_multipliers)
-
-    def write_back(self) -> None:
-        for tensor, copy in self._copies:
-            tensor.copy_(copy)

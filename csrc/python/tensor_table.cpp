@@ -28,7 +28,7 @@ py::object interned(const char* text) { return py::reinterpret_steal<py::object>
 void TensorTable::clear() {
   groups_.clear();
   tensors_.clear();
-  gradients_.clear();
+  alive_.clear();
   is_sorted_ = true;
 }
 
@@ -90,7 +90,6 @@ bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject*
   desc.group = group;
   desc.position = position;
   tensors_.push_back(desc);
-  gradients_.push_back(py::reinterpret_borrow<py::object>(grad));
   return true;
 }
 
@@ -153,8 +152,11 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
       for (size_t k = 0; k < state_count; ++k) prefetch_tensor(c.states[k]);
     }
     for (const Candidate& c : block) {
-      const bool fits = c.complete && append(group, c.position, c.param, c.grad.ptr(), c.states, c.step, 0, records[c.position]);
-      if (!fits) missed.push_back(c.position);
+      if (c.complete && append(group, c.position, c.param, c.grad.ptr(), c.states, c.step, 0, records[c.position])) {
+        alive_.push_back(c.grad);  // nothing else may hold it while it is read without the GIL
+      } else {
+        missed.push_back(c.position);
+      }
     }
   }
   return missed;
@@ -167,6 +169,9 @@ bool TensorTable::add(int group, int64_t position, py::handle param, py::handle 
   for (size_t k = 0; k < states.size(); ++k) pointers[k] = PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(k));
   Record unused;
   if (!append(group, position, param.ptr(), grad.ptr(), pointers, step.ptr(), first_index, unused)) return false;
+  for (const py::handle tensor : {param, grad, step, py::handle(states)}) {
+    alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  }
   is_sorted_ = false;
   return true;
 }

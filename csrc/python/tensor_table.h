@@ -68,7 +68,7 @@ class TensorTable {
   std::vector<Group> groups_;
   std::vector<TensorDesc> tensors_;
   bool is_sorted_ = true;                     // tensors_, by group and position
-  std::vector<pybind11::object> gradients_;   // kept alive: nothing else may hold them
+  std::vector<pybind11::object> alive_;       // what `tensors_` points into and nothing else may hold
   std::vector<std::vector<Record>> records_;  // of each group, by position
 };
 

@@ -8,17 +8,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+# reference(param, grad, *states, step=, **hyper) -> (param, *states), all in the precision it computes in.
 Reference = Callable[..., "tuple[Tensor, ...]"]
+
+# Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
+REFERENCES: dict[str, Reference] = {}
 
 
 @dataclass(frozen=True)
 class GroupStep:
-    """One param group in one step. Which optimizer it belongs to is known to `rule` and `reference` only.
+    """One param group in one step.
 
     Attributes:
         rule: Name of the compiled rule.
         hyper: The rule's hyperparameters by name.
-        reference: The same rule in plain torch: reference(param, grad, *states, step=, **hyper).
         state_names: Names of the rule's states, in its order.
         roundings: How each of them is rounded when stored in 16 bits.
         seed: Seeds stochastic rounding, a uint32.
@@ -27,7 +30,6 @@ class GroupStep:
 
     rule: str
     hyper: dict[str, float]
-    reference: Reference
     state_names: tuple[str, ...]
     roundings: tuple[str, ...]
     seed: int

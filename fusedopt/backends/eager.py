@@ -13,7 +13,7 @@ from ..reference.dense import round_stochastic
 from ..reference.norm import square_sums
 from ..reference.random import random_bits
 from ..state import keeps_own_precision
-from .base import GroupStep, ParamStep
+from .base import REFERENCES, GroupStep, ParamStep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
@@ -30,7 +30,7 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
     param = decode(entry.param)
     grad = decode(entry.grad).to(param.dtype)
     multiplier = rounded(grad_multiplier, param)
-    results = group.reference(
+    results = REFERENCES[group.rule](
         param, grad * multiplier, *(decode(state) for state in entry.states), step=step, **group.hyper
     )
     # A view as real numbers shares memory, so the results are written where they belong.

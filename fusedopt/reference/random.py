@@ -35,7 +35,7 @@ def random_bits(shape: torch.Size, device: torch.device, *, seed: int, step: int
     Returns:
         int32 tensor of that shape, values 0 to 65535.
     """
-    key = torch.tensor(seed * _GOLDEN + step, dtype=torch.int64, device=device) & _MASK
+    key = torch.tensor((seed * _GOLDEN + step) & _MASK, dtype=torch.int64, device=device)
     key = _fmix((_fmix(key) + state // 2) & _MASK)
     index = torch.arange(first_index, first_index + shape.numel(), dtype=torch.int64, device=device)
     high = index >> 32

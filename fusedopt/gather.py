@@ -1,0 +1,114 @@
+"""Gathers the tensors of one step for the backends that take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, sharding
+from .backends import GroupStep, ParamStep, Session
+from .reference.norm import pairwise_sum, square_sums
+from .state import DTYPES, keeps_own_precision
+
+# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
+_CLIP_EPS = 1e-6
+
+
+def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
+    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
+    norm = math.sqrt(square_sum) * multiplier
+    coefficient = max_grad_norm / (norm + _CLIP_EPS)
+    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
+
+
+class Gathered:
+    """The tensors of one step, by backend, and the copies to write back."""
+
+    def __init__(self, sessions: dict[str, Session], groups: list[GroupStep]) -> None:
+        self.sessions = sessions
+        self.groups = groups
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self) -> None:
+        """Forgets the step before."""
+        self._copies = []
+        for session in self.sessions.values():
+            session.begin(self.groups)
+
+    def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, int]]:
+        """Lets each group's first backend take what it can; what is left, as (group, position)."""
+        self.begin()
+        left = []
+        for index, group in enumerate(param_groups):
+            session = self.sessions[backends.candidates(group["backend"])[0].name]
+            left += [(index, position) for position in session.collect(index, group["params"], state)]
+        return left
+
+    def add(
+        self,
+        group: int,
+        position: int,
+        param: Tensor,
+        grad: Tensor,
+        held: dict[str, Tensor],
+        candidates: Sequence[backends.Backend],
+    ) -> None:
+        """Hands a checked parameter to the first backend that takes it."""
+        local = sharding.local(param)
+        entry = ParamStep(
+            group=group,
+            position=position,
+            param=self._plain(local),
+            grad=self._gradient(sharding.local(grad), local),
+            states=tuple(self._plain(sharding.local(held[name])) for name in self.groups[group].state_names),
+            step=held["step"],
+            first_index=sharding.first_index(param),
+        )
+        for backend in candidates:
+            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+                return
+        raise AssertionError(f"no backend took parameter {position} of group {group}, which was checked")
+
+    def _plain(self, tensor: Tensor) -> Tensor:
+        """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
+        tensor = tensor.detach()
+        if type(tensor) is not Tensor:
+            tensor = tensor.as_subclass(Tensor)
+        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
+            return tensor
+        copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+        self._copies.append((tensor, copy))
+        return copy
+
+    @staticmethod
+    def _gradient(grad: Tensor, param: Tensor) -> Tensor:
+        """The gradient as plain numbers in memory, in a dtype that goes with the parameter's."""
+        grad = grad.detach()
+        if not keeps_own_precision(param) and grad.dtype not in DTYPES.values():
+            grad = grad.float()
+        return grad.contiguous().resolve_neg().resolve_conj()
+
+    def square_sum(self, grads: Sequence[Tensor]) -> float:
+        """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        if len(active) == 1:
+            sums = active[0].square_sums()
+        else:  # list order runs across backends: the reference takes them all
+            parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
+            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return float(pairwise_sum(sums).item())
+
+    def step(self, grad_multiplier: float) -> None:
+        """Steps everything, the gradients times the multiplier and negated where a group maximizes."""
+        multipliers = [-grad_multiplier if group.maximize else grad_multiplier for group in self.groups]
+        for session in self.sessions.values():
+            if len(session) > 0:
+                session.step(multipliers)
+
+    def write_back(self) -> None:
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)

@@ -1,0 +1,201 @@
+"""One result everywhere: instruction sets, thread counts, chunkings and the reference path, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    FORMATS,
+    ODD_SIZES,
+    Case,
+    assert_same_bits,
+    assert_same_run,
+    each_variant,
+    make_params,
+    set_grads,
+    train,
+)
+
+from fusedopt import _core
+
+ISAS = _core.available_isas()
+THREADS = (1, 2, 5)
+STEPS = 30
+
+
+def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Odd sizes, each once at an aligned address and once one element behind it."""
+    aligned = make_params([(n,) for n in ODD_SIZES], dtype)
+    offset = []
+    for param in make_params([(n,) for n in ODD_SIZES], dtype, seed=1):
+        memory = torch.empty(param.numel() + 1, dtype=dtype)
+        memory[1:] = param.detach()
+        offset.append(torch.nn.Parameter(memory[1:]))
+        assert offset[-1].data_ptr() % 32 != 0
+    return aligned + offset
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+def test_every_path_gives_the_same_bits(
+    case: Case, kwargs: dict, dtype: str, state_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**more: object) -> torch.optim.Optimizer:
+        return train(case.ours(offset_params(DTYPES[dtype]), **{**kwargs, **FORMATS[state_format]}, **more), STEPS)
+
+    eager = run(backend="eager")
+    assert all(param.isfinite().all() for group in eager.param_groups for param in group["params"])
+    for isa, threads in itertools.product(ISAS, THREADS):
+        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
+        torch.set_num_threads(threads)
+        assert_same_run(run(backend="cpu"), eager)
+
+
+def test_at_least_two_instruction_sets_were_compared() -> None:
+    if "v3" not in ISAS:
+        pytest.skip("this machine runs one instruction set only")
+    assert ISAS[:2] == ["baseline", "v3"]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
+    """A tensor stepped in pieces, each told where it begins, equals the tensor stepped whole."""
+    numel = 3 * 65536 + 17
+    kwargs = {**case.kwargs, "state_dtype": "bfloat16", "state_rounding": rounding}
+    whole = train(case.ours(make_params([(numel,)], torch.bfloat16), **kwargs), 3)
+    split = case.ours(make_params([(numel,)], torch.bfloat16), **kwargs)
+    train(split, 1)
+    (param,) = split.param_groups[0]["params"]
+    state = split.state[param]
+    group = split.group_step(split.param_groups[0])
+    cuts = [0, 1, 5, 256, 300, 65537, 100_000, numel]
+    for step in (1, 2):
+        set_grads([param], step)
+        table = _core.TensorTable()
+        roundings = [int(r == "stochastic") for r in group.roundings]
+        table.add_group(rule=group.rule, config=group.hyper, seed=group.seed, roundings=roundings)
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            piece = slice(begin, end)
+            assert table.add(
+                group=0,
+                position=i,
+                param=param.detach()[piece],
+                grad=param.grad[piece],
+                states=tuple(state[name][piece] for name in group.state_names),
+                step=state["step"].clone(),
+                first_index=begin,
+            )
+        table.step(grad_multipliers=[1.0], threads=2)
+        state["step"] += 1
+    assert_same_run(split, whole)
+
+
+def test_random_bits_across_the_32_bit_boundary(isa: str) -> None:
+    """The upper half of the index enters the key: checked where a shard crosses 2**32."""
+    from fusedopt.backends import GroupStep, ParamStep
+    from fusedopt.backends.cpu import CpuSession
+    from fusedopt.backends.eager import EagerSession
+
+    group = GroupStep(
+        rule="adamw",
+        hyper={"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1},
+        state_names=("exp_avg", "exp_avg_sq"),
+        roundings=("stochastic", "stochastic"),
+        seed=5,
+        maximize=False,
+    )
+    results = []
+    for session in (CpuSession(), EagerSession()):
+        (param,) = make_params([(1000,)], torch.float32)
+        states = tuple(torch.zeros(1000, dtype=torch.bfloat16) for _ in range(2))
+        step = torch.tensor(0.0)
+        for i in range(3):
+            set_grads([param], i)
+            session.begin([group])
+            assert session.add(ParamStep(0, 0, param.detach(), param.grad, states, step, 2**32 - 300))
+            session.step([1.0])
+        results.append((param, *states))
+    for ours, theirs in zip(*results):
+        assert_same_bits(ours, theirs)
+    # and the two halves are not the same numbers by accident
+    assert (results[0][1][:300] != results[0][1][300:600]).any()
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype: str, state_format: str, isa: str) -> None:
+    """Zeros, subnormals, inf and NaN among gradients and parameters."""
+    specials = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 6e-8, 65504.0, 65520.0, 3e38, float("inf"), -float("inf"), float("nan")]
+    values = torch.tensor(specials * 5)
+
+    def grads(params: list[torch.nn.Parameter], step: int) -> None:
+        params[0].grad = values.roll(step).to(params[0].dtype)
+
+    def run(backend: str) -> torch.optim.Optimizer:
+        param = torch.nn.Parameter(values.sort().values.to(DTYPES[dtype]))
+        kwargs = {**CASES[0].kwargs, **FORMATS[state_format], "backend": backend}
+        return train(CASES[0].ours([param], **kwargs), 4, grads=grads)
+
+    assert_same_run(run("cpu"), run("eager"))
+
+
+def test_flush_denormal_does_not_change_bits() -> None:
+    """torch.set_flush_denormal reaches the calling thread only; the core sets IEEE mode in each."""
+
+    # Made beforehand: torch's own arithmetic would flush them.
+    made = []
+    for step in range(3):
+        (param,) = make_params([(300_000,)], torch.float32)
+        set_grads([param], step, scale=1e-36)
+        made.append(param.grad)
+
+    def grads(params: list[torch.nn.Parameter], step: int) -> None:
+        params[0].grad = made[step]
+
+    def run() -> torch.optim.Optimizer:
+        return train(CASES[0].ours(make_params([(300_000,)], torch.float32), eps=1e-30), 3, grads=grads)
+
+    expected = run()
+    state = expected.state[expected.param_groups[0]["params"][0]]
+    subnormal = (state["exp_avg"] != 0) & (state["exp_avg"].abs() < torch.finfo(torch.float32).tiny)
+    assert subnormal.any()
+    assert torch.set_flush_denormal(True)
+    torch.set_num_threads(2)
+    flushed = run()
+    torch.set_flush_denormal(False)
+    assert_same_run(flushed, expected)
+
+
+def test_stepping_leaves_the_callers_flush_mode_alone() -> None:
+    assert torch.set_flush_denormal(True)
+    train(CASES[0].ours(make_params([(10,)], torch.float32)), 1)
+    assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
+    torch.set_flush_denormal(False)
+    train(CASES[0].ours(make_params([(10,)], torch.float32)), 1)
+    assert (torch.tensor([1e-40]) * 1.0).item() != 0.0
+
+
+def test_unknown_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDOPT_CPU_ISA", "v5")
+    optimizer = CASES[0].ours(make_params([(4,)], torch.float32))
+    with pytest.raises(ValueError, match=r"FUSEDOPT_CPU_ISA='v5' is not available.*baseline"):
+        train(optimizer, 1)
+
+
+def test_reading_tensors_without_dlpack() -> None:
+    """The way taken with a torch that has no C exchange table finds the same tensors."""
+    from fusedopt.backends import cpu
+
+    expected = train(CASES[0].ours(offset_params(torch.bfloat16), state_dtype="bfloat16"), 3)
+    cpu.bind_torch(exchange=False)
+    try:
+        plain = train(CASES[0].ours(offset_params(torch.bfloat16), state_dtype="bfloat16", backend="cpu"), 3)
+    finally:
+        cpu.bind_torch()
+    assert_same_run(plain, expected)
