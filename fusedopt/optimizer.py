@@ -18,8 +18,10 @@ from .state import (
     Request,
     StateSpec,
     allocate,
+    keeps_own_precision,
     normalize_dtype,
     normalize_rounding,
+    requested_dtype,
     rounding_of,
     stored_dtype,
 )
@@ -229,7 +231,7 @@ class FusedOptimizer(Optimizer):
         if param.device.type == "meta":
             raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
         if grad.layout != torch.strided:
-            raise ValueError(f"{where} has a gradient of layout {grad.layout}; sparse gradients need torch.optim.SparseAdam")
+            raise ValueError(f"{where} has a gradient of layout {grad.layout}; use sparse=False or one of the sparse optimizers of torch.optim")
         if grad.shape != param.shape:
             raise ValueError(f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping")
         if grad.device != param.device or grad.is_complex() != param.is_complex():
@@ -244,6 +246,12 @@ class FusedOptimizer(Optimizer):
                 f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
                 "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
             )
+        for spec in self.states(group):
+            if keeps_own_precision(param) and requested_dtype(spec, group["state_dtype"]) != torch.float32:
+                raise ValueError(
+                    f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, whose state is kept "
+                    "in the same precision; leave state_dtype='float32' in its group"
+                )
         checkpoint.check_state(self, group, param, self.state.get(param, {}), where)
 
     def make_state(self, members: Any) -> bool:

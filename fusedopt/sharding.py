@@ -22,7 +22,7 @@ def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
 
     for placement in param.placements:  # type: ignore[attr-defined]
         if not isinstance(placement, Replicate) and placement != Shard(0):
-            return f"its DTensor placement is {placement}; only Shard(0) and Replicate() are supported"
+            return f"its DTensor placement is {placement!r}; only Shard(0) and Replicate() are supported"
     if max_grad_norm is not None:
         return f"it is a DTensor and max_grad_norm={max_grad_norm!r}; clip with torch.nn.utils.clip_grad_norm_ instead"
     return None

@@ -80,12 +80,14 @@ def keeps_own_precision(param: Tensor) -> bool:
     return param.dtype in (torch.float64, torch.complex64, torch.complex128)
 
 
+def requested_dtype(spec: StateSpec, state_dtype: str | dict[str, str]) -> torch.dtype:
+    """The dtype that a group asks for a state."""
+    return DTYPES[state_dtype.get(spec.name, "float32") if isinstance(state_dtype, dict) else state_dtype]
+
+
 def stored_dtype(spec: StateSpec, state_dtype: str | dict[str, str], param: Tensor) -> torch.dtype:
     """The dtype that a state of a parameter is stored in."""
-    if keeps_own_precision(param):
-        return param.dtype
-    name = state_dtype.get(spec.name, "float32") if isinstance(state_dtype, dict) else state_dtype
-    return DTYPES[name]
+    return param.dtype if keeps_own_precision(param) else requested_dtype(spec, state_dtype)
 
 
 @dataclass(frozen=True)
