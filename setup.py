@@ -1,6 +1,7 @@
 """Builds the compiled core with CMake; all metadata is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,14 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     """Configures, builds and installs next to the package.
 
-    FUSEDOPT_CMAKE_ARGS adds arguments to the configure step, as `make sanitize` does.
+    FUSEDOPT_CMAKE_ARGS adds arguments to the configure step and FUSEDOPT_BUILD_DIR moves the build, as
+    `make sanitize` does.
     """
 
     def build_extension(self, ext: Extension) -> None:
+        """Runs CMake three times: configure, build, install."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
+        build = Path(os.environ.get("FUSEDOPT_BUILD_DIR", self.build_temp)).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -37,6 +40,8 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
+            # Given anew each time: an isolated build's tools are gone when the next one finds this cache.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -53,4 +58,5 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=["fusedopt", "fusedopt.backends", "fusedopt.reference"],
     package_dir={"fusedopt": "fusedopt"},
+    package_data={"fusedopt": ["py.typed", "*.pyi"]},
 )

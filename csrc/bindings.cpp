@@ -13,8 +13,8 @@ using fusedopt::TensorTable;
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled core of fusedopt: rules, formats and tile loops. It does not link torch.";
 
-  module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a,
-             "data_ptr"_a, "exchange_api"_a);
+  module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
+             "exchange_api"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
   module.def("selected_isa", &fusedopt::cpu::selected_isa);
   module.def("rules", [] {
@@ -41,7 +41,8 @@ PYBIND11_MODULE(_core, module) {
       .def("forget", &TensorTable::forget)
       .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a)
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
-      .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a, "step"_a, "first_index"_a)
+      .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a, "step"_a,
+           "first_index"_a)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a);

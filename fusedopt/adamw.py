@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from . import checks
+from .backends.base import Reference
 from .optimizer import FusedOptimizer
 from .reference.adamw import adam
 from .state import StateDtype, StateRounding, StateSpec
@@ -51,7 +52,7 @@ class Adam(FusedOptimizer):
     """
 
     STATES = (StateSpec("exp_avg"), StateSpec("exp_avg_sq"), StateSpec("max_exp_avg_sq", is_maximum=True))
-    REFERENCES = {
+    REFERENCES: ClassVar[dict[str, Reference]] = {
         "adamw": partial(adam, decoupled_weight_decay=True),
         "adamw_amsgrad": partial(adam, decoupled_weight_decay=True),
         "adam": partial(adam, decoupled_weight_decay=False),

@@ -30,7 +30,9 @@ class _Kept:
         self.tensor = tensor
 
 
-def check_state(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
+def check_state(
+    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str
+) -> None:
     """Raises ValueError if a state that `param` has, or is about to get, is not of its shape."""
     for spec in optimizer.states(group):
         value = held.get(spec.name)
@@ -43,7 +45,9 @@ def check_state(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor,
                 f"{tuple(param.shape)}: load a state dict of the same model"
             )
         if value.dtype not in DTYPES.values() and value.dtype != param.dtype:
-            raise ValueError(f"{where} has a state {spec.name!r} of dtype {value.dtype}; it must be one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{where} has a state {spec.name!r} of dtype {value.dtype}; it must be one of {', '.join(DTYPES)}"
+            )
     step = held.get("step", 0)
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"{where} has a state 'step' of shape {tuple(step.shape)}; it must have one element")
@@ -94,7 +98,9 @@ def restore(optimizer: FusedOptimizer) -> None:
                 local = sharding.local(param)
                 if name in specs:
                     source = _local_part(value.tensor, param)
-                    requests.append(Request(local.shape, stored_dtype(specs[name], group["state_dtype"], param), local.device))
+                    requests.append(
+                        Request(local.shape, stored_dtype(specs[name], group["state_dtype"], param), local.device)
+                    )
                 elif name == "step":
                     source = value.tensor.reshape(())
                     requests.append(Request(torch.Size(), torch.float32, local.device))

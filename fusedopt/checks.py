@@ -15,7 +15,9 @@ def number(name: str, value: Any) -> float:
     """A finite real number, given as a number or a one-element tensor."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; pass a number or a tensor of one element")
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}; pass a number or a tensor of one element"
+            )
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a tensor of one element")
@@ -72,5 +74,6 @@ def known_keywords(cls: type, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in names:
             raise TypeError(
-                f"{cls.__name__} got an unknown argument {name}={value!r}{closest(name, names)}; it takes {', '.join(names)}"
+                f"{cls.__name__} got an unknown argument {name}={value!r}{closest(name, names)}; "
+                f"it takes {', '.join(names)}"
             )

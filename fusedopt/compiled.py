@@ -19,8 +19,8 @@ from .gather import Gathered, clip
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-_library = torch.library.Library("fusedopt", "DEF")
-_library.define(
+_library = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] lrs, "
     "Tensor(d!)? grad_norm, *, int[] sizes, str[] rules, str[] hyper_names, float[] hyper_values, str[] state_names, "
     "str[] roundings, int[] seeds, bool[] maximize, str[] backends, float? max_grad_norm) -> ()"
@@ -68,10 +68,10 @@ def _step(
     gathered.write_back()
 
 
-_library.impl("step_", _step, "CompositeExplicitAutograd")
+_library.impl("step_", _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("fusedopt::step_", lib=_library)
+@torch.library.register_fake("fusedopt::step_", lib=_library)  # type: ignore[untyped-decorator]
 def _(*args: object, **kwargs: object) -> None:
     return None
 

@@ -110,7 +110,8 @@ class FusedOptimizer(Optimizer):
         """A copy of a complete group with everything checked and in the form that checkpoints keep."""
         if group["differentiable"]:
             raise ValueError(
-                "differentiable=True is not supported by compiled kernels; use torch.optim's optimizer to differentiate through a step"
+                "differentiable=True is not supported by compiled kernels; "
+                "use torch.optim's optimizer to differentiate through a step"
             )
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
@@ -123,7 +124,7 @@ class FusedOptimizer(Optimizer):
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
         }
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim; its values are checked before anything changes."""
         if isinstance(param_group, dict):
@@ -143,7 +144,7 @@ class FusedOptimizer(Optimizer):
     # ---- a step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one optimization step.
 
         Args:
@@ -165,7 +166,7 @@ class FusedOptimizer(Optimizer):
             self._take_step()
         return loss
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
         if not self._found_inf():
             gathered = self._gather()
@@ -196,7 +197,8 @@ class FusedOptimizer(Optimizer):
         values = [group["max_grad_norm"] for group in self.param_groups]
         if any(value != values[0] for value in values):
             raise ValueError(
-                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, so give all the same value"
+                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, "
+                "so give all the same value"
             )
         return values[0]
 
@@ -231,11 +233,18 @@ class FusedOptimizer(Optimizer):
         if param.device.type == "meta":
             raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
         if grad.layout != torch.strided:
-            raise ValueError(f"{where} has a gradient of layout {grad.layout}; use sparse=False or one of the sparse optimizers of torch.optim")
+            raise ValueError(
+                f"{where} has a gradient of layout {grad.layout}; "
+                "use sparse=False or one of the sparse optimizers of torch.optim"
+            )
         if grad.shape != param.shape:
-            raise ValueError(f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping")
+            raise ValueError(
+                f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping"
+            )
         if grad.device != param.device or grad.is_complex() != param.is_complex():
-            raise ValueError(f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}")
+            raise ValueError(
+                f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
+            )
         reason = sharding.refusal(param, max_grad_norm)
         if reason is not None:
             raise ValueError(f"{where} cannot be stepped: {reason}")
@@ -249,8 +258,8 @@ class FusedOptimizer(Optimizer):
         for spec in self.states(group):
             if keeps_own_precision(param) and requested_dtype(spec, group["state_dtype"]) != torch.float32:
                 raise ValueError(
-                    f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, whose state is kept "
-                    "in the same precision; leave state_dtype='float32' in its group"
+                    f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
+                    "whose state is kept in the same precision; leave state_dtype='float32' in its group"
                 )
         checkpoint.check_state(self, group, param, self.state.get(param, {}), where)
 
@@ -285,7 +294,12 @@ class FusedOptimizer(Optimizer):
         return multiplier
 
     def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Tensor], steps: list[Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
     ) -> None:
         """Appends a group's tensors to the lists, making missing state; `states` parameter by parameter.
 
@@ -308,7 +322,7 @@ class FusedOptimizer(Optimizer):
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch.optim's optimizer of the same name.
 

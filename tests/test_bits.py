@@ -131,7 +131,20 @@ def test_random_bits_across_the_32_bit_boundary(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(dtype: str, state_format: str, isa: str) -> None:
     """Zeros, subnormals, inf and NaN among gradients and parameters."""
-    specials = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 6e-8, 65504.0, 65520.0, 3e38, float("inf"), -float("inf"), float("nan")]
+    specials = [
+        0.0,
+        -0.0,
+        1e-45,
+        -1e-40,
+        1e-38,
+        6e-8,
+        65504.0,
+        65520.0,
+        3e38,
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+    ]
     values = torch.tensor(specials * 5)
 
     def grads(params: list[torch.nn.Parameter], step: int) -> None:

@@ -98,8 +98,19 @@ def test_public_names_are_documented() -> None:
 
 def test_no_optimizers_name_outside_its_rooms() -> None:
     """An optimizer's name in a file about storage, launching or checkpoints is a change in the wrong room."""
-    own = {"csrc/rules/adamw.h", "csrc/rules/all.h", "fusedopt/adamw.py", "fusedopt/reference/adamw.py", "fusedopt/__init__.py"}
-    files = [path for folder in ("csrc", "fusedopt") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp", ".inl")]
+    own = {
+        "csrc/rules/adamw.h",
+        "csrc/rules/all.h",
+        "fusedopt/adamw.py",
+        "fusedopt/reference/adamw.py",
+        "fusedopt/__init__.py",
+    }
+    files = [
+        path
+        for folder in ("csrc", "fusedopt")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".inl")
+    ]
     assert len(files) > 20
     named = [str(path.relative_to(ROOT)) for path in files if re.search(r"adam", path.read_text(), re.IGNORECASE)]
     assert set(named) <= own

@@ -13,7 +13,10 @@ SHAPES = [(16, 8), (16,), (300, 3)]
 
 
 def new(case: Case, **kwargs: object) -> torch.optim.Optimizer:
-    groups = [{"params": make_params(SHAPES, torch.float32)}, {"params": make_params([(7,)], torch.bfloat16), "eps": 1e-3}]
+    groups = [
+        {"params": make_params(SHAPES, torch.float32)},
+        {"params": make_params([(7,)], torch.bfloat16), "eps": 1e-3},
+    ]
     return case.ours(groups, **{**case.kwargs, **kwargs})
 
 

@@ -151,7 +151,7 @@ def test_lr_that_became_nan_stops_the_step(value: object) -> None:
     optimizer = train(fusedopt.AdamW(make_params([(3,)], torch.float32)), 1)
     twin = train(fusedopt.AdamW(make_params([(3,)], torch.float32)), 1)
     optimizer.param_groups[0]["lr"] = value
-    with pytest.raises(ValueError, match="lr=.* is not finite"):
+    with pytest.raises(ValueError, match=r"lr=.* is not finite"):
         train(optimizer, 1, first=1)
     assert_same_run(optimizer, twin)
 
@@ -171,7 +171,7 @@ def test_16_bit_state_of_a_float64_parameter() -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     param.grad = torch.ones_like(param)
     optimizer = fusedopt.AdamW([param], state_dtype="bfloat16")
-    with pytest.raises(ValueError, match="state_dtype='bfloat16'.*torch.float64"):
+    with pytest.raises(ValueError, match=r"state_dtype='bfloat16'.*torch.float64"):
         optimizer.step()
     assert not optimizer.state
 

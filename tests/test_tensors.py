@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -209,10 +210,8 @@ def test_many_tensors_small_and_large() -> None:
     ]
     assert_same_run(*runs)
     state = runs[0].state
-    pointers = sorted(
-        (tensor.data_ptr(), tensor.nbytes) for held in state.values() for tensor in held.values()
-    )
-    assert all(begin + size <= following for (begin, size), (following, _) in zip(pointers, pointers[1:]))
+    pointers = sorted((tensor.data_ptr(), tensor.nbytes) for held in state.values() for tensor in held.values())
+    assert all(begin + size <= following for (begin, size), (following, _) in itertools.pairwise(pointers))
 
 
 def _available_bytes() -> int:

@@ -13,8 +13,7 @@ RuleInfo describe(const char* name) {
   RuleInfo info{name, Rule::kStates, Rule::kStateNames, {}, nullptr};
   for (const ConfigField& field : Rule::kFields) info.fields.push_back({field.name, field.offset});
   info.derive = [](const void* config, int64_t step, void* hyper) {
-    *static_cast<typename Rule::Hyper*>(hyper) =
-        Rule::derive(*static_cast<const typename Rule::Config*>(config), step);
+    *static_cast<typename Rule::Hyper*>(hyper) = Rule::derive(*static_cast<const typename Rule::Config*>(config), step);
   };
   return info;
 }

@@ -28,8 +28,8 @@ struct Isa {
 const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
@@ -107,8 +107,8 @@ void for_each_chunk(const ChunkPlan& plan, int threads, const Body& body) {
 }
 
 ChunkPlan plan_reduction(const std::vector<TensorDesc>& tensors) {
-  return plan_chunks(static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; },
-                     kReductionChunk, kStepChunk);
+  return plan_chunks(
+      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; }, kReductionChunk, kStepChunk);
 }
 
 }  // namespace

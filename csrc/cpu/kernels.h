@@ -21,8 +21,8 @@ constexpr int kMaxRules = 32;
 constexpr int64_t kReductionChunk = 4096;
 
 struct Kernels {
-  StepFn step[kMaxRules];   // in the order of rules/all.h
-  SquareSumFn square_sum;   // of at most kReductionChunk elements
+  StepFn step[kMaxRules];  // in the order of rules/all.h
+  SquareSumFn square_sum;  // of at most kReductionChunk elements
 };
 
 #if defined(__x86_64__)

@@ -146,11 +146,11 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
 
 // The table of this instruction set; `name` has external linkage, all else in this file has not.
 #define FUSEDOPT_STEP_ENTRY(name, type) fusedopt::step_chunk<fusedopt::type>,
-#define FUSEDOPT_KERNELS(name)                  \
-  namespace fusedopt {                          \
-  extern const Kernels name;                    \
-  const Kernels name = {                        \
-      {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)},    \
-      square_sum,                               \
-  };                                            \
+#define FUSEDOPT_KERNELS(name)               \
+  namespace fusedopt {                       \
+  extern const Kernels name;                 \
+  const Kernels name = {                     \
+      {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)}, \
+      square_sum,                            \
+  };                                         \
   }

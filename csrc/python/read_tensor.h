@@ -26,8 +26,8 @@ struct TensorView {
 //   dtypes        {torch.dtype: DType}
 //   is_neg, data_ptr  the methods of torch.Tensor
 //   exchange_api  torch.Tensor.__dlpack_c_exchange_api__, or None
-void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg,
-                pybind11::object data_ptr, pybind11::object exchange_api);
+void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg, pybind11::object data_ptr,
+                pybind11::object exchange_api);
 
 // Fills `view` and returns true if `object` is a plain, contiguous CPU tensor of a DType, aligned to
 // its element size. Returns false for everything else, with no Python error set.

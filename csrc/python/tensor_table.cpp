@@ -42,7 +42,8 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
   const RuleInfo& info = rules()[group.desc.rule];
   for (const RuleField& field : info.fields) {
     const auto found = config.find(field.name);
-    if (found == config.end()) throw py::type_error("rule '" + rule + "' needs the hyperparameter '" + field.name + "'");
+    if (found == config.end())
+      throw py::type_error("rule '" + rule + "' needs the hyperparameter '" + field.name + "'");
     std::memcpy(group.desc.config + field.offset, &found->second, sizeof(double));
   }
   if (config.size() != info.fields.size()) {
@@ -164,7 +165,8 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
 
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
                       py::handle step, int64_t first_index) {
-  if (states.size() != groups_.at(group).state_keys.size()) throw py::value_error("one tensor is needed for every state of the rule");
+  if (states.size() != groups_.at(group).state_keys.size())
+    throw py::value_error("one tensor is needed for every state of the rule");
   PyObject* pointers[kMaxStates];
   for (size_t k = 0; k < states.size(); ++k) pointers[k] = PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(k));
   Record unused;

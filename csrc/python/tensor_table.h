@@ -36,8 +36,8 @@ class TensorTable {
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
 
   // Adds one parameter given tensor by tensor; returns false if it does not fit.
-  bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad,
-           const pybind11::tuple& states, pybind11::handle step, int64_t first_index);
+  bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
+           pybind11::handle step, int64_t first_index);
 
   void step(const std::vector<double>& grad_multipliers, int threads) const;
   int64_t count_square_sums() const;
@@ -57,8 +57,8 @@ class TensorTable {
   struct Candidate;
   struct Group {
     GroupDesc desc;
-    std::vector<Rounding> roundings;            // of its states
-    std::vector<pybind11::object> state_keys;   // their names, interned
+    std::vector<Rounding> roundings;           // of its states
+    std::vector<pybind11::object> state_keys;  // their names, interned
   };
 
   bool append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states, PyObject* step,

@@ -46,14 +46,10 @@ struct Adam {
     const double bias1 = 1.0 - power(c.beta1, step);
     const double bias2 = 1.0 - power(c.beta2, step);
     return {
-        static_cast<float>(c.weight_decay),
-        static_cast<float>(1.0 - c.lr * c.weight_decay),
-        static_cast<float>(c.beta1),
-        static_cast<float>(1.0 - c.beta1),
-        static_cast<float>(c.beta2),
-        static_cast<float>(1.0 - c.beta2),
-        static_cast<float>(c.lr / bias1),
-        static_cast<float>(root(bias2)),
+        static_cast<float>(c.weight_decay), static_cast<float>(1.0 - c.lr * c.weight_decay),
+        static_cast<float>(c.beta1),        static_cast<float>(1.0 - c.beta1),
+        static_cast<float>(c.beta2),        static_cast<float>(1.0 - c.beta2),
+        static_cast<float>(c.lr / bias1),   static_cast<float>(root(bias2)),
         static_cast<float>(c.eps),
     };
   }

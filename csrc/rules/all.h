@@ -3,8 +3,8 @@
 
 #include "rules/adamw.h"
 
-#define FUSEDOPT_RULES(X)          \
-  X(adamw, AdamW)                  \
-  X(adamw_amsgrad, AdamWAmsgrad)   \
-  X(adam, AdamL2)                  \
+#define FUSEDOPT_RULES(X)        \
+  X(adamw, AdamW)                \
+  X(adamw_amsgrad, AdamWAmsgrad) \
+  X(adam, AdamL2)                \
   X(adam_amsgrad, AdamL2Amsgrad)

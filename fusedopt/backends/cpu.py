@@ -68,7 +68,7 @@ class CpuSession:
         return sums
 
     def step(self, grad_multipliers: Sequence[float]) -> None:
-        self._table.step(grad_multipliers=grad_multipliers, threads=torch.get_num_threads())
+        self._table.step(grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads())
 
     def forget(self) -> None:
         self._table.forget()

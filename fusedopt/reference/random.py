@@ -21,7 +21,9 @@ def _fmix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def random_bits(shape: torch.Size, device: torch.device, *, seed: int, step: int, first_index: int, state: int) -> Tensor:
+def random_bits(
+    shape: torch.Size, device: torch.device, *, seed: int, step: int, first_index: int, state: int
+) -> Tensor:
     """The 16 random bits of every element of one state at one step.
 
     Args:

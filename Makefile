@@ -1,0 +1,73 @@
+# Everything from a bare checkout: each target makes the virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := $(shell find csrc fusedopt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi') \
+           CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+# Tests step with more threads than cores; waiting for each other asleep keeps that quick.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+.PHONY: demo test test-all bench lint format sanitize ci clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
+	@echo "make test      run the tests (make test-all adds the long ones)"
+	@echo "make bench     measure the optimizer step against torch and installed peers"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
+
+# torch first and pinned: nothing installed later may bring another.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	@touch $@
+
+# The package with one of its extras.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	$(PIP) ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out out
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.test
+	$(PYTEST)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench --processes 3 --out out/bench
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl')
+
+# A second copy of the package, built with checks, runs the tests that reach the core. The interpreter is
+# not built with them, so their libraries are preloaded; it never frees everything, so leaks are not looked for.
+SANITIZED := $(VENV)/sanitized
+$(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
+	rm -rf $(SANITIZED)
+	FUSEDOPT_CMAKE_ARGS=-DFUSEDOPT_SANITIZE=ON FUSEDOPT_BUILD_DIR=build/sanitize \
+		$(PIP) --no-deps --target $(SANITIZED) .
+	@touch $@
+
+sanitize: $(SANITIZED)/.installed
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
+		$(PYTEST) -m "not slow" -p no:cacheprovider tests/test_bits.py tests/test_formats.py tests/test_norm.py tests/test_tensors.py
+
+ci: test lint sanitize
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
