@@ -42,7 +42,7 @@ class IeeeMode {
 template <class Body>
 void parallel_items(int64_t items, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
-  const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
+  [[maybe_unused]] const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(team) if (team > 1)
 #endif
