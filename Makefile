@@ -40,7 +40,7 @@ test-all: $(VENV)/.test
 	$(PYTEST)
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench --processes 3 --out out/bench
+	$(BIN)/python bench/run.py --processes 3 --out out/bench
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Gathered:
             grad = grad.float()
         return grad.contiguous().resolve_neg().resolve_conj()
 
-    def square_sum(self, grads: Sequence[Tensor]) -> float:
+    def square_sum(self, grads: Iterable[Tensor]) -> float:
         """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1:

@@ -288,7 +288,7 @@ class FusedOptimizer(Optimizer):
         multiplier = 1.0 if grad_scale is None else 1.0 / float(grad_scale.item())
         max_grad_norm = self._max_grad_norm()
         if max_grad_norm is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
             multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
             self.last_grad_norm = torch.tensor(norm, dtype=torch.float32)
         return multiplier

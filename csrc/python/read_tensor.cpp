@@ -159,16 +159,16 @@ void* data_pointer(PyObject* object) {
   return pointer;
 }
 
-void prefetch_object(PyObject* object) {
-  __builtin_prefetch(object);
-  __builtin_prefetch(reinterpret_cast<const char*>(object) + 64);
-}
-
-void prefetch_tensor(PyObject* object) {
-  // A torch tensor's Python object holds a pointer to its TensorImpl right behind the object header, four
-  // lines long. Should that change, this asks for the wrong lines and nothing else happens.
-  const char* impl = reinterpret_cast<const char* const*>(object)[sizeof(PyObject) / sizeof(void*)];
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
+void Place::prefetch() const {
+  const auto line = [](const void* address, int offset) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + offset));
+  };
+  line(object, 0);
+  // The fields that are read surround the sizes.
+  line(sizes, -128);
+  line(sizes, -64);
+  line(sizes, 0);
+  line(sizes, 64);
 }
 
 bool same_shape(const TensorView& a, const TensorView& b) {

@@ -40,9 +40,14 @@ bool is_negated(PyObject* object);
 // tensor.data_ptr(): cheaper than read_tensor for a tensor that was read before.
 void* data_pointer(PyObject* object);
 
-// Asks for the memory that reading a tensor will touch: its Python object, then what that points to.
-void prefetch_object(PyObject* object);
-void prefetch_tensor(PyObject* object);
+// Where a tensor's Python object and its sizes lay when it was read: where, most likely, they lie in the
+// next step. Only ever prefetched.
+struct Place {
+  const void* object = nullptr;
+  const void* sizes = nullptr;  // inside torch's TensorImpl, mostly
+
+  void prefetch() const;
+};
 
 bool same_shape(const TensorView& a, const TensorView& b);
 

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
-#include "python/read_tensor.h"
 
 namespace py = pybind11;
 
@@ -63,6 +62,13 @@ bool TensorTable::Known::still(PyObject* now, int64_t size) const {
   return object.ptr() == now && numel == size && buffer.data == data_pointer(now);
 }
 
+void TensorTable::Record::prefetch(size_t state_count) const {
+  param.prefetch();
+  grad.prefetch();
+  step.place.prefetch();
+  for (size_t k = 0; k < state_count; ++k) states[k].place.prefetch();
+}
+
 bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states,
                          PyObject* step, int64_t first_index, Record& record) {
   const std::vector<Rounding>& roundings = groups_[group].roundings;
@@ -70,22 +76,25 @@ bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject*
   TensorDesc desc;
   if (!read_tensor(param, param_view)) return false;
   desc.param = buffer_of(param_view);
+  record.param = {param, param_view.shape};
   if (!read_tensor(grad, view) || is_negated(grad) || !same_shape(view, param_view)) return false;
   desc.grad = buffer_of(view);
+  record.grad = {grad, view.shape};
   const size_t count = roundings.size();
   for (size_t k = 0; k < count; ++k) {
-    if (!record[k].still(states[k], param_view.numel)) {
+    Known& known = record.states[k];
+    if (!known.still(states[k], param_view.numel)) {
       if (!read_tensor(states[k], view) || !same_shape(view, param_view)) return false;
-      record[k] = {py::reinterpret_borrow<py::object>(states[k]), buffer_of(view), view.numel};
+      known = {py::reinterpret_borrow<py::object>(states[k]), buffer_of(view), view.numel, {states[k], view.shape}};
     }
-    desc.states[k] = record[k].buffer;
+    desc.states[k] = known.buffer;
     if (desc.states[k].dtype != DType::kFloat32) desc.states[k].rounding = roundings[k];
   }
-  if (!record[count].still(step, 1)) {
+  if (!record.step.still(step, 1)) {
     if (!read_tensor(step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
-    record[count] = {py::reinterpret_borrow<py::object>(step), buffer_of(view), 1};
+    record.step = {py::reinterpret_borrow<py::object>(step), buffer_of(view), 1, {step, view.shape}};
   }
-  desc.step = static_cast<float*>(record[count].buffer.data);
+  desc.step = static_cast<float*>(record.step.buffer.data);
   desc.numel = param_view.numel;
   desc.first_index = first_index;
   desc.group = group;
@@ -94,21 +103,54 @@ bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject*
   return true;
 }
 
-struct TensorTable::Candidate {
-  Py_ssize_t position;
-  PyObject* param;
-  py::object grad;
-  PyObject* states[kMaxStates];
-  PyObject* step;
-  bool complete;
+// Finds entries of optimizer.state. Asked for in the dict's own order, as a rule, they are found without
+// hashing, which for a tensor is a call into Python.
+class StateEntries {
+ public:
+  explicit StateEntries(PyObject* state) : state_(state) { advance(); }
+
+  PyObject* find(PyObject* param) {
+    if (key_ == param) {
+      PyObject* held = value_;
+      advance();
+      return held;
+    }
+    PyObject* held = PyDict_GetItemWithError(state_, param);
+    if (held == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    // From here on in order again, where a group begins in the middle of the dict.
+    Py_ssize_t position = 0;
+    PyObject* key;
+    if (held != nullptr && !searched_) {
+      searched_ = true;
+      while (PyDict_Next(state_, &position, &key, nullptr)) {
+        if (key == param) {
+          position_ = position;
+          advance();
+          break;
+        }
+      }
+    }
+    return held;
+  }
+
+ private:
+  void advance() {
+    if (!PyDict_Next(state_, &position_, &key_, &value_)) key_ = value_ = nullptr;
+  }
+
+  PyObject* state_;
+  Py_ssize_t position_ = 0;
+  PyObject* key_ = nullptr;
+  PyObject* value_ = nullptr;
+  bool searched_ = false;
 };
 
 std::vector<int64_t> TensorTable::collect(int group, const py::list& params, const py::dict& state) {
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
   static PyObject* const kStep = PyUnicode_InternFromString("step");
-  // A cold step waits for memory here: tensor objects lie scattered and each is visited once. So the
-  // objects of a block are all asked for before the first of them is read.
-  constexpr Py_ssize_t kBlock = 16;
+  // A cold step waits for memory here: tensor objects lie scattered and each is visited once. So they are
+  // asked for, where they lay last time, some parameters ahead.
+  constexpr Py_ssize_t kAhead = 8;
   const std::vector<py::object>& state_keys = groups_.at(group).state_keys;
   const size_t state_count = state_keys.size();
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
@@ -116,48 +158,31 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
   std::vector<Record>& records = records_[group];
   records.resize(count);
 
+  StateEntries entries(state.ptr());
   std::vector<int64_t> missed;
-  std::vector<Candidate> block;
-  for (Py_ssize_t begin = 0; begin < count; begin += kBlock) {
-    const Py_ssize_t end = std::min(begin + kBlock, count);
-    for (Py_ssize_t i = begin; i < end; ++i) prefetch_object(PyList_GET_ITEM(params.ptr(), i));
-    for (Py_ssize_t i = begin; i < end; ++i) prefetch_tensor(PyList_GET_ITEM(params.ptr(), i));
-    block.clear();
-    for (Py_ssize_t i = begin; i < end; ++i) {
-      PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-      auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, kGrad));
-      if (!grad) throw py::error_already_set();
-      if (grad.is_none()) continue;
-      prefetch_object(grad.ptr());
-      Candidate candidate{i, param, std::move(grad), {}, nullptr, false};
-      PyObject* held = PyDict_GetItemWithError(state.ptr(), param);
-      if (held == nullptr && PyErr_Occurred()) throw py::error_already_set();
-      if (held != nullptr && PyDict_CheckExact(held)) {
-        candidate.step = PyDict_GetItem(held, kStep);
-        candidate.complete = candidate.step != nullptr;
-        for (size_t k = 0; k < state_count && candidate.complete; ++k) {
-          candidate.states[k] = PyDict_GetItem(held, state_keys[k].ptr());
-          candidate.complete = candidate.states[k] != nullptr;
-        }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) records[i + kAhead].prefetch(state_count);
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, kGrad));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;
+
+    PyObject* held = entries.find(param);
+    PyObject* step = nullptr;
+    PyObject* states[kMaxStates];
+    bool is_complete = held != nullptr && PyDict_CheckExact(held);
+    if (is_complete) {
+      step = PyDict_GetItem(held, kStep);
+      is_complete = step != nullptr;
+      for (size_t k = 0; k < state_count && is_complete; ++k) {
+        states[k] = PyDict_GetItem(held, state_keys[k].ptr());
+        is_complete = states[k] != nullptr;
       }
-      if (candidate.complete) {
-        prefetch_object(candidate.step);
-        for (size_t k = 0; k < state_count; ++k) prefetch_object(candidate.states[k]);
-      }
-      block.push_back(std::move(candidate));
     }
-    for (const Candidate& c : block) {
-      prefetch_tensor(c.grad.ptr());
-      if (!c.complete) continue;
-      prefetch_tensor(c.step);
-      for (size_t k = 0; k < state_count; ++k) prefetch_tensor(c.states[k]);
-    }
-    for (const Candidate& c : block) {
-      if (c.complete && append(group, c.position, c.param, c.grad.ptr(), c.states, c.step, 0, records[c.position])) {
-        alive_.push_back(c.grad);  // nothing else may hold it while it is read without the GIL
-      } else {
-        missed.push_back(c.position);
-      }
+    if (is_complete && append(group, i, param, grad.ptr(), states, step, 0, records[i])) {
+      alive_.push_back(std::move(grad));  // nothing else may hold it while it is read without the GIL
+    } else {
+      missed.push_back(i);
     }
   }
   return missed;

@@ -14,6 +14,7 @@
 
 #include "core/registry.h"
 #include "core/tensors.h"
+#include "python/read_tensor.h"
 
 namespace fusedopt {
 
@@ -50,11 +51,16 @@ class TensorTable {
     pybind11::object object;
     Buffer buffer;
     int64_t numel = 0;
+    Place place;
     bool still(PyObject* now, int64_t size) const;  // the same object, of that size, at the same memory
   };
-  // What is known of the parameter at one position of a group: its states, and `step` last.
-  using Record = std::array<Known, kMaxStates + 1>;
-  struct Candidate;
+  // What is known of the parameter at one position of a group.
+  struct Record {
+    Place param, grad;
+    std::array<Known, kMaxStates> states;
+    Known step;
+    void prefetch(size_t state_count) const;
+  };
   struct Group {
     GroupDesc desc;
     std::vector<Rounding> roundings;           // of its states

@@ -1,0 +1,1 @@
+"""Benchmarks: how long an optimizer step takes, against torch and other packages (`python -m bench`)."""
