@@ -10,9 +10,19 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// Lanes as the compilers' own vectors, which they keep in registers; an array of sums stayed in memory
+// and the loop waited for it (measured: 4 x slower with AVX-512).
+typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef double DoubleLanes __attribute__((vector_size(kLanes * sizeof(double))));
+
+FUSEDOPT_FN void add_squares(DoubleLanes& sums, const FloatLanes& loaded) {
+  const DoubleLanes values = __builtin_convertvector(loaded, DoubleLanes);
+  sums += values * values;
+}
+
 double square_sum(const Buffer& buffer, int64_t begin, int64_t length) {
   alignas(64) float tile[kTile];
-  alignas(64) double lanes[kLanes] = {};
+  DoubleLanes sums = {};
   for (int64_t at = begin; at < begin + length; at += kTile) {
     const int64_t left = begin + length - at;
     const int n = static_cast<int>(left < kTile ? left : kTile);
@@ -20,16 +30,18 @@ double square_sum(const Buffer& buffer, int64_t begin, int64_t length) {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       prefetch(x + i);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double value = x[i + lane];
-        lanes[lane] += value * value;
-      }
+      FloatLanes loaded;
+      memcpy(&loaded, x + i, sizeof loaded);
+      add_squares(sums, loaded);
     }
-    for (int lane = 0; i < n; ++i, ++lane) {
-      const double value = x[i];
-      lanes[lane] += value * value;
+    if (i < n) {
+      FloatLanes loaded = {};  // zeros past the end: their squares change no sum
+      memcpy(&loaded, x + i, sizeof(float) * static_cast<size_t>(n - i));
+      add_squares(sums, loaded);
     }
   }
+  double lanes[kLanes];
+  memcpy(lanes, &sums, sizeof lanes);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] = lanes[2 * lane] + lanes[2 * lane + 1];
   }
