@@ -144,7 +144,7 @@ def plot(trainings: dict[str, Training], path: Path) -> None:
         pattern = (dash * (len(others) - i), (dash, dash * (len(others) - 1)))
         top.plot(steps, list(trainings[c.name].losses.values()), color=c.colour, lw=2.4, ls=pattern)
         delta = differences(trainings[c.name], baseline)
-        remark = "a training of its own" if c is CLIPPED else f"within {max(map(abs, delta)):.0e}"
+        remark = "a training of its own" if c is CLIPPED else f"off by up to {max(map(abs, delta)):.1e}"
         top.plot([], color=c.colour, lw=2.4, ls=(0, (dash, 2)), label=f"{c.name}: {remark}")
         bottom.plot(steps, delta, color=c.colour, lw=1.3, marker="o", ms=3.5)
     figure.suptitle(

@@ -54,7 +54,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16-stochastic": {"state_dtype": "bfloat16", "state_rounding": "stochastic", "seed": 7},
     "fp16-nearest": {"state_dtype": "float16", "state_rounding": "nearest"},
     "fp16-stochastic": {"state_dtype": "float16", "state_rounding": "stochastic", "seed": 4_000_000_000},
-    "mixed": {"state_dtype": {"exp_avg": "bfloat16"}, "state_rounding": {"exp_avg": "nearest"}},
+    "mixed": {
+        "state_dtype": {"exp_avg": "bfloat16", "max_exp_avg_sq": "bfloat16"},
+        "state_rounding": {"exp_avg": "nearest", "max_exp_avg_sq": "stochastic"},
+    },
 }
 
 ODD_SIZES = (1, 3, 255, 256, 257, 1023, 65537)

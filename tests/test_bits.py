@@ -196,6 +196,21 @@ def test_stepping_leaves_the_callers_flush_mode_alone() -> None:
     assert (torch.tensor([1e-40]) * 1.0).item() != 0.0
 
 
+@pytest.mark.parametrize("steps", [1000, 123_456, 2**24 - 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_late_steps(case: Case, steps: int) -> None:
+    """Powers of beta and random bits far into a run."""
+
+    def run(backend: str) -> torch.optim.Optimizer:
+        params = make_params([(500,)], torch.float32)
+        kwargs = {**case.kwargs, "betas": (0.99, 0.99999), "state_dtype": "bfloat16", "backend": backend}
+        optimizer = train(case.ours(params, **kwargs), 1)
+        optimizer.state[params[0]]["step"].fill_(steps)
+        return train(optimizer, 2, first=1)
+
+    assert_same_run(run("cpu"), run("eager"))
+
+
 def test_unknown_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDOPT_CPU_ISA", "v5")
     optimizer = CASES[0].ours(make_params([(4,)], torch.float32))

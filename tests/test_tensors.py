@@ -27,6 +27,7 @@ LAYOUTS = {
     "channels_last": lambda: torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last),
     "offset": lambda: torch.randn(1000)[3:],
     "permuted": lambda: torch.randn(3, 4, 5).permute(2, 0, 1),
+    "negated and contiguous": lambda: torch._neg_view(torch.randn(50)),
     "negated view": lambda: torch.randn(50, dtype=torch.complex64).conj().imag,
 }
 

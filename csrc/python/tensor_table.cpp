@@ -76,6 +76,8 @@ bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject*
   TensorDesc desc;
   if (!read_tensor(param, param_view)) return false;
   desc.param = buffer_of(param_view);
+  // A lazily negated parameter is a rarity, and looked for when a parameter is first met only.
+  if (record.param.object != param && is_negated(param)) return false;
   record.param = {param, param_view.shape};
   if (!read_tensor(grad, view) || is_negated(grad) || !same_shape(view, param_view)) return false;
   desc.grad = buffer_of(view);
