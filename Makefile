@@ -55,6 +55,7 @@ format: $(VENV)/.dev
 
 # A second copy of the package, built with checks, runs the tests that reach the core. The interpreter is
 # not built with them, so their libraries are preloaded; it never frees everything, so leaks are not looked for.
+# -s: their report comes with an abort, which would take captured output along.
 SANITIZED := $(VENV)/sanitized
 $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 	rm -rf $(SANITIZED)
@@ -65,7 +66,7 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 sanitize: $(SANITIZED)/.installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
-		$(PYTEST) -m "not slow" -p no:cacheprovider tests/test_bits.py tests/test_formats.py tests/test_norm.py tests/test_tensors.py
+		$(PYTEST) -s -m "not slow" -p no:cacheprovider tests/test_bits.py tests/test_formats.py tests/test_norm.py tests/test_tensors.py
 
 ci: test lint sanitize
 
