@@ -168,10 +168,15 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
-        if not self._found_inf():
+        if self._found_inf():
+            return
+        try:
             gathered = self._gather()
             gathered.step(self._grad_multiplier(gathered))
             gathered.write_back()
+        finally:  # let go of the gradients: zero_grad is to free them
+            for session in self._sessions().values():
+                session.begin(())
 
     def _found_inf(self) -> bool:
         found_inf = getattr(self, "found_inf", None)
@@ -191,7 +196,9 @@ class FusedOptimizer(Optimizer):
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
-        return self.__dict__.setdefault("_session_cache", {name: b.session() for name, b in backends.BACKENDS.items()})
+        if "_session_cache" not in self.__dict__:
+            self._session_cache = {name: backend.session() for name, backend in backends.BACKENDS.items()}
+        return self._session_cache
 
     def _max_grad_norm(self) -> float | None:
         values = [group["max_grad_norm"] for group in self.param_groups]

@@ -90,6 +90,13 @@ def test_tests_run_against_the_installed_package() -> None:
     assert ROOT not in installed.parents or "site-packages" in installed.parts
 
 
+def test_every_compiled_rule_has_its_reference_and_its_states() -> None:
+    rules = fusedopt._core.rules()
+    assert rules.keys() == fusedopt.backends.base.REFERENCES.keys()
+    declared = {spec.name for cls in (fusedopt.Adam, fusedopt.AdamW) for spec in cls.STATES}
+    assert {name for names in rules.values() for name in names} == declared
+
+
 def test_public_names_are_documented() -> None:
     for name in fusedopt.__all__:
         value = getattr(fusedopt, name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -28,6 +30,25 @@ def test_is_a_torch_optimizer(case: Case) -> None:
     assert isinstance(optimizer, fusedopt.FusedOptimizer)
     assert type(optimizer).__name__ in repr(optimizer)
     assert set(case.theirs(make_params(SHAPES, torch.float32)).defaults) <= set(optimizer.defaults)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_zero_grad_frees_the_gradients(backend: str) -> None:
+    """Nothing of a step holds on to them, be it taken or refused."""
+    optimizer = train(new(backend=backend), 2)
+    params = optimizer.param_groups[0]["params"]
+    for is_refused in (False, True):
+        set_grads(params, 2)
+        grads = [weakref.ref(param.grad) for param in params]
+        if is_refused:
+            optimizer.param_groups[0]["lr"] = float("nan")
+            with pytest.raises(ValueError, match="lr"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert all(grad() is None for grad in grads)
 
 
 @pytest.mark.parametrize("by_keyword", [True, False])
