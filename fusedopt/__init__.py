@@ -1,11 +1,34 @@
 """fusedopt: compiled-kernel optimizers for PyTorch.
 
 import fusedopt
-optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, state_dtype="bfloat16", max_grad_norm=1.0)
+optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, state_dtype="8bit", max_grad_norm=1.0)
 """
 
+from .adagrad import Adagrad
 from .adamw import Adam, AdamW
+from .ademamix import AdEMAMix
+from .anyprecision import AnyPrecisionAdamW
+from .lion import Lion
+from .names import create_optimizer, optimizer_names
 from .optimizer import FusedOptimizer
+from .rmsprop import RMSprop
+from .sgd import SGD
+from .weights import fp32_parameters, load_fp32_parameters
 
-__version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "FusedOptimizer", "__version__"]
+__version__ = "0.2.0.dev0"
+__all__ = [
+    "SGD",
+    "AdEMAMix",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "AnyPrecisionAdamW",
+    "FusedOptimizer",
+    "Lion",
+    "RMSprop",
+    "__version__",
+    "create_optimizer",
+    "fp32_parameters",
+    "load_fp32_parameters",
+    "optimizer_names",
+]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from . import checks
 from .backends.base import Reference
 from .optimizer import FusedOptimizer
+from .options import Options
 from .reference.adamw import adam
-from .state import StateDtype, StateRounding, StateSpec
+from .state import StateSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Adam(FusedOptimizer):
@@ -29,35 +33,37 @@ class Adam(FusedOptimizer):
         betas: Decay of the first and the second moment per step, each in [0, 1).
         eps: Added to the denominator, >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
-        amsgrad: Divide by the largest second moment so far.
+        amsgrad: Divide by the largest second moment so far; never stored in 8 bits.
         foreach: Accepted for torch's sake; every step is fused.
         maximize: Ascend instead of descend.
         capturable: Accepted for torch's sake.
         differentiable: Must be False.
         fused: Accepted for torch's sake; every step is fused.
         decoupled_weight_decay: Decay the parameter itself (AdamW) instead of an L2 penalty.
-        state_dtype: How states are stored: "float32", "bfloat16" or "float16", a torch.dtype, or a dict
-            {state: dtype} whose missing states are float32.
-        state_rounding: How 16-bit states are rounded: "stochastic", "nearest", or a dict {state: rounding}.
-            Default: stochastic, because a rounded-to-nearest second moment stops moving at beta2 = .999;
-            `max_exp_avg_sq`, which only grows, to nearest.
-        seed: Seed of stochastic rounding, an int in [0, 2**32).
-        max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
-            not. Gradients are not written to; the norm is left in `last_grad_norm`.
-        backend: "auto", or the name of one: "cpu" (compiled), "eager" (plain torch, any device).
+        **options: As for `FusedOptimizer`.
 
     Raises:
         ValueError: A value is out of range.
         TypeError: An argument is unknown or of the wrong type.
     """
 
-    STATES = (StateSpec("exp_avg"), StateSpec("exp_avg_sq"), StateSpec("max_exp_avg_sq", is_maximum=True))
+    STATES = (
+        StateSpec("exp_avg"),
+        StateSpec("exp_avg_sq", is_signed=False),
+        StateSpec(
+            "max_exp_avg_sq",
+            is_signed=False,
+            is_maximum=True,
+            unquantized="a running maximum keeps every lucky draw",
+        ),
+    )
     REFERENCES: ClassVar[dict[str, Reference]] = {
         "adamw": partial(adam, decoupled_weight_decay=True),
         "adamw_amsgrad": partial(adam, decoupled_weight_decay=True),
         "adam": partial(adam, decoupled_weight_decay=False),
         "adam_amsgrad": partial(adam, decoupled_weight_decay=False),
     }
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adam": {}, "adam_8bit": {"state_dtype": "8bit"}}
 
     def __init__(
         self,
@@ -74,11 +80,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: StateDtype = "float32",
-        state_rounding: StateRounding = None,
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,25 +93,17 @@ class Adam(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            state_dtype=state_dtype,
-            state_rounding=state_rounding,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-            backend=backend,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            **options,
         )
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.nonnegative("lr", group["lr"])
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas={betas!r} must be a pair; pass for example (0.9, 0.999)")
-        for i, beta in enumerate(betas):
-            checks.fraction(f"betas[{i}]", beta)
+        checks.betas(group["betas"], (0.9, 0.999))
         checks.nonnegative("eps", group["eps"])
         checks.nonnegative("weight_decay", group["weight_decay"])
 
@@ -118,7 +112,7 @@ class Adam(FusedOptimizer):
 
     def rule(self, group: dict[str, Any]) -> str:
         # Without weight decay the two are one; the decoupled one then multiplies by exactly 1.
-        name = "adamw" if self._is_decoupled(group) else "adam"
+        name = "adamw" if group["decoupled_weight_decay"] or group["weight_decay"] == 0 else "adam"
         return name + "_amsgrad" if group["amsgrad"] else name
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
@@ -131,10 +125,6 @@ class Adam(FusedOptimizer):
             "weight_decay": float(group["weight_decay"]),
         }
 
-    @staticmethod
-    def _is_decoupled(group: dict[str, Any]) -> bool:
-        return group["decoupled_weight_decay"] or group["weight_decay"] == 0
-
 
 class AdamW(Adam):
     """AdamW, a drop-in for `torch.optim.AdamW`: Adam with decoupled weight decay.
@@ -145,11 +135,21 @@ class AdamW(Adam):
     Args:
         params: As for `Adam`, like every argument not listed here.
         weight_decay: Decoupled weight decay, >= 0.
+        **options: As for `FusedOptimizer`.
 
     Raises:
         ValueError: A value is out of range.
         TypeError: An argument is unknown or of the wrong type.
     """
+
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {
+        "adamw": {},
+        "adamw_torch": {},
+        "adamw_torch_fused": {},
+        "adamw_bf16": {"state_dtype": "bfloat16"},
+        "adamw_8bit": {"state_dtype": "8bit"},
+        "adamw_bnb_8bit": {"state_dtype": "8bit"},
+    }
 
     def __init__(
         self,
@@ -165,11 +165,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: StateDtype = "float32",
-        state_rounding: StateRounding = None,
-        seed: int = 0,
-        max_grad_norm: float | None = None,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -184,9 +180,5 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            state_dtype=state_dtype,
-            state_rounding=state_rounding,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-            backend=backend,
+            **options,
         )

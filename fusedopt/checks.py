@@ -42,12 +42,37 @@ def fraction(name: str, value: Any) -> float:
     return result
 
 
+def betas(value: Any, example: tuple[float, ...]) -> None:
+    """As many numbers in [0, 1) as the example has."""
+    if not isinstance(value, (tuple, list)) or len(value) != len(example):
+        number_of = {2: "a pair", 3: "three numbers"}[len(example)]
+        raise ValueError(f"betas={value!r} must be {number_of}; pass for example {example}")
+    for i, beta in enumerate(value):
+        fraction(f"betas[{i}]", beta)
+
+
 def uint32(name: str, value: Any) -> int:
     """A whole number that fits 32 unsigned bits."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
     if not 0 <= value < 2**32:
         raise ValueError(f"{name}={value!r} is outside [0, 2**32); pass an int in that range")
+    return value
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
+    if value < 0:
+        raise ValueError(f"{name}={value!r} is negative; pass an int >= 0")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass True or False")
     return value
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import checkpoint
 from .backends import BACKENDS, GroupStep, candidates
 from .gather import Gathered, clip
+from .state import StateSpec
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 _library = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] lrs, "
-    "Tensor(d!)? grad_norm, *, int[] sizes, str[] rules, str[] hyper_names, float[] hyper_values, str[] state_names, "
-    "str[] roundings, int[] seeds, bool[] maximize, str[] backends, float? max_grad_norm) -> ()"
+    "Tensor(d!)? grad_norm, *, int[] sizes, str[] rules, str[] hyper_names, float[] hyper_values, str[] specs, "
+    "str[] state_keys, str[] roundings, int[] seeds, bool[] maximize, str[] param_roundings, str[] masters, "
+    "str[] backends, float? max_grad_norm) -> ()"
 )
 
 
@@ -39,10 +42,13 @@ def _step(
     rules: Sequence[str],
     hyper_names: Sequence[str],
     hyper_values: Sequence[float],
-    state_names: Sequence[str],
+    specs: Sequence[str],
+    state_keys: Sequence[str],
     roundings: Sequence[str],
     seeds: Sequence[int],
     maximize: Sequence[bool],
+    param_roundings: Sequence[str],
+    masters: Sequence[str],
     backends: Sequence[str],
     max_grad_norm: float | None,
 ) -> None:
@@ -50,15 +56,25 @@ def _step(
     groups = []
     for i, rule in enumerate(rules):
         hyper = {"lr": float(lrs[i].item()), **{name: next(values) for name in hyper_names[i].split(",")}}
-        names = tuple(state_names[i].split(","))
-        groups.append(GroupStep(rule, hyper, names, tuple(roundings[i].split(",")), seeds[i], maximize[i]))
+        groups.append(
+            GroupStep(
+                rule=rule,
+                hyper=hyper,
+                states=tuple(StateSpec(name[:-1], is_signed=name[-1] == "±") for name in _words(specs[i])),
+                roundings=_words(roundings[i]),
+                seed=seeds[i],
+                maximize=maximize[i],
+                rounding=param_roundings[i],
+                master=masters[i] or None,
+            )
+        )
     gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups)
     gathered.begin()
-    members = iter(zip(params, grads, steps))
-    for i, group in enumerate(groups):
+    members = iter(zip(params, grads, steps, state_keys))
+    for i in range(len(groups)):
         for position in range(sizes[i]):
-            param, grad, step = next(members)
-            state = {**{name: next(held) for name in group.state_names}, "step": step}
+            param, grad, step, keys = next(members)
+            state = {**{key: next(held) for key in _words(keys)}, "step": step}
             gathered.add(i, position, param, grad, state, candidates(backends[i]))
     multiplier = 1.0
     if max_grad_norm is not None and grad_norm is not None:
@@ -66,6 +82,10 @@ def _step(
         grad_norm.fill_(norm)
     gathered.step(multiplier)
     gathered.write_back()
+
+
+def _words(joined: str) -> tuple[str, ...]:
+    return tuple(joined.split(",")) if joined else ()
 
 
 _library.impl("step_", _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -86,6 +106,7 @@ def step(optimizer: FusedOptimizer) -> None:
     sizes: list[int] = []
     settings: list[GroupStep] = []
     hyper_values: list[float] = []
+    state_keys: list[str] = []
     for group in optimizer.param_groups:
         # _init_group is given empty lists: that is what torch.compile knows how to fill
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
@@ -95,6 +116,8 @@ def step(optimizer: FusedOptimizer) -> None:
         states += lists[2]
         steps += lists[3]
         sizes.append(len(lists[0]))
+        for param in lists[0]:
+            state_keys.append(",".join(checkpoint.state_keys(optimizer, group, param, optimizer.state[param])))
         lr = group["lr"]
         lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64))
         setting = optimizer.group_step({**group, "lr": 0.0})
@@ -113,10 +136,13 @@ def step(optimizer: FusedOptimizer) -> None:
         rules=[setting.rule for setting in settings],
         hyper_names=[",".join([name for name in setting.hyper if name != "lr"]) for setting in settings],
         hyper_values=hyper_values,
-        state_names=[",".join(setting.state_names) for setting in settings],
+        specs=[",".join([s.name + ("±" if s.is_signed else "+") for s in setting.states]) for setting in settings],
+        state_keys=state_keys,
         roundings=[",".join(setting.roundings) for setting in settings],
         seeds=[setting.seed for setting in settings],
         maximize=[setting.maximize for setting in settings],
+        param_roundings=[setting.rounding for setting in settings],
+        masters=[setting.master or "" for setting in settings],
         backends=[group["backend"] for group in optimizer.param_groups],
         max_grad_norm=optimizer._max_grad_norm(),
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import backends, sharding
 from .backends import GroupStep, ParamStep, Session
+from .backends.base import Health
+from .masters import KEYS, SIXTEEN_BIT
 from .reference.norm import pairwise_sum, square_sums
 from .state import DTYPES, keeps_own_precision
 
@@ -59,13 +61,20 @@ class Gathered:
     ) -> None:
         """Hands a checked parameter to the first backend that takes it."""
         local = sharding.local(param)
+        settings = self.groups[group]
+        master = None
+        if settings.master is not None and param.dtype in SIXTEEN_BIT:
+            master = self._plain(sharding.local(held[KEYS[settings.master]]))
         entry = ParamStep(
             group=group,
             position=position,
             param=self._plain(local),
             grad=self._gradient(sharding.local(grad), local),
-            states=tuple(self._plain(sharding.local(held[name])) for name in self.groups[group].state_names),
+            states=tuple(
+                tuple(self._plain(sharding.local(held[key])) for key in spec.keys_in(held)) for spec in settings.states
+            ),
             step=held["step"],
+            master=master,
             first_index=sharding.first_index(param),
         )
         for backend in candidates:
@@ -102,12 +111,14 @@ class Gathered:
             sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
         return float(pairwise_sum(sums).item())
 
-    def step(self, grad_multiplier: float) -> None:
+    def step(self, grad_multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, the gradients times the multiplier and negated where a group maximizes."""
         multipliers = [-grad_multiplier if group.maximize else grad_multiplier for group in self.groups]
+        health: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
-                session.step(multipliers)
+                health.update(session.step(multipliers, counts_health=counts_health))
+        return health
 
     def write_back(self) -> None:
         for tensor, copy in self._copies:

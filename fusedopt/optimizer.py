@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, checks, compiled, sharding
+from . import backends, checkpoint, checks, compiled, masters, names, reports, sharding
+from .allocation import Request, allocate
 from .backends import GroupStep, Session
 from .gather import Gathered, clip
+from .options import spell_out
+from .quantization import encode
 from .state import (
-    Request,
+    Slot,
     StateSpec,
-    allocate,
     keeps_own_precision,
     normalize_dtype,
     normalize_rounding,
-    requested_dtype,
+    requested_format,
     rounding_of,
-    stored_dtype,
+    slots_of,
 )
 
 
 class FusedOptimizer(Optimizer):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
-    A subclass declares its STATES and, for every compiled rule it uses, the same equation in plain torch
-    (REFERENCES). It answers two questions about a param group: `rule`, which of them steps it, and `hyper`,
-    its hyperparameters by name, lr among them.
+    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
+    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
+    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
+    lr among them.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
+            groups, except max_grad_norm.
+        defaults: The subclass's own hyperparameters.
+        state_dtype: How states are stored: "float32", "bfloat16", "float16", "8bit" (1.02 bytes per element; see
+            docs/formats.md), a torch.dtype, or a dict {state: one of them} whose missing states are float32.
+        state_rounding: How 16- and 8-bit states are rounded: "stochastic", "nearest", or a dict {state:
+            rounding}. Default: stochastic, because a rounded-to-nearest second moment stops moving at beta2 =
+            .999; running maxima to nearest.
+        min_quantized_numel: Parameters with fewer elements keep float32 state when 8 bits are asked for, as do
+            those of fewer than two dimensions or with rows shorter than 64 elements.
+        rounding: How 16-bit parameters are rounded: "nearest", as torch does, or "stochastic". Default: nearest,
+            and stochastic where master_weights="split24".
+        master_weights: What 16-bit parameters keep beside them so that small updates are not lost: "kahan" (2
+            bytes), "split24" (1 byte), "split32" (2 bytes, exactly a float32 run), "float32" (4 bytes); None
+            keeps nothing. float16 parameters take "float32" only. Others ignore it: they need none.
+        seed: Seed of stochastic rounding, an int in [0, 2**32).
+        max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
+            not. Gradients are not written to; the norm is left in `last_grad_norm`.
+        backend: "auto", or the name of one: "cpu" (compiled), "eager" (plain torch, any device).
+        maximize: Ascend instead of descend.
+        foreach: Accepted for torch's sake; every step is fused.
+        capturable: Accepted for torch's sake.
+        differentiable: Must be False.
+        fused: Accepted for torch's sake; every step is fused.
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
@@ -41,15 +70,22 @@ class FusedOptimizer(Optimizer):
 
     STATES: ClassVar[tuple[StateSpec, ...]] = ()
     REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # torch.amp.GradScaler hands over its scale and whether it found inf instead of unscaling first.
     _step_supports_amp_scaling = True
 
     last_grad_norm: Tensor | None = None
 
+    _health: reports.HealthRecord | None = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         backends.base.REFERENCES.update(cls.REFERENCES)
+        if "NAMES" in cls.__dict__:
+            names.CLASSES.update(dict.fromkeys(cls.NAMES, cls))
+        if "__init__" in cls.__dict__:
+            spell_out(cls.__init__, FusedOptimizer.__init__)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FusedOptimizer:
         checks.known_keywords(cls, kwargs)
@@ -62,6 +98,9 @@ class FusedOptimizer(Optimizer):
         *,
         state_dtype: Any = "float32",
         state_rounding: Any = None,
+        min_quantized_numel: int = 4096,
+        rounding: str | None = None,
+        master_weights: str | None = None,
         seed: int = 0,
         max_grad_norm: float | None = None,
         backend: str = "auto",
@@ -73,6 +112,7 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         defaults = {
             **defaults,
+            **self.own_defaults(),
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -80,6 +120,9 @@ class FusedOptimizer(Optimizer):
             "fused": fused,
             "state_dtype": state_dtype,
             "state_rounding": state_rounding,
+            "min_quantized_numel": min_quantized_numel,
+            "rounding": rounding,
+            "master_weights": master_weights,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "backend": backend,
@@ -87,6 +130,10 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, self._checked(defaults))
 
     # ---- what a subclass answers -----------------------------------------------------------------
+
+    def own_defaults(self) -> dict[str, Any]:
+        """Entries of param groups that the constructor of a subclass's base does not know."""
+        return {}
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError or TypeError if a hyperparameter of the optimizer's own is out of range."""
@@ -104,6 +151,10 @@ class FusedOptimizer(Optimizer):
         """The states that a group's parameters have; all that are declared unless a subclass says less."""
         return self.STATES
 
+    def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
+        """What a state begins with."""
+        return 0.0
+
     # ---- param groups ----------------------------------------------------------------------------
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -116,12 +167,15 @@ class FusedOptimizer(Optimizer):
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
         checks.uint32("seed", group["seed"])
+        checks.whole("min_quantized_numel", group["min_quantized_numel"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
         return {
             **group,
             "state_dtype": normalize_dtype(group["state_dtype"], self.STATES),
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
+            "rounding": masters.normalize_rounding(group["rounding"]),
+            "master_weights": masters.normalize(group["master_weights"]),
         }
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -172,8 +226,10 @@ class FusedOptimizer(Optimizer):
             return
         try:
             gathered = self._gather()
-            gathered.step(self._grad_multiplier(gathered))
+            counts = gathered.step(self._grad_multiplier(gathered), counts_health=self._health is not None)
             gathered.write_back()
+            if self._health is not None:
+                self._health.add(counts)
         finally:  # let go of the gradients: zero_grad is to free them
             for session in self._sessions().values():
                 session.begin(())
@@ -184,14 +240,16 @@ class FusedOptimizer(Optimizer):
 
     def group_step(self, group: dict[str, Any]) -> GroupStep:
         """What backends need of a param group."""
-        specs = self.states(group)
+        specs = tuple(self.states(group))
         return GroupStep(
             rule=self.rule(group),
             hyper=self.hyper(group),
-            state_names=tuple(spec.name for spec in specs),
+            states=specs,
             roundings=tuple(rounding_of(spec, group["state_rounding"]) for spec in specs),
             seed=group["seed"],
             maximize=group["maximize"],
+            rounding=masters.rounding_of(group),
+            master=group["master_weights"],
         )
 
     def _sessions(self) -> dict[str, Session]:
@@ -262,32 +320,54 @@ class FusedOptimizer(Optimizer):
                 f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
                 "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
             )
+        reason = masters.refusal(group, param)
+        if reason is not None:
+            raise ValueError(f"{where} cannot be stepped: {reason}")
         for spec in self.states(group):
-            if keeps_own_precision(param) and requested_dtype(spec, group["state_dtype"]) != torch.float32:
+            if keeps_own_precision(param) and requested_format(spec, group["state_dtype"]) != "float32":
                 raise ValueError(
                     f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
                     "whose state is kept in the same precision; leave state_dtype='float32' in its group"
                 )
         checkpoint.check_state(self, group, param, self.state.get(param, {}), where)
 
-    def make_state(self, members: Any) -> bool:
+    def make_state(self, members: Iterable[tuple[int, Tensor]]) -> bool:
         """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
-        wanted: list[tuple[Tensor, str]] = []
-        requests: list[Request] = []
+        wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
         for group_index, param in members:
             group = self.param_groups[group_index]
             held = self.state.get(param, {})
-            local = sharding.local(param)
             if "step" not in held:
-                wanted.append((param, "step"))
-                requests.append(Request(torch.Size(), torch.float32, local.device))
+                wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), None))
             for spec in self.states(group):
-                if spec.name not in held:
-                    wanted.append((param, spec.name))
-                    requests.append(Request(local.shape, stored_dtype(spec, group["state_dtype"], param), local.device))
-        for (param, name), tensor in zip(wanted, allocate(requests)):
-            self.state[param][name] = tensor if name == "step" else sharding.like_param(tensor, param)
+                if not spec.keys_in(held):
+                    wanted += self._wanted(spec, group, param)
+            slot = masters.slot_of(group, param)
+            if slot is not None and slot.key not in held:
+                wanted.append((param, slot, masters.first_value(group, param)))
+        tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
+        for (param, slot, first), tensor in zip(wanted, tensors):
+            if first is not None:
+                tensor.copy_(first) if isinstance(first, Tensor) else tensor.fill_(first)
+            is_step = slot.key == "step"
+            self.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        if wanted:
+            reports.warn_if_nothing_is_quantized(self)
         return bool(wanted)
+
+    def _wanted(
+        self, spec: StateSpec, group: dict[str, Any], param: Tensor
+    ) -> Iterator[tuple[Tensor, Slot, Tensor | float | None]]:
+        """The tensors of a state that a parameter lacks, and what they begin with where that is not zero."""
+        slots = slots_of(spec, group, param)
+        first = self.first_value(spec, group)
+        if first == 0.0:
+            yield from ((param, slot, None) for slot in slots)
+        elif len(slots) == 1:
+            yield param, slots[0], first
+        else:
+            whole = torch.full(slots[0].shape, first, dtype=torch.float32, device=sharding.local(param).device)
+            yield from ((param, s, part) for s, part in zip(slots, encode(whole, is_signed=spec.is_signed)))
 
     def _grad_multiplier(self, gathered: Gathered) -> float:
         """Inverse loss scale x clip coefficient."""
@@ -308,7 +388,7 @@ class FusedOptimizer(Optimizer):
         states: list[Tensor],
         steps: list[Tensor],
     ) -> None:
-        """Appends a group's tensors to the lists, making missing state; `states` parameter by parameter.
+        """Appends a group's tensors to the lists, making missing state; `states` as `checkpoint.state_keys` says.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -324,8 +404,35 @@ class FusedOptimizer(Optimizer):
             param = group["params"][position]
             params.append(param)
             grads.append(param.grad)
-            states.extend(self.state[param][spec.name] for spec in self.states(group))
-            steps.append(self.state[param]["step"])
+            held = self.state[param]
+            states.extend(held[key] for key in checkpoint.state_keys(self, group, param, held))
+            steps.append(held["step"])
+
+    # ---- reports ---------------------------------------------------------------------------------
+
+    def memory_report(self) -> reports.MemoryReport:
+        """What the optimizer's state takes, by kind, beside what torch's would; print it for a table.
+
+        State that is not made yet counts as what it will take.
+        """
+        return reports.memory_report(self)
+
+    def record_health(self, enabled: bool = True) -> None:
+        """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
+
+        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
+        """
+        self._health = reports.HealthRecord(self) if enabled else None
+
+    def health_report(self) -> reports.HealthReport:
+        """What was counted since `record_health`; print it for a table.
+
+        Raises:
+            ValueError: Nothing is being counted.
+        """
+        if self._health is None:
+            raise ValueError("nothing was counted; call record_health() before the steps that are to be counted")
+        return self._health.report()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

@@ -44,8 +44,8 @@ def first_index(param: Tensor) -> int:
     return offset[0] * param.shape[1:].numel() if offset else 0
 
 
-def like_param(tensor: Tensor, param: Tensor) -> Tensor:
-    """A local state tensor, placed as its parameter is."""
+def like_param(tensor: Tensor, param: Tensor, shape: torch.Size) -> Tensor:
+    """A local state tensor, placed as its parameter is; `shape` is that of the whole."""
     if not is_dtensor(param):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -55,6 +55,6 @@ def like_param(tensor: Tensor, param: Tensor) -> Tensor:
         param.device_mesh,  # type: ignore[attr-defined]
         param.placements,  # type: ignore[attr-defined]
         run_check=False,
-        shape=param.shape,
-        stride=torch.empty(param.shape, device="meta").stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )

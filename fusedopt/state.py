@@ -1,17 +1,20 @@
-"""State formats: what a state is called, how it is stored, and the memory it lives in."""
+"""State formats: what a state is called, and how it is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
-from . import _core, checks
+from . import checks, sharding
+from .quantization import BLOCK, scales_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EIGHT_BIT = "8bit"
+FORMATS = (*DTYPES, EIGHT_BIT)
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -26,35 +29,64 @@ class StateSpec:
 
     Attributes:
         name: Its key in ``optimizer.state``, torch's.
+        is_signed: Whether it holds numbers of both signs; in 8 bits one that does not has twice the codes.
         is_maximum: Whether it is a running maximum. Rounded stochastically such a state is pushed up by
             every lucky draw and never comes down, so it is rounded to nearest unless named in a dict.
+        unquantized: Why it is never stored in 8 bits, as a clause; empty if it may be.
     """
 
     name: str
+    is_signed: bool = True
     is_maximum: bool = False
+    unquantized: str = ""
+
+    @property
+    def codes(self) -> str:
+        """The key of its 8-bit codes."""
+        return self.name + "_codes"
+
+    @property
+    def scales(self) -> str:
+        """The key of the scales of its 8-bit codes."""
+        return self.name + "_scales"
+
+    def keys_in(self, held: dict[str, Any]) -> tuple[str, ...]:
+        """Under which keys a parameter's state holds it: one, or codes and scales, or none."""
+        if self.name in held:
+            return (self.name,)
+        return (self.codes, self.scales) if self.codes in held and self.scales in held else ()
 
 
-def _dtype_name(value: Any, argument: str) -> str:
+def format_name(argument: str, value: Any, options: Sequence[str] = FORMATS) -> str:
+    """A format as param_groups keep it, given by name or as a torch.dtype. Raises ValueError."""
     if isinstance(value, torch.dtype):
         value = str(value).removeprefix("torch.")
     if isinstance(value, str):
         value = _ALIASES.get(value, value)
-    return checks.one_of(argument, value, DTYPES)
+    return checks.one_of(argument, value, options)
 
 
 def _known_states(argument: str, value: dict[str, Any], specs: Sequence[StateSpec]) -> None:
     names = [spec.name for spec in specs]
     for name in value:
         if name not in names:
-            raise ValueError(f"{argument}={value!r} names the state {name!r}; the states are {', '.join(names)}")
+            raise ValueError(
+                f"{argument}={value!r} names the state {name!r}; the states are {', '.join(names) or 'none'}"
+            )
 
 
 def normalize_dtype(value: Any, specs: Sequence[StateSpec]) -> str | dict[str, str]:
     """state_dtype as param_groups keep it: a name, or a name per state. Raises ValueError."""
-    if isinstance(value, dict):
-        _known_states("state_dtype", value, specs)
-        return {name: _dtype_name(item, f"state_dtype[{name!r}]") for name, item in value.items()}
-    return _dtype_name(value, "state_dtype")
+    if not isinstance(value, dict):
+        return format_name("state_dtype", value)
+    _known_states("state_dtype", value, specs)
+    named = {name: format_name(f"state_dtype[{name!r}]", item) for name, item in value.items()}
+    for spec in specs:
+        if spec.unquantized and named.get(spec.name) == EIGHT_BIT:
+            raise ValueError(
+                f"state_dtype[{spec.name!r}]='8bit' is not possible: {spec.unquantized}; use 'float32' or 'bfloat16'"
+            )
+    return named
 
 
 def normalize_rounding(value: Any, specs: Sequence[StateSpec]) -> str | dict[str, str] | None:
@@ -68,7 +100,7 @@ def normalize_rounding(value: Any, specs: Sequence[StateSpec]) -> str | dict[str
 
 
 def rounding_of(spec: StateSpec, state_rounding: str | dict[str, str] | None) -> str:
-    """How a state is rounded when it is stored in 16 bits: stochastically unless told otherwise."""
+    """How a state is rounded when it is stored in 16 or 8 bits: stochastically unless told otherwise."""
     default = "nearest" if spec.is_maximum else "stochastic"
     if isinstance(state_rounding, dict):
         return state_rounding.get(spec.name, default)
@@ -80,81 +112,60 @@ def keeps_own_precision(param: Tensor) -> bool:
     return param.dtype in (torch.float64, torch.complex64, torch.complex128)
 
 
-def requested_dtype(spec: StateSpec, state_dtype: str | dict[str, str]) -> torch.dtype:
-    """The dtype that a group asks for a state."""
-    return DTYPES[state_dtype.get(spec.name, "float32") if isinstance(state_dtype, dict) else state_dtype]
+def requested_format(spec: StateSpec, state_dtype: str | dict[str, str]) -> str:
+    """The format that a group asks for a state."""
+    return state_dtype.get(spec.name, "float32") if isinstance(state_dtype, dict) else state_dtype
 
 
-def stored_dtype(spec: StateSpec, state_dtype: str | dict[str, str], param: Tensor) -> torch.dtype:
-    """The dtype that a state of a parameter is stored in."""
-    return param.dtype if keeps_own_precision(param) else requested_dtype(spec, state_dtype)
+def why_not_quantized(spec: StateSpec, group: dict[str, Any], param: Tensor) -> str:
+    """Why a state of a parameter that 8 bits are asked for is kept in float32; empty if it is not.
 
-
-@dataclass(frozen=True)
-class Request:
-    """A zeroed tensor that is wanted."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-_SLAB_BYTES = 1 << 25  # a slab's size; large enough for huge pages to matter
-_POOLED_BYTES = 1 << 18  # tensors up to this size share slabs
-_ALIGNMENT = 64  # bytes, a cache line
-
-
-def allocate(requests: Iterable[Request]) -> list[Tensor]:
-    """Zeroed tensors, in the order asked for.
-
-    On the CPU small tensors of a dtype share slabs of memory: thousands of separate ones would be spread
-    over as many pages, and looking at them costs more than stepping them. Memory is zeroed by all threads,
-    on huge pages where the system grants them.
+    Decided by the global shape alone, so that it does not hang on how a parameter is sharded.
     """
-    requests = list(requests)
-    tensors: list[Tensor | None] = [None] * len(requests)
-    pooled: dict[torch.dtype, list[int]] = {}
-    for i, request in enumerate(requests):
-        size = request.shape.numel() * request.dtype.itemsize
-        if request.device.type != "cpu":
-            tensors[i] = torch.zeros(request.shape, dtype=request.dtype, device=request.device)
-        elif size > _POOLED_BYTES:
-            tensors[i] = _zeroed(request.shape, request.dtype)
-        else:
-            pooled.setdefault(request.dtype, []).append(i)
-    for dtype, members in pooled.items():
-        for slab_members in _slabs(requests, members):
-            slots = [_slot(requests[i]) for i in slab_members]
-            slab = _zeroed(torch.Size([sum(slots)]), dtype).untyped_storage()
-            offset = 0
-            for i, slot in zip(slab_members, slots):
-                # set_ makes a tensor of its own over the slab, not a view with the bookkeeping of one
-                tensors[i] = torch.empty(0, dtype=dtype).set_(slab, offset, requests[i].shape)  # type: ignore[call-overload]
-                offset += slot
-    return tensors  # type: ignore[return-value]
+    if spec.unquantized:
+        return spec.unquantized
+    shape = param.shape
+    if len(shape) < 2:
+        return f"{len(shape)}-dimensional"
+    if shape.numel() < group["min_quantized_numel"]:
+        return f"fewer than {group['min_quantized_numel']} elements"
+    if shape[1:].numel() < BLOCK:
+        return f"rows shorter than {BLOCK} elements"
+    return ""
 
 
-def _slot(request: Request) -> int:
-    """Elements that a pooled tensor takes up, padding included."""
-    per_line = _ALIGNMENT // request.dtype.itemsize
-    return -(-max(1, request.shape.numel()) // per_line) * per_line
+def stored_format(spec: StateSpec, group: dict[str, Any], param: Tensor) -> str | torch.dtype:
+    """How a state of a parameter is stored: one of FORMATS, or its own dtype."""
+    if keeps_own_precision(param):
+        return param.dtype
+    wanted = requested_format(spec, group["state_dtype"])
+    return "float32" if wanted == EIGHT_BIT and why_not_quantized(spec, group, param) else wanted
 
 
-def _slabs(requests: Sequence[Request], members: Sequence[int]) -> Iterable[list[int]]:
-    """Splits pooled tensors into runs of at most a slab."""
-    run: list[int] = []
-    held = 0
-    for i in members:
-        size = _slot(requests[i]) * requests[i].dtype.itemsize
-        if run and held + size > _SLAB_BYTES:
-            yield run
-            run, held = [], 0
-        run.append(i)
-        held += size
-    yield run
+class Slot(NamedTuple):
+    """A tensor of a parameter's state.
+
+    Attributes:
+        key: Its key.
+        shape: Of what is held here.
+        global_shape: Of the whole, where the parameter is sharded.
+        dtype: Its dtype.
+    """
+
+    key: str
+    shape: torch.Size
+    global_shape: torch.Size
+    dtype: torch.dtype
 
 
-def _zeroed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    _core.zero(data=tensor.data_ptr(), bytes=tensor.numel() * dtype.itemsize, threads=torch.get_num_threads())
-    return tensor
+def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor) -> list[Slot]:
+    """The tensors that store a state of a parameter."""
+    local = sharding.local(param).shape
+    stored = stored_format(spec, group, param)
+    if stored != EIGHT_BIT:
+        dtype = stored if isinstance(stored, torch.dtype) else DTYPES[stored]
+        return [Slot(spec.name, local, param.shape, dtype)]
+    return [
+        Slot(spec.codes, local, param.shape, torch.uint8),
+        Slot(spec.scales, scales_shape(local), scales_shape(param.shape), torch.uint8),
+    ]

@@ -5,7 +5,6 @@
 // cut changes a bit of the result: rules are element-wise and random bits hang on the element's index.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -23,15 +22,17 @@ struct ChunkPlan {
 };
 
 // Lists the chunks of tensors whose sizes `numel_of(i)` gives, none longer than `chunk_length`, in
-// order, and closes an item as soon as it holds at least `item_length` elements.
-template <class NumelOf>
-ChunkPlan plan_chunks(int64_t tensors, NumelOf numel_of, int64_t chunk_length, int64_t item_length) {
+// order, and closes an item as soon as it holds at least `item_length` elements. Tensor i may be cut at
+// `cut_of(i, position)`, which is at most `position` and less than a chunk before it.
+template <class NumelOf, class CutOf>
+ChunkPlan plan_chunks(int64_t tensors, NumelOf numel_of, CutOf cut_of, int64_t chunk_length, int64_t item_length) {
   ChunkPlan plan;
   int64_t held = 0;
   for (int64_t i = 0; i < tensors; ++i) {
     const int64_t numel = numel_of(i);
-    for (int64_t begin = 0; begin < numel; begin += chunk_length) {
-      const int64_t length = std::min(chunk_length, numel - begin);
+    for (int64_t begin = 0, end; begin < numel; begin = end) {
+      end = begin + chunk_length < numel ? cut_of(i, begin + chunk_length) : numel;
+      const int64_t length = end - begin;
       plan.chunks.push_back({begin, static_cast<int32_t>(length), static_cast<int32_t>(i)});
       held += length;
       if (held >= item_length) {

@@ -7,17 +7,46 @@ namespace fusedopt {
 
 constexpr int kMaxStates = 4;
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3, kInt8 = 4, kInt16 = 5 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16:
+      return 2;
+    case DType::kUInt8:
+    case DType::kInt8:
+      return 1;
+  }
+  return 0;
+}
 
 enum class Rounding : int32_t { kNearest = 0, kStochastic = 1 };
 
-// A flat run of numbers in memory and how it is encoded.
+// What a 16-bit parameter keeps beside itself so that small updates are not lost (storage/master.h).
+enum class Master : int32_t { kNone = 0, kKahan = 1, kSplit24 = 2, kSplit32 = 3, kFloat32 = 4 };
+
+// A flat run of numbers in memory and how it is encoded. kUInt8 are the codes of storage/blockwise8.h.
 struct Buffer {
   void* data = nullptr;
+  uint8_t* scales = nullptr;  // of codes: one for each block
   DType dtype = DType::kFloat32;
   Rounding rounding = Rounding::kNearest;
+  bool is_signed = true;  // codes of numbers of both signs
+
+  bool is_blockwise() const { return dtype == DType::kUInt8; }
+};
+
+// What a step counts of a tensor when it is asked to.
+struct HealthCounts {
+  int64_t stalled = 0;           // elements with a gradient other than 0 whose stored weight stayed as it was
+  int64_t nonfinite_grads = 0;   // elements of the gradient that are inf or NaN
+  int64_t codes = 0;             // 8-bit codes written
+  int64_t saturated_codes = 0;   // of them, at the end of their range
+  int64_t nonfinite_blocks = 0;  // blocks of codes that hold inf or NaN
 };
 
 // One parameter of a step.
@@ -25,8 +54,11 @@ struct TensorDesc {
   Buffer param;
   Buffer grad;  // only read
   Buffer states[kMaxStates];
+  Buffer master;  // as `master_format` says
+  Master master_format = Master::kNone;
   float* step = nullptr;    // steps taken so far, on the host; the step increments it
   int64_t numel = 0;        // elements held here
+  int64_t row = 0;          // blocks of codes do not cross multiples of this many elements
   int64_t first_index = 0;  // index of the first of them in the global tensor, for random bits
   int32_t group = 0;        // which GroupDesc steps it
   int64_t position = 0;     // within its group: reductions go in list order

@@ -11,6 +11,7 @@
 #include "core/chunks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "storage/blockwise8.h"
 #include "storage/random.h"
 
 namespace fusedopt::cpu {
@@ -87,7 +88,7 @@ Contexts derive_all(const std::vector<TensorDesc>& tensors, const std::vector<Gr
       Derived& derived = result.derived.emplace_back();
       rules()[group.rule].derive(group.config, step, derived.hyper);
       derived.context.grad_multiplier = static_cast<float>(group.grad_multiplier);
-      for (uint32_t k = 0; k < 2; ++k) derived.context.stream_keys[k] = stream_key(group.seed, step, k);
+      for (uint32_t k = 0; k < 3; ++k) derived.context.stream_keys[k] = stream_key(group.seed, step, k);
     }
     result.of_tensor.push_back(held);
   }
@@ -108,7 +109,32 @@ void for_each_chunk(const ChunkPlan& plan, int threads, const Body& body) {
 
 ChunkPlan plan_reduction(const std::vector<TensorDesc>& tensors) {
   return plan_chunks(
-      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; }, kReductionChunk, kStepChunk);
+      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; },
+      [](int64_t, int64_t position) { return position; }, kReductionChunk, kStepChunk);
+}
+
+ChunkPlan plan_step(const std::vector<TensorDesc>& tensors) {
+  const auto last_block = [&](int64_t i, int64_t position) {
+    const int64_t row = tensors[i].row;  // 0 if there are no rows to speak of
+    return row == 0 ? position : position - position % row % kBlock;
+  };
+  return plan_chunks(
+      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; }, last_block, kStepChunk,
+      kStepChunk);
+}
+
+// Chunks of one tensor may be counted by several threads at once.
+void add_counts(HealthCounts& total, const HealthCounts& counts) {
+#if defined(_OPENMP)
+#pragma omp critical(fusedopt_health)
+#endif
+  {
+    total.stalled += counts.stalled;
+    total.nonfinite_grads += counts.nonfinite_grads;
+    total.codes += counts.codes;
+    total.saturated_codes += counts.saturated_codes;
+    total.nonfinite_blocks += counts.nonfinite_blocks;
+  }
 }
 
 }  // namespace
@@ -123,15 +149,21 @@ std::vector<std::string> available_isas() {
 
 std::string selected_isa() { return select().name; }
 
-void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads) {
+void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads,
+          HealthCounts* health) {
   const Kernels& kernels = *select().kernels;
   const Contexts contexts = derive_all(tensors, groups);
-  const ChunkPlan plan = plan_chunks(
-      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; }, kStepChunk, kStepChunk);
-  for_each_chunk(plan, threads, [&](int64_t, const Chunk& chunk) {
+  for_each_chunk(plan_step(tensors), threads, [&](int64_t, const Chunk& chunk) {
     const TensorDesc& tensor = tensors[chunk.tensor];
     const Derived& derived = contexts.derived[contexts.of_tensor[chunk.tensor]];
-    kernels.step[groups[tensor.group].rule](tensor, derived.context, chunk.begin, chunk.length);
+    const StepFn step_chunk = kernels.step[groups[tensor.group].rule];
+    if (health == nullptr) {
+      step_chunk(tensor, derived.context, chunk.begin, chunk.length, nullptr);
+    } else {
+      HealthCounts counts;
+      step_chunk(tensor, derived.context, chunk.begin, chunk.length, &counts);
+      add_counts(health[chunk.tensor], counts);
+    }
   });
   for (const TensorDesc& tensor : tensors) *tensor.step += 1.0f;
 }

@@ -17,8 +17,10 @@ std::vector<std::string> available_isas();
 // names one that is unknown or that this machine cannot run. Read anew by every call.
 std::string selected_isa();
 
-// Takes one step: applies each tensor's rule and adds one to its step count.
-void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads);
+// Takes one step: applies each tensor's rule and adds one to its step count. `health` is null or has one
+// element for each tensor, to which counts are added.
+void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads,
+          HealthCounts* health);
 
 // How many sums square_sums writes: one for every reduction chunk of every gradient, in order.
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors);

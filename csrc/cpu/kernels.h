@@ -11,10 +11,13 @@ namespace fusedopt {
 struct StepContext {
   const void* hyper;        // the rule's Hyper
   float grad_multiplier;    // +- inverse loss scale x clip coefficient
-  uint32_t stream_keys[2];  // random bits of states 0, 1 and of states 2, 3
+  uint32_t stream_keys[3];  // random bits of states 0 and 1, of states 2 and 3, of the parameter
 };
 
-using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length);
+constexpr int kParamStream = 2;
+
+// `health` is null or takes counts of the chunk. Chunks begin and end where blocks do.
+using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length, HealthCounts* health);
 using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 
 constexpr int kMaxRules = 32;

@@ -3,7 +3,8 @@
 // fusedopt/reference/norm.py does the same additions and also adds up the chunks.
 #pragma once
 
-#include "cpu/tile.inl"
+#include "cpu/formats.inl"
+#include "cpu/kernels.h"
 
 namespace fusedopt {
 namespace {

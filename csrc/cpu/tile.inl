@@ -3,139 +3,128 @@
 // rules add here, they do not multiply.
 #pragma once
 
-#include "core/portable.h"
+#include "cpu/formats.inl"
+#include "cpu/health.inl"
 #include "cpu/kernels.h"
 #include "rules/all.h"
-#include "storage/dense.h"
-#include "storage/random.h"
 
 namespace fusedopt {
 namespace {
 
-constexpr int kTile = 256;       // elements; 512 measured 30 % slower for 16-bit formats
-constexpr int kLine = 16;        // fp32 elements of a cache line
-constexpr int kPrefetch = 2048;  // bytes ahead of the load; 1 to 4 KiB measured alike
-
-// Asks for the line that lies kPrefetch bytes ahead, which may be past the end: a prefetch never faults.
-FUSEDOPT_FN void prefetch(const void* address) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + kPrefetch));
-}
-
-template <class Format>
-void decode_tile(const uint16_t* source, float* target, int n) {
-  for (int i = 0; i < n; i += 2 * kLine) prefetch(source + i);
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) target[i] = Format::decode(source[i]);
-}
-
-template <class Format>
-void encode_tile(const float* source, uint16_t* target, int n) {
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) target[i] = Format::encode_nearest(source[i]);
-}
-
-template <class Format, int kHalf>
-void encode_tile(const float* source, uint16_t* target, int n, const uint32_t* random) {
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) target[i] = Format::encode_stochastic(source[i], half_of(random[i], kHalf));
-}
-
-// The fp32 values of n elements from `begin`: memory itself if it is fp32, else `tile`, decoded.
-float* load(const Buffer& buffer, int64_t begin, int n, float* tile) {
-  const uint16_t* source = static_cast<const uint16_t*>(buffer.data) + begin;
-  switch (buffer.dtype) {
-    case DType::kFloat32:
-      return static_cast<float*>(buffer.data) + begin;
-    case DType::kBFloat16:
-      decode_tile<BFloat16>(source, tile, n);
-      return tile;
-    case DType::kFloat16:
-      decode_tile<Float16>(source, tile, n);
-      return tile;
-  }
-  return tile;
-}
-
-template <class Format>
-void encode_as(Rounding rounding, const float* values, uint16_t* target, int n, const uint32_t* random, int half) {
-  if (rounding == Rounding::kNearest) {
-    encode_tile<Format>(values, target, n);
-  } else if (half == 0) {
-    encode_tile<Format, 0>(values, target, n, random);
-  } else {
-    encode_tile<Format, 1>(values, target, n, random);
-  }
-}
-
-// Writes back what load gave; nothing to do where it was memory itself.
-void store(const Buffer& buffer, int64_t begin, int n, const float* values, const uint32_t* random, int half) {
-  uint16_t* target = static_cast<uint16_t*>(buffer.data) + begin;
-  if (buffer.dtype == DType::kBFloat16) encode_as<BFloat16>(buffer.rounding, values, target, n, random, half);
-  if (buffer.dtype == DType::kFloat16) encode_as<Float16>(buffer.rounding, values, target, n, random, half);
-}
+// Arrays of states have at least one element; C++ has no empty ones.
+template <class Rule>
+constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;
 
 template <class Rule, int kCount>
-FUSEDOPT_FN void update_run(float* p, const float* g, float* const (&s)[Rule::kStates], int begin, float multiplier,
-                            const typename Rule::Hyper& hyper) {
+FUSEDOPT_FN void update_run(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int begin,
+                            float multiplier, const typename Rule::Hyper& hyper) {
 #pragma GCC ivdep
   for (int i = begin; i < begin + kCount; ++i) {
     float param = p[i];
-    float state[Rule::kStates];
+    float state[kSlots<Rule>];
     for (int k = 0; k < Rule::kStates; ++k) state[k] = s[k][i];
-    Rule::update(param, g[i] * multiplier, state, hyper);
+    [[maybe_unused]] const float root = Rule::update(param, g[i] * multiplier, state, hyper);
     p[i] = param;
     for (int k = 0; k < Rule::kStates; ++k) s[k][i] = state[k];
+    if (roots != nullptr) roots[i] = root;
   }
 }
 
+// `roots` is null or, if the rule has the root of a state at hand, takes it.
 template <class Rule>
-void update_tile(float* p, const float* g, float* const (&s)[Rule::kStates], int n, float multiplier,
-                 const typename Rule::Hyper& hyper) {
+FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int n,
+                             float multiplier, const typename Rule::Hyper& hyper) {
   int i = 0;
   for (; i + kLine <= n; i += kLine) {
     prefetch(p + i);
     prefetch(g + i);
     for (int k = 0; k < Rule::kStates; ++k) prefetch(s[k] + i);
-    update_run<Rule, kLine>(p, g, s, i, multiplier, hyper);
+    update_run<Rule, kLine>(p, g, s, roots, i, multiplier, hyper);
   }
-  for (; i < n; ++i) update_run<Rule, 1>(p, g, s, i, multiplier, hyper);
+  for (; i < n; ++i) update_run<Rule, 1>(p, g, s, roots, i, multiplier, hyper);
 }
 
-template <class Rule>
-void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length) {
-  alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[Rule::kStates][kTile];
+// How many elements from `at` on make a tile: to the end of the chunk and, where there are blocks, of the row.
+FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool has_blocks, int64_t at, int64_t end) {
+  int64_t n = end - at < kTile ? end - at : kTile;
+  if (has_blocks) {
+    const int64_t left = at < tensor.row ? tensor.row - at : tensor.row - at % tensor.row;
+    if (n > left) n = left;
+  }
+  return static_cast<int>(n);
+}
+
+// The random bits of n elements from `index` of the global tensor.
+void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
+  for (int done = 0; done < n;) {
+    const uint32_t lo = static_cast<uint32_t>(index);
+    const uint32_t key = key_at(stream_key, static_cast<uint32_t>(index >> 32));
+    const uint64_t until_wrap = (uint64_t{1} << 32) - lo;  // there the key changes
+    const int count = until_wrap < static_cast<uint64_t>(n - done) ? static_cast<int>(until_wrap) : n - done;
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) random[done + i] = random_bits(lo + static_cast<uint32_t>(i), key);
+    done += count;
+    index += static_cast<uint64_t>(count);
+  }
+}
+
+template <class Rule, bool kHasBlocks>
+void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                HealthCounts* health) {
+  alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[kSlots<Rule>][kTile], spare[kTile], before[kTile];
   alignas(64) uint32_t random[kTile];
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
+  const bool draws_for_param = tensor.param.rounding == Rounding::kStochastic;
 
   const int64_t end = begin + length;
   for (int64_t at = begin; at < end;) {
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
-    const uint32_t lo = static_cast<uint32_t>(index);
-    const uint32_t hi = static_cast<uint32_t>(index >> 32);
-    int n = static_cast<int>(end - at < kTile ? end - at : kTile);
-    const uint64_t until_wrap = (uint64_t{1} << 32) - lo;  // random keys change where lo wraps
-    if (static_cast<uint64_t>(n) > until_wrap) n = static_cast<int>(until_wrap);
+    const int n = tile_length(tensor, kHasBlocks, at, end);
 
-    float* p = load(tensor.param, at, n, param_tile);
+    float* p = load_param(tensor, at, n, param_tile, spare);
     const float* g = load(tensor.grad, at, n, grad_tile);
-    float* s[Rule::kStates];
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = load(tensor.states[k], at, n, state_tiles[k]);
+    float* s[kSlots<Rule>];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      s[k] = load_state(tensor.states[k], tensor.row, at, n, state_tiles[k]);
+    }
 
-    update_tile<Rule>(p, g, s, n, context.grad_multiplier, hyper);
+    if (health != nullptr) memcpy(before, p, sizeof(float) * static_cast<size_t>(n));
 
-    store(tensor.param, at, n, p, nullptr, 0);
+    constexpr bool kKeepRoots = kHasBlocks && Rule::kRooted >= 0;
+    update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
+
+    BlockScale found[kSlots<Rule>][kTile / kBlock];
+    if constexpr (kHasBlocks) {
+      for (int k = 0; k < Rule::kStates; ++k) prepare_state(tensor.states[k], tensor.row, at, n, s[k], found[k]);
+    }
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
       const Buffer& state = tensor.states[k];
       if (state.rounding == Rounding::kStochastic && stream_held != k / 2) {
         stream_held = k / 2;
-        const uint32_t key = key_at(context.stream_keys[k / 2], hi);
-#pragma GCC ivdep
-        for (int i = 0; i < n; ++i) random[i] = random_bits(lo + static_cast<uint32_t>(i), key);
+        draw(context.stream_keys[stream_held], index, n, random);
       }
-      store(state, at, n, s[k], random, k & 1);
+      store_state(state, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, found[k], random, k & 1);
+    }
+    if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
+    store_param(tensor, at, n, p, spare, random);
+    if (health != nullptr) {
+      count_stalled(before, load_param(tensor, at, n, param_tile, spare), g, n, *health);
+      for (int k = 0; k < Rule::kStates; ++k) count_codes(tensor.states[k], tensor.row, at, n, *health);
     }
     at += n;
+  }
+}
+
+template <class Rule>
+void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                HealthCounts* health) {
+  bool has_blocks = false;
+  for (int k = 0; k < Rule::kStates; ++k) has_blocks |= tensor.states[k].is_blockwise();
+  if (has_blocks) {
+    step_tiles<Rule, true>(tensor, context, begin, length, health);
+  } else {
+    step_tiles<Rule, false>(tensor, context, begin, length, health);
   }
 }
 

@@ -39,7 +39,7 @@ struct ExchangeApi {
   void* current_work_stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 
 }  // namespace dlpack
 
@@ -75,12 +75,19 @@ bool read_through_exchange(PyObject* object, TensorView& view) {
     return false;
   }
   if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1 || !is_contiguous(tensor)) return false;
-  if (tensor.dtype.code == dlpack::kFloat && tensor.dtype.bits == 32) {
+  const auto is = [&](uint8_t code, int bits) { return tensor.dtype.code == code && tensor.dtype.bits == bits; };
+  if (is(dlpack::kFloat, 32)) {
     view.dtype = DType::kFloat32;
-  } else if (tensor.dtype.code == dlpack::kBfloat && tensor.dtype.bits == 16) {
+  } else if (is(dlpack::kBfloat, 16)) {
     view.dtype = DType::kBFloat16;
-  } else if (tensor.dtype.code == dlpack::kFloat && tensor.dtype.bits == 16) {
+  } else if (is(dlpack::kFloat, 16)) {
     view.dtype = DType::kFloat16;
+  } else if (is(dlpack::kUInt, 8)) {
+    view.dtype = DType::kUInt8;
+  } else if (is(dlpack::kInt, 8)) {
+    view.dtype = DType::kInt8;
+  } else if (is(dlpack::kInt, 16)) {
+    view.dtype = DType::kInt16;
   } else {
     return false;
   }

@@ -5,13 +5,19 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "storage/blockwise8.h"
 
 namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
 
-Buffer buffer_of(const TensorView& view) { return {view.data, view.dtype, Rounding::kNearest}; }
+Buffer buffer_of(const TensorView& view) {
+  Buffer buffer;
+  buffer.data = view.data;
+  buffer.dtype = view.dtype;
+  return buffer;
+}
 
 int find_rule(const std::string& name) {
   for (size_t i = 0; i < rules().size(); ++i) {
@@ -20,7 +26,39 @@ int find_rule(const std::string& name) {
   throw py::value_error("the core has no rule '" + name + "'");
 }
 
-py::object interned(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+py::object interned(const std::string& text) {
+  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
+}
+
+bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+}
+
+// How many elements of a parameter lie in a row that blocks of codes do not cross.
+int64_t row_of(const TensorView& param) { return param.ndim < 2 || param.numel == 0 ? 0 : param.numel / param.shape[0]; }
+
+bool is_scales_of(const TensorView& scales, const TensorView& param) {
+  const int64_t row = row_of(param);
+  return row > 0 && scales.dtype == DType::kUInt8 && scales.ndim == 2 && scales.shape[0] == param.shape[0] &&
+         scales.shape[1] == (row + kBlock - 1) / kBlock;
+}
+
+// Whether a tensor's dtype is the one in which a master of this kind keeps what a parameter cannot.
+bool is_master_dtype(Master master, DType dtype) {
+  switch (master) {
+    case Master::kKahan:
+      return is_float(dtype);
+    case Master::kSplit24:
+      return dtype == DType::kInt8;
+    case Master::kSplit32:
+      return dtype == DType::kInt16;
+    case Master::kFloat32:
+      return dtype == DType::kFloat32;
+    case Master::kNone:
+      return false;
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -34,7 +72,8 @@ void TensorTable::clear() {
 void TensorTable::forget() { records_.clear(); }
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                            const std::vector<int>& roundings) {
+                            const std::vector<int>& roundings, const std::vector<bool>& is_signed, int rounding,
+                            int master, const std::string& master_key) {
   Group group;
   group.desc.rule = find_rule(rule);
   group.desc.seed = seed;
@@ -48,13 +87,18 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
   if (config.size() != info.fields.size()) {
     throw py::type_error("rule '" + rule + "' was given a hyperparameter that it does not have");
   }
-  if (roundings.size() != static_cast<size_t>(info.states)) {
+  const size_t states = static_cast<size_t>(info.states);
+  if (roundings.size() != states || is_signed.size() != states) {
     throw py::value_error("rule '" + rule + "' has " + std::to_string(info.states) + " states");
   }
-  for (int k = 0; k < info.states; ++k) {
-    group.roundings.push_back(static_cast<Rounding>(roundings[k]));
-    group.state_keys.push_back(interned(info.state_names[k]));
+  for (size_t k = 0; k < states; ++k) {
+    const std::string name = info.state_names[k];
+    group.states.push_back({static_cast<Rounding>(roundings[k]), is_signed[k], interned(name), interned(name + "_codes"),
+                            interned(name + "_scales")});
   }
+  group.rounding = static_cast<Rounding>(rounding);
+  group.master = static_cast<Master>(master);
+  group.master_key = interned(master_key);
   groups_.push_back(std::move(group));
 }
 
@@ -67,41 +111,103 @@ void TensorTable::Record::prefetch(size_t state_count) const {
   grad.prefetch();
   step.place.prefetch();
   for (size_t k = 0; k < state_count; ++k) states[k].place.prefetch();
+  // Without these objects there is nothing at their places.
+  for (size_t k = 0; k < state_count && scales[k].object; ++k) scales[k].place.prefetch();
+  if (master.object) master.place.prefetch();
 }
 
-bool TensorTable::append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states,
-                         PyObject* step, int64_t first_index, Record& record) {
-  const std::vector<Rounding>& roundings = groups_[group].roundings;
-  TensorView param_view, view;
-  TensorDesc desc;
-  if (!read_tensor(param, param_view)) return false;
-  desc.param = buffer_of(param_view);
-  // A lazily negated parameter is a rarity, and looked for when a parameter is first met only.
-  if (record.param.object != param && is_negated(param)) return false;
-  record.param = {param, param_view.shape};
-  if (!read_tensor(grad, view) || is_negated(grad) || !same_shape(view, param_view)) return false;
-  desc.grad = buffer_of(view);
-  record.grad = {grad, view.shape};
-  const size_t count = roundings.size();
-  for (size_t k = 0; k < count; ++k) {
-    Known& known = record.states[k];
-    if (!known.still(states[k], param_view.numel)) {
-      if (!read_tensor(states[k], view) || !same_shape(view, param_view)) return false;
-      known = {py::reinterpret_borrow<py::object>(states[k]), buffer_of(view), view.numel, {states[k], view.shape}};
-    }
-    desc.states[k] = known.buffer;
-    if (desc.states[k].dtype != DType::kFloat32) desc.states[k].rounding = roundings[k];
+bool TensorTable::append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param,
+                               Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer) {
+  TensorView view;
+  if (!known.still(object, param.numel)) {
+    if (!read_tensor(object, view) || !same_shape(view, param)) return false;
+    if (scales == nullptr ? !is_float(view.dtype) : view.dtype != DType::kUInt8) return false;
+    known = {py::reinterpret_borrow<py::object>(object), buffer_of(view), view.numel, {object, view.shape}};
   }
-  if (!record.step.still(step, 1)) {
-    if (!read_tensor(step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
-    record.step = {py::reinterpret_borrow<py::object>(step), buffer_of(view), 1, {step, view.shape}};
+  buffer = known.buffer;
+  if (buffer.dtype != DType::kFloat32) buffer.rounding = state.rounding;
+  buffer.is_signed = state.is_signed;
+  if (scales == nullptr) return !buffer.is_blockwise();
+  if (!buffer.is_blockwise()) return false;
+  const int64_t row = row_of(param);
+  const int64_t blocks = row == 0 ? 0 : param.shape[0] * ((row + kBlock - 1) / kBlock);
+  if (!known_scales.still(scales, blocks)) {
+    if (!read_tensor(scales, view) || !is_scales_of(view, param)) return false;
+    known_scales = {py::reinterpret_borrow<py::object>(scales), buffer_of(view), view.numel, {scales, view.shape}};
+  }
+  buffer.scales = static_cast<uint8_t*>(known_scales.buffer.data);
+  desc.row = row % kBlock == 0 ? param.numel : row;  // rows of whole blocks lie like one long row
+  return true;
+}
+
+bool TensorTable::append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
+                                TensorDesc& desc) {
+  const bool wanted = group.master != Master::kNone && param.dtype != DType::kFloat32;
+  if (!wanted) return true;
+  if (object == nullptr) return false;
+  if (param.dtype != DType::kBFloat16 && group.master != Master::kFloat32) return false;
+  if (!known.still(object, param.numel)) {
+    TensorView view;
+    if (!read_tensor(object, view) || !same_shape(view, param)) return false;
+    if (!is_master_dtype(group.master, view.dtype)) return false;
+    known = {py::reinterpret_borrow<py::object>(object), buffer_of(view), view.numel, {object, view.shape}};
+  }
+  desc.master = known.buffer;
+  desc.master_format = group.master;
+  return true;
+}
+
+bool TensorTable::append(int group_index, int64_t position, const Objects& objects, int64_t first_index,
+                         Record& record) {
+  const Group& group = groups_[group_index];
+  TensorView param, view;
+  TensorDesc desc;
+  if (!read_tensor(objects.param, param) || !is_float(param.dtype)) return false;
+  desc.param = buffer_of(param);
+  if (param.dtype != DType::kFloat32) desc.param.rounding = group.rounding;
+  // A lazily negated parameter is a rarity, and looked for when a parameter is first met only.
+  if (record.param.object != objects.param && is_negated(objects.param)) return false;
+  record.param = {objects.param, param.shape};
+  if (!read_tensor(objects.grad, view) || is_negated(objects.grad)) return false;
+  if (!is_float(view.dtype) || !same_shape(view, param)) return false;
+  desc.grad = buffer_of(view);
+  record.grad = {objects.grad, view.shape};
+  for (size_t k = 0; k < group.states.size(); ++k) {
+    if (!append_state(group.states[k], objects.states[k], objects.scales[k], param, record.states[k],
+                      record.scales[k], desc, desc.states[k])) {
+      return false;
+    }
+  }
+  if (!append_master(group, objects.master, param, record.master, desc)) return false;
+  if (!record.step.still(objects.step, 1)) {
+    if (!read_tensor(objects.step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
+    record.step = {py::reinterpret_borrow<py::object>(objects.step), buffer_of(view), 1, {objects.step, view.shape}};
   }
   desc.step = static_cast<float*>(record.step.buffer.data);
-  desc.numel = param_view.numel;
+  desc.numel = param.numel;
   desc.first_index = first_index;
-  desc.group = group;
+  desc.group = group_index;
   desc.position = position;
   tensors_.push_back(desc);
+  return true;
+}
+
+bool TensorTable::find_state(const Group& group, PyObject* held, Objects& objects) {
+  static PyObject* const kStep = PyUnicode_InternFromString("step");
+  if (held == nullptr || !PyDict_CheckExact(held)) return false;
+  objects.step = PyDict_GetItem(held, kStep);
+  if (objects.step == nullptr) return false;
+  for (size_t k = 0; k < group.states.size(); ++k) {
+    const State& state = group.states[k];
+    objects.states[k] = PyDict_GetItem(held, state.key.ptr());
+    objects.scales[k] = nullptr;
+    if (objects.states[k] != nullptr) continue;
+    objects.states[k] = PyDict_GetItem(held, state.codes_key.ptr());
+    objects.scales[k] = PyDict_GetItem(held, state.scales_key.ptr());
+    if (objects.states[k] == nullptr || objects.scales[k] == nullptr) return false;
+  }
+  // A parameter of 32 bits has none; append asks for what a 16-bit one needs.
+  objects.master = group.master == Master::kNone ? nullptr : PyDict_GetItem(held, group.master_key.ptr());
   return true;
 }
 
@@ -149,12 +255,11 @@ class StateEntries {
 
 std::vector<int64_t> TensorTable::collect(int group, const py::list& params, const py::dict& state) {
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
-  static PyObject* const kStep = PyUnicode_InternFromString("step");
   // A cold step waits for memory here: tensor objects lie scattered and each is visited once. So they are
   // asked for, where they lay last time, some parameters ahead.
   constexpr Py_ssize_t kAhead = 8;
-  const std::vector<py::object>& state_keys = groups_.at(group).state_keys;
-  const size_t state_count = state_keys.size();
+  const Group& settings = groups_.at(group);
+  const size_t state_count = settings.states.size();
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
   if (records_.size() < groups_.size()) records_.resize(groups_.size());
   std::vector<Record>& records = records_[group];
@@ -169,19 +274,10 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
 
-    PyObject* held = entries.find(param);
-    PyObject* step = nullptr;
-    PyObject* states[kMaxStates];
-    bool is_complete = held != nullptr && PyDict_CheckExact(held);
-    if (is_complete) {
-      step = PyDict_GetItem(held, kStep);
-      is_complete = step != nullptr;
-      for (size_t k = 0; k < state_count && is_complete; ++k) {
-        states[k] = PyDict_GetItem(held, state_keys[k].ptr());
-        is_complete = states[k] != nullptr;
-      }
-    }
-    if (is_complete && append(group, i, param, grad.ptr(), states, step, 0, records[i])) {
+    Objects objects;
+    objects.param = param;
+    objects.grad = grad.ptr();
+    if (find_state(settings, entries.find(param), objects) && append(group, i, objects, 0, records[i])) {
       alive_.push_back(std::move(grad));  // nothing else may hold it while it is read without the GIL
     } else {
       missed.push_back(i);
@@ -191,14 +287,23 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
 }
 
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
-                      py::handle step, int64_t first_index) {
-  if (states.size() != groups_.at(group).state_keys.size())
-    throw py::value_error("one tensor is needed for every state of the rule");
-  PyObject* pointers[kMaxStates];
-  for (size_t k = 0; k < states.size(); ++k) pointers[k] = PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(k));
+                      py::handle master, py::handle step, int64_t first_index) {
+  if (states.size() != groups_.at(group).states.size())
+    throw py::value_error("one tuple of tensors is needed for every state of the rule");
+  Objects objects;
+  objects.param = param.ptr();
+  objects.grad = grad.ptr();
+  objects.master = master.is_none() ? nullptr : master.ptr();
+  objects.step = step.ptr();
+  for (size_t k = 0; k < states.size(); ++k) {
+    const py::tuple tensors = states[k];
+    if (tensors.size() != 1 && tensors.size() != 2) throw py::value_error("a state is one tensor, or codes and scales");
+    objects.states[k] = PyTuple_GET_ITEM(tensors.ptr(), 0);
+    objects.scales[k] = tensors.size() == 2 ? PyTuple_GET_ITEM(tensors.ptr(), 1) : nullptr;
+  }
   Record unused;
-  if (!append(group, position, param.ptr(), grad.ptr(), pointers, step.ptr(), first_index, unused)) return false;
-  for (const py::handle tensor : {param, grad, step, py::handle(states)}) {
+  if (!append(group, position, objects, first_index, unused)) return false;
+  for (const py::handle tensor : {param, grad, step, master, py::handle(states)}) {
     alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
   }
   is_sorted_ = false;
@@ -213,15 +318,29 @@ void TensorTable::sort() {
   is_sorted_ = true;
 }
 
-void TensorTable::step(const std::vector<double>& grad_multipliers, int threads) const {
+py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) const {
   if (grad_multipliers.size() != groups_.size()) throw py::value_error("one gradient multiplier is needed per group");
   std::vector<GroupDesc> groups;
   for (size_t i = 0; i < groups_.size(); ++i) {
     groups.push_back(groups_[i].desc);
     groups.back().grad_multiplier = grad_multipliers[i];
   }
-  const py::gil_scoped_release released;
-  cpu::step(tensors_, groups, threads);
+  std::vector<HealthCounts> health(counts_health ? tensors_.size() : 0);
+  {
+    const py::gil_scoped_release released;
+    cpu::step(tensors_, groups, threads, counts_health ? health.data() : nullptr);
+  }
+  py::dict found;
+  for (size_t i = 0; i < health.size(); ++i) {
+    py::dict counts;
+    counts["stalled"] = health[i].stalled;
+    counts["nonfinite_grads"] = health[i].nonfinite_grads;
+    counts["codes"] = health[i].codes;
+    counts["saturated_codes"] = health[i].saturated_codes;
+    counts["nonfinite_blocks"] = health[i].nonfinite_blocks;
+    found[py::make_tuple(tensors_[i].group, tensors_[i].position)] = counts;
+  }
+  return found;
 }
 
 int64_t TensorTable::count_square_sums() const { return cpu::count_square_sums(tensors_); }

@@ -27,20 +27,24 @@ class TensorTable {
   void forget();
 
   // Adds the next param group. `config` names every hyperparameter of the rule; a missing or unknown name
-  // raises. `roundings` holds a Rounding for each state.
+  // raises. `roundings` holds a Rounding and `is_signed` a flag for each state, `rounding` is the parameters',
+  // `master` a Master and `master_key` its name in a parameter's state.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                 const std::vector<int>& roundings);
+                 const std::vector<int>& roundings, const std::vector<bool>& is_signed, int rounding, int master,
+                 const std::string& master_key);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
   // those that have a gradient and do not fit, for the caller to look at more closely.
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
 
-  // Adds one parameter given tensor by tensor; returns false if it does not fit.
+  // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
+  // codes and scales. Returns false if it does not fit.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
-           pybind11::handle step, int64_t first_index);
+           pybind11::handle master, pybind11::handle step, int64_t first_index);
 
-  void step(const std::vector<double>& grad_multipliers, int threads) const;
+  // Steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
+  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) const;
   int64_t count_square_sums() const;
   void square_sums(uintptr_t sums, int threads);
   size_t size() const { return tensors_.size(); }
@@ -57,18 +61,38 @@ class TensorTable {
   // What is known of the parameter at one position of a group.
   struct Record {
     Place param, grad;
-    std::array<Known, kMaxStates> states;
-    Known step;
+    std::array<Known, kMaxStates> states, scales;
+    Known master, step;
     void prefetch(size_t state_count) const;
+  };
+  struct State {
+    Rounding rounding;
+    bool is_signed;
+    pybind11::object key, codes_key, scales_key;  // its names in a parameter's state, interned
   };
   struct Group {
     GroupDesc desc;
-    std::vector<Rounding> roundings;           // of its states
-    std::vector<pybind11::object> state_keys;  // their names, interned
+    std::vector<State> states;
+    Rounding rounding = Rounding::kNearest;  // of parameters
+    Master master = Master::kNone;
+    pybind11::object master_key;
+  };
+  // The Python objects of one parameter. `scales[k]` is null where state k is dense, `master` where there is none.
+  struct Objects {
+    PyObject* param = nullptr;
+    PyObject* grad = nullptr;
+    std::array<PyObject*, kMaxStates> states{}, scales{};
+    PyObject* master = nullptr;
+    PyObject* step = nullptr;
   };
 
-  bool append(int group, int64_t position, PyObject* param, PyObject* grad, PyObject* const* states, PyObject* step,
-              int64_t first_index, Record& record);
+  // Finds a parameter's state in its dict; false if something is missing.
+  static bool find_state(const Group& group, PyObject* held, Objects& objects);
+  bool append(int group, int64_t position, const Objects& objects, int64_t first_index, Record& record);
+  static bool append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param,
+                           Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer);
+  static bool append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
+                            TensorDesc& desc);
   void sort();
 
   std::vector<Group> groups_;

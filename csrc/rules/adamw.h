@@ -24,6 +24,8 @@ struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
+  static constexpr int kRooted = kAmsgrad ? -1 : 1;
+
   struct Config {
     double lr, beta1, beta2, eps, weight_decay;
   };
@@ -54,7 +56,7 @@ struct Adam {
     };
   }
 
-  static FUSEDOPT_FN void update(float& p, float g, float (&s)[kStates], const Hyper& h) {
+  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
     if constexpr (kL2) {
       g = g + h.weight_decay * p;
     } else {
@@ -66,7 +68,9 @@ struct Adam {
     exp_avg_sq = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
     float second = exp_avg_sq;
     if constexpr (kAmsgrad) second = s[2] = maximum(s[2], exp_avg_sq);
-    p = p - h.step_size * (exp_avg / (root(second) / h.sqrt_bias2 + h.eps));
+    const float rooted = root(second);
+    p = p - h.step_size * (exp_avg / (rooted / h.sqrt_bias2 + h.eps));
+    return rooted;
   }
 };
 

@@ -1,10 +1,25 @@
 // The only list of rules: X(name, type). `name` is what Python asks for.
 #pragma once
 
+#include "rules/adagrad.h"
 #include "rules/adamw.h"
+#include "rules/ademamix.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
-#define FUSEDOPT_RULES(X)        \
-  X(adamw, AdamW)                \
-  X(adamw_amsgrad, AdamWAmsgrad) \
-  X(adam, AdamL2)                \
-  X(adam_amsgrad, AdamL2Amsgrad)
+#define FUSEDOPT_RULES(X)                               \
+  X(adamw, AdamW)                                       \
+  X(adamw_amsgrad, AdamWAmsgrad)                        \
+  X(adam, AdamL2)                                       \
+  X(adam_amsgrad, AdamL2Amsgrad)                        \
+  X(lion, Lion)                                         \
+  X(ademamix, AdEMAMix)                                 \
+  X(rmsprop, RMSprop)                                   \
+  X(rmsprop_momentum, RMSpropMomentum)                  \
+  X(rmsprop_centered, RMSpropCentered)                  \
+  X(rmsprop_centered_momentum, RMSpropCenteredMomentum) \
+  X(adagrad, Adagrad)                                   \
+  X(sgd, SGD)                                           \
+  X(sgd_momentum, SGDMomentum)                          \
+  X(sgd_nesterov, SGDNesterov)

@@ -8,12 +8,15 @@
 //   static constexpr ConfigField kFields[];             Config's members by name
 //   struct Hyper { float ...; };         what the equation needs, derived once per step
 //   static Hyper derive(const Config&, int64_t step);   step counts from 1
-//   static void update(float& p, float g, float (&s)[kStates], const Hyper&);
+//   static constexpr int kRooted;        a state whose square root update has at hand, or -1
+//   static float update(float& p, float g, float* s, const Hyper&);
+//                                        returns that root, of the new state; 0 if there is none
 //
 // derive computes in double and rounds each result to fp32 once. update computes in fp32 with IEEE
 // add, mul, div and sqrt in the order its header states; nothing is contracted, so every instruction
 // set and device gives the same bits. g arrives multiplied by +-(inverse loss scale x clip
-// coefficient), negative to maximize. Storage, threads and launches are other rooms.
+// coefficient), negative to maximize. Roots are what bounds 8-bit storage, which needs them, too: hence
+// kRooted. Storage, threads and launches are other rooms.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +36,9 @@ struct ConfigField {
 // IEEE square root: the builtin compiles to the instruction because errno is off.
 FUSEDOPT_FN float root(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_FN double root(double x) { return __builtin_sqrt(x); }
+
+// -1, 0 or 1; NaN stays NaN.
+FUSEDOPT_FN float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x * 0.0f); }
 
 // The larger of two, NaN if either is, as torch.maximum.
 FUSEDOPT_FN float maximum(float a, float b) { return (b > a || b != b) ? b : a; }

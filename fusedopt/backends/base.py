@@ -8,8 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..state import StateSpec
+
 # reference(param, grad, *states, step=, **hyper) -> (param, *states), all in the precision it computes in.
 Reference = Callable[..., "tuple[Tensor, ...]"]
+
+# Counts by name, as csrc/core/tensors.h explains them, of parameters by (group, position).
+Health = dict[tuple[int, int], dict[str, int]]
 
 # Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
 REFERENCES: dict[str, Reference] = {}
@@ -22,30 +27,39 @@ class GroupStep:
     Attributes:
         rule: Name of the compiled rule.
         hyper: The rule's hyperparameters by name.
-        state_names: Names of the rule's states, in its order.
-        roundings: How each of them is rounded when stored in 16 bits.
+        states: The rule's states, in its order.
+        roundings: How each of them is rounded when stored in 16 or 8 bits.
         seed: Seeds stochastic rounding, a uint32.
         maximize: Whether the gradient is negated.
+        rounding: How 16-bit parameters are rounded.
+        master: What they keep beside them: None, or one of masters.KEYS.
     """
 
     rule: str
     hyper: dict[str, float]
-    state_names: tuple[str, ...]
+    states: tuple[StateSpec, ...]
     roundings: tuple[str, ...]
     seed: int
     maximize: bool
+    rounding: str = "nearest"
+    master: str | None = None
 
 
 @dataclass(frozen=True)
 class ParamStep:
-    """One parameter in one step; `states` in the order of its group's `state_names`."""
+    """One parameter in one step.
+
+    `states` are in the order of its group's: a tuple of one tensor each, or of codes and scales. `master` is
+    what a 16-bit parameter keeps beside it.
+    """
 
     group: int
     position: int  # within the group
     param: Tensor
     grad: Tensor
-    states: tuple[Tensor, ...]
+    states: tuple[tuple[Tensor, ...], ...]
     step: Tensor
+    master: Tensor | None = None
     first_index: int = 0  # of this shard in the global tensor, for random bits
 
 
@@ -70,8 +84,12 @@ class Session(Protocol):
     def square_sums(self) -> Tensor:
         """The sums of squares of the gradients taken, by reduction chunk and in list order (float64)."""
 
-    def step(self, grad_multipliers: Sequence[float]) -> None:
-        """Steps what it has taken, each group's gradients times its multiplier; counts the step."""
+    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+        """Steps what it has taken, each group's gradients times its multiplier; counts the step.
+
+        Returns:
+            If asked for, what was counted of each parameter on the way; else nothing.
+        """
 
     def forget(self) -> None:
         """Drops what it remembers of state tensors."""

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from ..masters import KEYS
 from ..state import ROUNDINGS
-from .base import GroupStep, ParamStep
+from .base import GroupStep, Health, ParamStep
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/core/tensors.h
+# DType and Master in csrc/core/tensors.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
+MASTERS = {None: 0, **{kind: i for i, kind in enumerate(KEYS, start=1)}}
+_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def bind_torch(*, exchange: bool = True) -> None:
@@ -43,6 +47,10 @@ class CpuSession:
                 config=group.hyper,
                 seed=group.seed,
                 roundings=[ROUNDINGS.index(rounding) for rounding in group.roundings],
+                is_signed=[spec.is_signed for spec in group.states],
+                rounding=ROUNDINGS.index(group.rounding),
+                master=MASTERS[group.master],
+                master_key="" if group.master is None else KEYS[group.master],
             )
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
@@ -55,6 +63,7 @@ class CpuSession:
             param=entry.param,
             grad=entry.grad,
             states=entry.states,
+            master=entry.master,
             step=entry.step,
             first_index=entry.first_index,
         )
@@ -67,8 +76,10 @@ class CpuSession:
         self._table.square_sums(sums=sums.data_ptr(), threads=torch.get_num_threads())
         return sums
 
-    def step(self, grad_multipliers: Sequence[float]) -> None:
-        self._table.step(grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads())
+    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+        return self._table.step(
+            grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads(), counts_health=counts_health
+        )
 
     def forget(self) -> None:
         self._table.forget()
@@ -82,7 +93,7 @@ class CpuBackend:
     def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":
             return f"it is on {param.device}"
-        if param.dtype not in DTYPES:
+        if param.dtype not in _PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
         return None
 

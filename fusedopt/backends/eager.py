@@ -8,45 +8,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import quantization
+from ..masters import SIXTEEN_BIT
+from ..reference import master as masters
 from ..reference.arithmetic import rounded
 from ..reference.dense import round_stochastic
 from ..reference.norm import square_sums
 from ..reference.random import random_bits
-from ..state import keeps_own_precision
-from .base import REFERENCES, GroupStep, ParamStep
+from ..state import StateSpec, keeps_own_precision
+from .base import REFERENCES, GroupStep, Health, ParamStep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+_PARAM_STREAM = 4  # after the four states that a rule has at most
 
 
 def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> None:
     """Steps one parameter in place: decode, reference, encode."""
     step = int(entry.step.item()) + 1
 
-    def decode(x: Tensor) -> Tensor:
-        if x.is_complex():
-            return torch.view_as_real(x)
-        return x if keeps_own_precision(entry.param) else x.float()
+    def bits(rounding: str, state: int, stored: torch.dtype) -> Tensor | None:
+        if rounding == "nearest" or stored not in (*SIXTEEN_BIT, torch.uint8):
+            return None
+        shape, device = entry.param.shape, entry.param.device
+        return random_bits(shape, device, seed=group.seed, step=step, first_index=entry.first_index, state=state)
 
-    param = decode(entry.param)
-    grad = decode(entry.grad).to(param.dtype)
+    param = _weights(group, entry)
+    grad = _numbers(entry.grad, entry.param).to(param.dtype)
     multiplier = rounded(grad_multiplier, param)
-    results = REFERENCES[group.rule](
-        param, grad * multiplier, *(decode(state) for state in entry.states), step=step, **group.hyper
-    )
-    # A view as real numbers shares memory, so the results are written where they belong.
-    _write(entry.param, results[0])
-    for k, (state, value) in enumerate(zip(entry.states, results[1:])):
-        if group.roundings[k] == "stochastic" and state.dtype in (torch.bfloat16, torch.float16):
-            bits = random_bits(
-                state.shape, state.device, seed=group.seed, step=step, first_index=entry.first_index, state=k
-            )
-            value = round_stochastic(value, state.dtype, bits)
-        _write(state, value)
+    states = (_state(spec, held, entry.param) for spec, held in zip(group.states, entry.states))
+    results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **group.hyper)
+    for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
+        _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
+    _write_weights(group, entry, results[0], bits(group.rounding, _PARAM_STREAM, entry.param.dtype))
     entry.step.add_(1)
 
 
-def _write(target: Tensor, value: Tensor) -> None:
+def _numbers(x: Tensor, param: Tensor) -> Tensor:
+    """In the precision that is computed in; complex numbers as pairs, a view that shares memory."""
+    if x.is_complex():
+        return torch.view_as_real(x)
+    return x if keeps_own_precision(param) else x.float()
+
+
+def _weights(group: GroupStep, entry: ParamStep) -> Tensor:
+    if group.master is None or entry.master is None:
+        return _numbers(entry.param, entry.param)
+    return masters.join(group.master, entry.param, entry.master)
+
+
+def _state(spec: StateSpec, held: tuple[Tensor, ...], param: Tensor) -> Tensor:
+    if len(held) == 1:
+        return _numbers(held[0], param)
+    return quantization.decode(held[0], held[1], is_signed=spec.is_signed)
+
+
+def _write_state(spec: StateSpec, held: tuple[Tensor, ...], value: Tensor, bits: Tensor | None) -> None:
+    if len(held) == 2:
+        for target, part in zip(held, quantization.encode(value, is_signed=spec.is_signed, bits=bits)):
+            target.copy_(part)
+    else:
+        _write(held[0], value, bits)
+
+
+def _write_weights(group: GroupStep, entry: ParamStep, value: Tensor, bits: Tensor | None) -> None:
+    if group.master is None or entry.master is None:
+        _write(entry.param, value, bits)
+        return
+    shown, kept = masters.split(group.master, value, entry.param, entry.master, bits)
+    entry.param.copy_(shown)
+    entry.master.copy_(kept)
+
+
+def _write(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
+    if bits is not None:
+        value = round_stochastic(value, target.dtype, bits)
     (torch.view_as_real(target) if target.is_complex() else target).copy_(value)
+
+
+def _count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:
+    """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it."""
+    grad = _numbers(entry.grad, entry.param)
+    unmoved = _same_bits(before, _weights(group, entry)) & (grad != 0)
+    counts = {
+        "stalled": int(unmoved.sum()),
+        "nonfinite_grads": int((~grad.isfinite()).sum()),
+        "codes": 0,
+        "saturated_codes": 0,
+        "nonfinite_blocks": 0,
+    }
+    for spec, held in zip(group.states, entry.states):
+        if len(held) == 2:
+            top = 0x7F if spec.is_signed else 0xFF
+            counts["codes"] += held[0].numel()
+            counts["saturated_codes"] += int(((held[0] & top) == top).sum())
+            counts["nonfinite_blocks"] += int((held[1] == 255).sum())
+    return counts
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int64
+    return a.contiguous().view(kind) == b.contiguous().view(kind)
 
 
 class EagerSession:
@@ -73,10 +134,16 @@ class EagerSession:
     def square_sums(self) -> Tensor:
         return torch.cat([square_sums(entry.grad) for entry in self._entries])
 
-    def step(self, grad_multipliers: Sequence[float]) -> None:
+    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+        health: Health = {}
         for entry in self._entries:
-            step_param(self._groups[entry.group], entry, grad_multipliers[entry.group])
+            group = self._groups[entry.group]
+            before = _weights(group, entry).clone() if counts_health else None
+            step_param(group, entry, grad_multipliers[entry.group])
+            if before is not None:
+                health[entry.group, entry.position] = _count_health(group, entry, before)
         self._entries = []
+        return health
 
     def forget(self) -> None:
         self._entries = []

@@ -29,3 +29,14 @@ def rounded(value: float, like: Tensor) -> float:
 def root(x: Tensor) -> Tensor:
     """The correctly rounded square root. torch.sqrt of a CPU float32 tensor is 1 ulp off at times."""
     return x.double().sqrt().to(x.dtype)
+
+
+def sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1; NaN stays NaN."""
+    one = torch.ones_like(x)
+    return torch.where(x > 0, one, torch.where(x < 0, -one, x * 0.0))
+
+
+def decayed(param: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
+    """The gradient with an L2 penalty's."""
+    return grad + rounded(weight_decay, param) * param if rounded(weight_decay, param) != 0.0 else grad

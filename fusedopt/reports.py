@@ -1,0 +1,220 @@
+"""What an optimizer's state takes, and what goes wrong quietly in its steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import masters
+from .backends.base import Health
+from .state import EIGHT_BIT, requested_format, slots_of, why_not_quantized
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def _members(optimizer: FusedOptimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            yield group, param
+
+
+def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, str, str]]:
+    """(parameter, state, why not) for every state that 8 bits are asked for; why not is empty if it gets them."""
+    for group, param in _members(optimizer):
+        for spec in optimizer.states(group):
+            if requested_format(spec, group["state_dtype"]) == EIGHT_BIT:
+                yield param, spec.name, why_not_quantized(spec, group, param)
+
+
+def warn_if_nothing_is_quantized(optimizer: FusedOptimizer) -> None:
+    """Warns, once, if 8-bit state is asked for and no parameter can have it."""
+    if "_warned_unquantized" in optimizer.__dict__:
+        return
+    reasons = [reason for _, _, reason in _unquantized(optimizer)]
+    if reasons and all(reasons):
+        optimizer._warned_unquantized = True
+        found = ", ".join(dict.fromkeys(reasons))
+        warnings.warn(
+            f"state_dtype='8bit' changes nothing here: no parameter can have it ({found}); "
+            "its states stay float32. See memory_report()",
+            stacklevel=2,
+        )
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in plain text: the first column to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def text(line: list[str]) -> str:
+        cells = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([text(head), rule, *(text(line) for line in lines[1:])])
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+# ---- memory ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes by kind: parameters, gradients, each state, masters.
+
+    Attributes:
+        numel: Elements of all parameters, held here.
+        ours: Bytes by kind.
+        torch: Bytes by kind of the same run with torch.optim, which keeps states in the parameter's dtype.
+        unquantized: Why states that 8 bits are asked for are kept in float32: {reason: (states, elements)}.
+    """
+
+    numel: int
+    ours: dict[str, int]
+    torch: dict[str, int]
+    unquantized: dict[str, tuple[int, int]]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of states and masters together."""
+        return sum(size for kind, size in self.ours.items() if kind not in ("parameters", "gradients"))
+
+    @property
+    def bytes_per_param(self) -> dict[str, float]:
+        """Bytes per parameter by kind."""
+        return {kind: size / max(1, self.numel) for kind, size in self.ours.items()}
+
+    def __str__(self) -> str:
+        n = max(1, self.numel)
+
+        def row(kind: str, ours: int, theirs: int) -> list[str]:
+            return [kind, f"{ours / n:.3f}", _size(ours), f"{theirs / n:.3f}", _size(theirs)]
+
+        kinds = dict.fromkeys([*self.ours, *self.torch])
+        rows = [row(kind, self.ours.get(kind, 0), self.torch.get(kind, 0)) for kind in kinds]
+        rows.append(row("total", sum(self.ours.values()), sum(self.torch.values())))
+        text = _table(["", "B/param", "here", "B/param", "torch"], rows)
+        for reason, (states, elements) in self.unquantized.items():
+            text += f"\nnot in 8 bits, {states} states of {elements:,} elements: {reason}"
+        return f"{self.numel:,} parameters\n{text}"
+
+
+def memory_report(optimizer: FusedOptimizer) -> MemoryReport:
+    """See FusedOptimizer.memory_report."""
+    from .sharding import local
+
+    ours: dict[str, int] = {"parameters": 0, "gradients": 0}
+    theirs = dict(ours)
+    numel = 0
+
+    def count(kinds: dict[str, int], kind: str, size: int) -> None:
+        kinds[kind] = kinds.get(kind, 0) + size
+
+    for group, param in _members(optimizer):
+        here = local(param)
+        own = here.numel() * here.element_size()
+        numel += here.numel()
+        held = optimizer.state.get(param, {})
+        for kinds in (ours, theirs):
+            count(kinds, "parameters", own)
+            if param.requires_grad:
+                grad = here.element_size() if param.grad is None else param.grad.element_size()
+                count(kinds, "gradients", here.numel() * grad)
+        for spec in optimizer.states(group):
+            keys = spec.keys_in(held)
+            made = sum(local(held[key]).numel() * held[key].element_size() for key in keys)
+            planned = sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots_of(spec, group, param))
+            count(ours, spec.name, made if keys else planned)
+            count(theirs, spec.name, own)
+        master = masters.slot_of(group, param)
+        if master is not None:
+            count(ours, master.key, master.shape.numel() * master.dtype.itemsize)
+    unquantized: dict[str, tuple[int, int]] = {}
+    for param, _, reason in _unquantized(optimizer):
+        if reason:
+            states, elements = unquantized.get(reason, (0, 0))
+            unquantized[reason] = (states + 1, elements + local(param).numel())
+    return MemoryReport(numel, ours, theirs, unquantized)
+
+
+# ---- health ------------------------------------------------------------------------------------------
+
+_MEANINGS = {
+    "stalled": "weights that their gradient did not move",
+    "nonfinite_grads": "gradients that were inf or NaN",
+    "saturated_codes": "8-bit codes at the end of their range",
+    "nonfinite_blocks": "8-bit blocks that hold inf or NaN",
+}
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """Counts over some steps.
+
+    A weight counts as stalled if its gradient was not 0 and what is stored of it, its master included, was
+    the same after the step. Rounded stochastically weights stand still most of the time and are right on
+    average; rounded to nearest the same count is training that does not happen. The largest element of a
+    block may well have the last code; more than about one code in 64 there points to a pathological block.
+
+    Attributes:
+        steps: Steps counted.
+        elements: Elements stepped, over all steps.
+        totals: Each count over all parameters.
+        by_parameter: Each parameter's counts, by name or "group.position".
+    """
+
+    steps: int
+    elements: int
+    totals: dict[str, int]
+    by_parameter: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        of = {"saturated_codes": self.totals["codes"], "nonfinite_blocks": max(1, -(-self.totals["codes"] // 64))}
+        rows = []
+        for name, meaning in _MEANINGS.items():
+            share = self.totals[name] / max(1, of.get(name, self.elements))
+            rows.append([meaning, f"{self.totals[name]:,}", f"{share:.2%}"])
+        return f"{self.steps} steps, {self.elements:,} elements\n" + _table(["", "count", "share"], rows)
+
+
+@dataclass
+class HealthRecord:
+    """Adds up what steps counted."""
+
+    optimizer: FusedOptimizer
+    steps: int = 0
+    elements: int = 0
+    counts: Health = field(default_factory=dict)
+
+    def add(self, counted: Health) -> None:
+        self.steps += 1
+        for key, counts in counted.items():
+            self.elements += self.optimizer.param_groups[key[0]]["params"][key[1]].numel()
+            total = self.counts.setdefault(key, dict.fromkeys(counts, 0))
+            for name, number in counts.items():
+                total[name] += number
+
+    def report(self) -> HealthReport:
+        names = (*_MEANINGS, "codes")
+        totals = {name: sum(counts[name] for counts in self.counts.values()) for name in names}
+        by_parameter = {self._label(*key): dict(counts) for key, counts in self.counts.items()}
+        return HealthReport(self.steps, self.elements, totals, by_parameter)
+
+    def _label(self, group: int, position: int) -> str:
+        names = self.optimizer.param_groups[group].get("param_names")
+        return names[position] if names else f"{group}.{position}"

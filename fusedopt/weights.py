@@ -1,0 +1,86 @@
+"""Full-precision weights of parameters that keep more than they show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import masters, sharding
+from .reference import master as reference
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+@torch.no_grad()
+def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model in full precision, for a checkpoint.
+
+    A 16-bit parameter with master weights stands for more than its own bits; what it stands for is given
+    here. All others are given as they are, 16-bit ones widened.
+
+    Args:
+        optimizer: The optimizer that steps the model.
+        model: Any module.
+
+    Returns:
+        {name in ``model.named_parameters()``: new float32 tensor}, float64 and complex ones in their own dtype.
+        A sharded parameter gives a DTensor.
+    """
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    weights = {}
+    for name, param in model.named_parameters():
+        kind, kept = None, None
+        if param in groups:
+            kind = masters.kind_of(groups[param], param)
+            kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
+        local = sharding.local(param).detach()
+        if kind is not None and kept is not None:
+            value = reference.join(kind, local, sharding.local(kept)).clone()
+        else:
+            value = local.float() if param.dtype in masters.SIXTEEN_BIT else local.clone()
+        weights[name] = sharding.like_param(value, param, param.shape)
+    return weights
+
+
+@torch.no_grad()
+def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Sets the weights of a model, and what its optimizer keeps of them beside it; undoes `fp32_parameters`.
+
+    What a 16-bit parameter without master weights cannot hold is rounded to nearest.
+
+    Args:
+        optimizer: The optimizer that steps the model.
+        model: Any module.
+        weights: {name: tensor} for every parameter of the model.
+
+    Raises:
+        ValueError: A parameter is missing or unknown, or a shape differs. Nothing has changed then.
+    """
+    params = dict(model.named_parameters())
+    if params.keys() != weights.keys():
+        missing, unknown = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
+        raise ValueError(f"weights lack {missing} and have unknown {unknown}; pass what fp32_parameters gave")
+    for name, param in params.items():
+        if weights[name].shape != param.shape:
+            raise ValueError(
+                f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
+                "pass the weights of the same model"
+            )
+    where = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for name, param in params.items():
+        local, source = sharding.local(param), sharding.local(weights[name])
+        index = where.get(param)
+        group = None if index is None else optimizer.param_groups[index]
+        kind = None if group is None else masters.kind_of(group, param)
+        if kind is None or index is None:
+            local.copy_(source)
+            continue
+        optimizer.make_state([(index, param)])
+        kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
+        value = source.to(device=local.device, dtype=torch.float32)
+        shown, rest = reference.split(kind, value, local, kept, None)
+        local.copy_(shown)
+        kept.copy_(rest)
