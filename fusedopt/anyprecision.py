@@ -78,4 +78,8 @@ class AnyPrecisionAdamW(AdamW):
         )
 
     def own_defaults(self) -> dict[str, Any]:
-        return {"compensation_buffer_dtype": format_name("compensation_buffer_dtype", self._compensation, tuple(DTYPES))}
+        return {"compensation_buffer_dtype": self._compensation}
+
+    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
+        dtype = format_name("compensation_buffer_dtype", group["compensation_buffer_dtype"], tuple(DTYPES))
+        return {**super()._checked(group), "compensation_buffer_dtype": dtype}

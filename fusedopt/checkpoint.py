@@ -122,7 +122,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         held = {key: value for key, value in state[saved_id].items() if value is not None}
         check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         if any(spec.keys_in(held) for spec in optimizer.states(group)):
-            held.setdefault("step", 1)  # torch's SGD counts no steps, but had a first one
+            held.setdefault("step", 1)  # some of torch's count no steps, but had a first one
         state[saved_id] = {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in held.items()}
     return {**state_dict, "state": state, "param_groups": filled}
 
@@ -142,7 +142,8 @@ def restore(optimizer: FusedOptimizer) -> None:
             if "step" in kept:
                 slot = Slot("step", torch.Size(), torch.Size(), torch.float32)
                 targets.append((held, param, slot, kept["step"].reshape(())))
-            for spec in optimizer.STATES:
+            specs = {spec.name: spec for spec in (*optimizer.STATES, *optimizer.states(group))}
+            for spec in specs.values():
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue

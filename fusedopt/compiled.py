@@ -2,7 +2,8 @@
 
 The operator takes every tensor as an argument, so a Tensor lr and the step counts are inputs of the graph and
 changing them does not recompile. It runs the same sessions as an uncompiled step. What differs between param
-groups comes as lists with one element per group; names within an element are joined by commas.
+groups comes as lists with one element per group; names within an element are joined by commas, what differs
+between its parameters by semicolons.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint
 from .backends import BACKENDS, GroupStep, candidates
 from .gather import Gathered, clip
 from .state import StateSpec
@@ -60,7 +60,7 @@ def _step(
             GroupStep(
                 rule=rule,
                 hyper=hyper,
-                states=tuple(StateSpec(name[:-1], is_signed=name[-1] == "±") for name in _words(specs[i])),
+                states=tuple(StateSpec(name[:-1], is_signed=name[-1] == "-") for name in _words(specs[i])),
                 roundings=_words(roundings[i]),
                 seed=seeds[i],
                 maximize=maximize[i],
@@ -70,10 +70,12 @@ def _step(
         )
     gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups)
     gathered.begin()
-    members = iter(zip(params, grads, steps, state_keys))
+    members = iter(zip(params, grads, steps))
     for i in range(len(groups)):
+        keys_of = state_keys[i].split(";")
         for position in range(sizes[i]):
-            param, grad, step, keys = next(members)
+            param, grad, step = next(members)
+            keys = keys_of[position]
             state = {**{key: next(held) for key in _words(keys)}, "step": step}
             gathered.add(i, position, param, grad, state, candidates(backends[i]))
     multiplier = 1.0
@@ -110,14 +112,13 @@ def step(optimizer: FusedOptimizer) -> None:
     for group in optimizer.param_groups:
         # _init_group is given empty lists: that is what torch.compile knows how to fill
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
-        optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3])
+        keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3])
         params += lists[0]
         grads += lists[1]
         states += lists[2]
         steps += lists[3]
         sizes.append(len(lists[0]))
-        for param in lists[0]:
-            state_keys.append(",".join(checkpoint.state_keys(optimizer, group, param, optimizer.state[param])))
+        state_keys.append(keys)
         lr = group["lr"]
         lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64))
         setting = optimizer.group_step({**group, "lr": 0.0})
@@ -136,7 +137,7 @@ def step(optimizer: FusedOptimizer) -> None:
         rules=[setting.rule for setting in settings],
         hyper_names=[",".join([name for name in setting.hyper if name != "lr"]) for setting in settings],
         hyper_values=hyper_values,
-        specs=[",".join([s.name + ("±" if s.is_signed else "+") for s in setting.states]) for setting in settings],
+        specs=[",".join([s.name + ("-" if s.is_signed else "+") for s in setting.states]) for setting in settings],
         state_keys=state_keys,
         roundings=[",".join(setting.roundings) for setting in settings],
         seeds=[setting.seed for setting in settings],

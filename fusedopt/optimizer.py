@@ -348,12 +348,19 @@ class FusedOptimizer(Optimizer):
         tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
         for (param, slot, first), tensor in zip(wanted, tensors):
             if first is not None:
-                tensor.copy_(first) if isinstance(first, Tensor) else tensor.fill_(first)
+                self._begin(tensor, first)
             is_step = slot.key == "step"
             self.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
         if wanted:
             reports.warn_if_nothing_is_quantized(self)
         return bool(wanted)
+
+    @staticmethod
+    def _begin(tensor: Tensor, first: Tensor | float) -> None:
+        if isinstance(first, Tensor):
+            tensor.copy_(first)
+        else:  # of complex numbers both parts, as torch
+            tensor.fill_(complex(first, first) if tensor.is_complex() else first)
 
     def _wanted(
         self, spec: StateSpec, group: dict[str, Any], param: Tensor
@@ -387,12 +394,17 @@ class FusedOptimizer(Optimizer):
         grads: list[Tensor],
         states: list[Tensor],
         steps: list[Tensor],
-    ) -> None:
-        """Appends a group's tensors to the lists, making missing state; `states` as `checkpoint.state_keys` says.
+    ) -> str:
+        """Appends a group's tensors to the lists, making missing state.
+
+        Returns:
+            The keys of what it appended to `states`, joined by commas, parameters by semicolons. One string,
+            because torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
         """
+        keys = []
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
         for position in positions:
@@ -405,8 +417,11 @@ class FusedOptimizer(Optimizer):
             params.append(param)
             grads.append(param.grad)
             held = self.state[param]
-            states.extend(held[key] for key in checkpoint.state_keys(self, group, param, held))
+            own = checkpoint.state_keys(self, group, param, held)
+            keys.append(",".join(own))
+            states.extend(held[key] for key in own)
             steps.append(held["step"])
+        return ";".join(keys)
 
     # ---- reports ---------------------------------------------------------------------------------
 

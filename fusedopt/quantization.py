@@ -42,7 +42,7 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
     largest = (code & _MAGNITUDE).amax(dim=-1, keepdim=True)
     is_plain = (largest > 0) & (largest < _TOO_LARGE)
 
-    exponent = ((largest.long() + ceiling) >> 23).clamp(32, 254)
+    exponent = ((largest.long() + ceiling) >> 23).clamp(min=32)
     scale = exponent - shift
     to_units = _float_of((269 + shift - exponent) << 23)
     twice = 127 + 254 - scale

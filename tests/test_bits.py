@@ -12,10 +12,12 @@ from cases import (
     DTYPES,
     FORMATS,
     ODD_SIZES,
+    SHAPES_2D,
     Case,
     assert_same_bits,
     assert_same_run,
     each_variant,
+    format_kwargs,
     make_params,
     set_grads,
     train,
@@ -29,16 +31,35 @@ THREADS = (1, 2, 5)
 STEPS = 2 if "FUSEDOPT_SANITIZED" in os.environ else 30
 
 
-def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Odd sizes, each once at an aligned address and once one element behind it."""
-    aligned = make_params([(n,) for n in ODD_SIZES], dtype)
+def offset_params(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    """Each shape once at an aligned address and once one element behind it."""
+    aligned = make_params(shapes, dtype)
     offset = []
-    for param in make_params([(n,) for n in ODD_SIZES], dtype, seed=1):
+    for param in make_params(shapes, dtype, seed=1):
         memory = torch.empty(param.numel() + 1, dtype=dtype)
-        memory[1:] = param.detach()
-        offset.append(torch.nn.Parameter(memory[1:]))
-        assert offset[-1].data_ptr() % 32 != 0
+        memory[1:] = param.detach().flatten()
+        offset.append(torch.nn.Parameter(memory[1:].view(param.shape)))
+        assert offset[-1].data_ptr() % 32 != 0 or param.numel() == 0
     return aligned + offset
+
+
+def assert_all_paths_agree(
+    case: Case,
+    kwargs: dict,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(backend: str) -> torch.optim.Optimizer:
+        return train(case.ours(offset_params(dtype, shapes), **kwargs, backend=backend), steps)
+
+    eager = run("eager")
+    assert all(param.isfinite().all() for group in eager.param_groups for param in group["params"])
+    for isa, threads in itertools.product(ISAS, THREADS):
+        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
+        torch.set_num_threads(threads)
+        assert_same_run(run("cpu"), eager)
 
 
 @pytest.mark.parametrize("state_format", FORMATS)
@@ -47,15 +68,40 @@ def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 def test_every_path_gives_the_same_bits(
     case: Case, kwargs: dict, dtype: str, state_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(**more: object) -> torch.optim.Optimizer:
-        return train(case.ours(offset_params(DTYPES[dtype]), **{**kwargs, **FORMATS[state_format]}, **more), STEPS)
+    kwargs = {**kwargs, **format_kwargs(case, kwargs, state_format)}
+    if state_format.startswith("8bit") or state_format == "mixed":
+        shapes, steps = list(SHAPES_2D), min(STEPS, 6)
+    else:
+        shapes, steps = [(n,) for n in ODD_SIZES], STEPS
+    assert_all_paths_agree(case, kwargs, DTYPES[dtype], shapes, steps, monkeypatch)
 
-    eager = run(backend="eager")
-    assert all(param.isfinite().all() for group in eager.param_groups for param in group["params"])
-    for isa, threads in itertools.product(ISAS, THREADS):
-        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
-        torch.set_num_threads(threads)
-        assert_same_run(run(backend="cpu"), eager)
+
+MASTERS = [
+    ("bf16", "stochastic", None),
+    ("bf16", "nearest", "kahan"),
+    ("bf16", "stochastic", "kahan"),
+    ("bf16", "nearest", "split24"),
+    ("bf16", "stochastic", "split24"),
+    ("bf16", "nearest", "split32"),
+    ("bf16", "nearest", "float32"),
+    ("bf16", "stochastic", "float32"),
+    ("fp16", "stochastic", None),
+    ("fp16", "nearest", "float32"),
+    ("fp16", "stochastic", "float32"),
+]
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])
+@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_masters_and_rounded_parameters_have_the_same_bits_everywhere(
+    case: Case, dtype: str, rounding: str, master: str | None, state_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each optimizer the variant with most states; parameters of odd sizes, with blocks and without."""
+    kwargs = {**case.kwargs, **case.variants[-1], **FORMATS[state_format]}
+    kwargs.update(rounding=rounding, master_weights=master)
+    shapes = [(n,) for n in ODD_SIZES[:-1]] + [(7, 257), (4, 64), (2, 40_000)]
+    assert_all_paths_agree(case, kwargs, DTYPES[dtype], shapes, min(STEPS, 4), monkeypatch)
 
 
 def test_at_least_two_instruction_sets_were_compared() -> None:
@@ -69,7 +115,7 @@ def test_at_least_two_instruction_sets_were_compared() -> None:
 def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
     """A tensor stepped in pieces, each told where it begins, equals the tensor stepped whole."""
     numel = 3 * 65536 + 17
-    kwargs = {**case.kwargs, "state_dtype": "bfloat16", "state_rounding": rounding}
+    kwargs = {**case.kwargs, "state_dtype": "bfloat16", "state_rounding": rounding, "rounding": rounding}
     whole = train(case.ours(make_params([(numel,)], torch.bfloat16), **kwargs), 3)
     split = case.ours(make_params([(numel,)], torch.bfloat16), **kwargs)
     train(split, 1)
@@ -80,8 +126,16 @@ def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
     for step in (1, 2):
         set_grads([param], step)
         table = _core.TensorTable()
-        roundings = [int(r == "stochastic") for r in group.roundings]
-        table.add_group(rule=group.rule, config=group.hyper, seed=group.seed, roundings=roundings)
+        table.add_group(
+            rule=group.rule,
+            config=group.hyper,
+            seed=group.seed,
+            roundings=[int(r == "stochastic") for r in group.roundings],
+            is_signed=[spec.is_signed for spec in group.states],
+            rounding=int(rounding == "stochastic"),
+            master=0,
+            master_key="",
+        )
         for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
             piece = slice(begin, end)
             assert table.add(
@@ -89,11 +143,12 @@ def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
                 position=i,
                 param=param.detach()[piece],
                 grad=param.grad[piece],
-                states=tuple(state[name][piece] for name in group.state_names),
+                states=tuple((state[spec.name][piece],) for spec in group.states),
+                master=None,
                 step=state["step"].clone(),
                 first_index=begin,
             )
-        table.step(grad_multipliers=[1.0], threads=2)
+        assert table.step(grad_multipliers=[1.0], threads=2, counts_health=False) == {}
         state["step"] += 1
     assert_same_run(split, whole)
 
@@ -107,7 +162,7 @@ def test_random_bits_across_the_32_bit_boundary(isa: str) -> None:
     group = GroupStep(
         rule="adamw",
         hyper={"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1},
-        state_names=("exp_avg", "exp_avg_sq"),
+        states=tuple(CASES[0].ours.STATES[:2]),
         roundings=("stochastic", "stochastic"),
         seed=5,
         maximize=False,
@@ -115,14 +170,14 @@ def test_random_bits_across_the_32_bit_boundary(isa: str) -> None:
     results = []
     for session in (CpuSession(), EagerSession()):
         (param,) = make_params([(1000,)], torch.float32)
-        states = tuple(torch.zeros(1000, dtype=torch.bfloat16) for _ in range(2))
+        states = tuple((torch.zeros(1000, dtype=torch.bfloat16),) for _ in range(2))
         step = torch.tensor(0.0)
         for i in range(3):
             set_grads([param], i)
             session.begin([group])
             assert session.add(ParamStep(0, 0, param.detach(), param.grad, states, step, 2**32 - 300))
             session.step([1.0])
-        results.append((param, *states))
+        results.append((param, *(state for (state,) in states)))
     for ours, theirs in zip(*results):
         assert_same_bits(ours, theirs)
     # and the two halves are not the same numbers by accident
@@ -203,7 +258,7 @@ def test_late_steps(case: Case, steps: int) -> None:
 
     def run(backend: str) -> torch.optim.Optimizer:
         params = make_params([(500,)], torch.float32)
-        kwargs = {**case.kwargs, "betas": (0.99, 0.99999), "state_dtype": "bfloat16", "backend": backend}
+        kwargs = {**case.kwargs, **case.late, "state_dtype": "bfloat16", "rounding": "stochastic", "backend": backend}
         optimizer = train(case.ours(params, **kwargs), 1)
         optimizer.state[params[0]]["step"].fill_(steps)
         return train(optimizer, 2, first=1)
@@ -222,10 +277,10 @@ def test_reading_tensors_without_dlpack() -> None:
     """The way taken with a torch that has no C exchange table finds the same tensors."""
     from fusedopt.backends import cpu
 
-    expected = train(CASES[0].ours(offset_params(torch.bfloat16), state_dtype="bfloat16"), 3)
+    expected = train(CASES[0].ours(offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16"), 3)
     cpu.bind_torch(exchange=False)
     try:
-        plain = train(CASES[0].ours(offset_params(torch.bfloat16), state_dtype="bfloat16", backend="cpu"), 3)
+        plain = train(CASES[0].ours(offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16", backend="cpu"), 3)
     finally:
         cpu.bind_torch()
     assert_same_run(plain, expected)

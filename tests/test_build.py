@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from cases import CASES, each_variant, make_params
 
 import fusedopt
 
@@ -93,8 +95,18 @@ def test_tests_run_against_the_installed_package() -> None:
 def test_every_compiled_rule_has_its_reference_and_its_states() -> None:
     rules = fusedopt._core.rules()
     assert rules.keys() == fusedopt.backends.base.REFERENCES.keys()
-    declared = {spec.name for cls in (fusedopt.Adam, fusedopt.AdamW) for spec in cls.STATES}
+    declared = {spec.name for case in CASES for spec in case.ours.STATES}
     assert {name for names in rules.values() for name in names} == declared
+    for case, kwargs in (row.values for row in each_variant()):
+        optimizer = case.ours(make_params([(2, 2)], torch.float32), **kwargs)
+        (group,) = optimizer.param_groups
+        assert rules[optimizer.rule(group)] == tuple(spec.name for spec in optimizer.states(group))
+    tested = {case.ours for case in CASES}
+    assert {cls for cls in _subclasses(fusedopt.FusedOptimizer) if cls.STATES} - tested == {fusedopt.AnyPrecisionAdamW}
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
 
 
 def test_public_names_are_documented() -> None:
@@ -105,13 +117,10 @@ def test_public_names_are_documented() -> None:
 
 def test_no_optimizers_name_outside_its_rooms() -> None:
     """An optimizer's name in a file about storage, launching or checkpoints is a change in the wrong room."""
-    own = {
-        "csrc/rules/adamw.h",
-        "csrc/rules/all.h",
-        "fusedopt/adamw.py",
-        "fusedopt/reference/adamw.py",
-        "fusedopt/__init__.py",
-    }
+    own = {"csrc/rules/all.h", "fusedopt/__init__.py"}
+    stems = "adam|adagrad|ademamix|anyprecision|lion|rmsprop|sgd"
+    for stem in ("adamw", *stems.split("|")[1:]):
+        own |= {f"csrc/rules/{stem}.h", f"fusedopt/{stem}.py", f"fusedopt/reference/{stem}.py"}
     files = [
         path
         for folder in ("csrc", "fusedopt")
@@ -119,5 +128,5 @@ def test_no_optimizers_name_outside_its_rooms() -> None:
         if path.suffix in (".py", ".h", ".cpp", ".inl")
     ]
     assert len(files) > 20
-    named = [str(path.relative_to(ROOT)) for path in files if re.search(r"adam", path.read_text(), re.IGNORECASE)]
+    named = [str(path.relative_to(ROOT)) for path in files if re.search(rf"\b({stems})", path.read_text(), re.I)]
     assert set(named) <= own

@@ -8,12 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FORMATS, Case, assert_same_bits, assert_same_run, make_params, train
+from cases import (
+    CASES,
+    FORMATS,
+    Case,
+    assert_same_bits,
+    assert_same_run,
+    each_variant,
+    format_kwargs,
+    make_params,
+    train,
+)
 
 import fusedopt
+from fusedopt import quantization
 
 rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-SHAPES = [(65, 33), (300,), (), (1, 7)]
+SHAPES = [(65, 99), (300,), (), (1, 7)]
 
 
 def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -24,12 +35,13 @@ def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
     return torch.load(memory, weights_only=True)
 
 
-def mixed_params() -> list[dict[str, Any]]:
+def mixed_params(case: Case) -> list[dict[str, Any]]:
     """Groups of three dtypes, each with state of its own dtype, so that torch can hold it exactly."""
+    tame = {"eps": 1e-4} if "eps" in case.ours([torch.zeros(1)]).defaults else {}  # for float16
     return [
         {"params": make_params(SHAPES, torch.float32)},
         {"params": make_params(SHAPES, torch.bfloat16), "state_dtype": "bfloat16", "lr": 3e-3},
-        {"params": make_params(SHAPES, torch.float16), "state_dtype": "float16", "weight_decay": 0.0, "eps": 1e-4},
+        {"params": make_params(SHAPES, torch.float16), "state_dtype": "float16", "weight_decay": 0.0, **tame},
         # bfloat16 state of a float32 parameter: torch widens it, which is exact
         {"params": make_params(SHAPES, torch.float32, seed=5), "state_dtype": torch.bfloat16, "seed": 11},
     ]
@@ -41,15 +53,18 @@ def copy_params(source: torch.optim.Optimizer, target: torch.optim.Optimizer) ->
             twin.data.copy_(param.data)
 
 
-@rows
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_through_torch_and_back_equals_never_stopping(case: Case, amsgrad: bool) -> None:
-    kwargs = {**case.kwargs, "amsgrad": amsgrad}
-    never_stopped = train(case.ours(mixed_params(), **kwargs), 100)
+torchs = pytest.mark.parametrize(
+    ("case", "kwargs"), [row for row in each_variant() if row.values[0].is_torchs]
+)
 
-    theirs = case.theirs([{"params": group["params"]} for group in mixed_params()], **kwargs)
+
+@torchs
+def test_through_torch_and_back_equals_never_stopping(case: Case, kwargs: dict) -> None:
+    never_stopped = train(case.ours(mixed_params(case), **kwargs), 100)
+
+    theirs = case.theirs([{"params": group["params"]} for group in mixed_params(case)], **kwargs)
     theirs.load_state_dict(saved(never_stopped.state_dict()))
-    ours = case.ours([{"params": group["params"]} for group in mixed_params()])
+    ours = case.ours([{"params": group["params"]} for group in mixed_params(case)])
     copy_params(never_stopped, ours)
     ours.load_state_dict(saved(theirs.state_dict()))
 
@@ -59,21 +74,35 @@ def test_through_torch_and_back_equals_never_stopping(case: Case, amsgrad: bool)
     assert_same_run(ours, never_stopped)
 
 
-@rows
-@pytest.mark.parametrize("fused", [False, True])
-def test_torchs_state_dict_is_continued(case: Case, fused: bool) -> None:
-    """A run that torch began: torch's states and step counts are taken over exactly."""
+@torchs
+@pytest.mark.parametrize("state_dtype", ["float32", "8bit"])
+def test_torchs_state_dict_is_continued(case: Case, kwargs: dict, state_dtype: str) -> None:
+    """A run that torch began: torch's states and step counts are taken over, exactly where they are kept so."""
     params = make_params(SHAPES, torch.float32)
-    theirs = train(case.theirs(params, **case.kwargs, fused=fused), 5)
-    ours = case.ours(make_params(SHAPES, torch.float32), state_dtype="float32", seed=9)
+    theirs = train(case.theirs(params, **kwargs), 5)
+    ours = case.ours(make_params(SHAPES, torch.float32), state_dtype=state_dtype, min_quantized_numel=1, seed=9)
     ours.load_state_dict(saved(theirs.state_dict()))
-    for param, twin in zip(ours.param_groups[0]["params"], params):
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert_same_bits(ours.state[param][name], theirs.state[twin][name].reshape(ours.state[param][name].shape))
-    assert ours.param_groups[0]["lr"] == case.kwargs["lr"]
-    assert ours.param_groups[0]["seed"] == 9
+    (group,) = ours.param_groups
+    copy_params(theirs, ours)
+    for param, twin in zip(group["params"], params):
+        for spec in ours.states(group):
+            exact = theirs.state[twin][spec.name]
+            if spec.name in ours.state[param]:
+                assert_same_bits(ours.state[param][spec.name], exact)
+            else:
+                codes, scales = quantization.encode(exact, is_signed=spec.is_signed)
+                assert torch.equal(ours.state[param][spec.codes], codes)
+                assert torch.equal(ours.state[param][spec.scales], scales)
+    assert group["lr"] == case.kwargs["lr"]
+    assert group["seed"] == 9
     train(ours, 1, first=5)
-    assert ours.state[ours.param_groups[0]["params"][0]]["step"] == 6
+    if ours.states(group):
+        # torch's SGD does not count its steps, so its state says no more than that there was one
+        assert ours.state[group["params"][0]]["step"] == (6 if "step" in theirs.state[params[0]] else 2)
+    if state_dtype == "float32":
+        train(theirs, 1, first=5)
+        for param, twin in zip(group["params"], params):
+            torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
 
 
 @rows
@@ -83,7 +112,9 @@ def test_reload_continues_bit_for_bit(
     case: Case, dtype: torch.dtype, state_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On another thread count and instruction set, into an optimizer made with other settings."""
-    optimizer = train(case.ours(make_params(SHAPES, dtype), **{**case.kwargs, **FORMATS[state_format]}), 7)
+    kwargs = {**case.kwargs, **case.variants[-1], "rounding": "stochastic"}
+    kwargs.update(format_kwargs(case, kwargs, state_format))
+    optimizer = train(case.ours(make_params(SHAPES, dtype), **kwargs), 7)
     resumed = case.ours(make_params(SHAPES, dtype))
     copy_params(optimizer, resumed)
     resumed.load_state_dict(saved(optimizer.state_dict()))
@@ -93,6 +124,54 @@ def test_reload_continues_bit_for_bit(
     monkeypatch.setenv("FUSEDOPT_CPU_ISA", fusedopt._core.available_isas()[0])
     train(resumed, 5, first=7)
     assert_same_run(resumed, optimizer)
+
+
+@rows
+@pytest.mark.parametrize("master", ["kahan", "split24", "split32", "float32"])
+def test_masters_continue_bit_for_bit(case: Case, master: str) -> None:
+    kwargs = {**case.kwargs, **case.variants[-1], "master_weights": master, "state_dtype": "8bit"}
+    optimizer = train(case.ours(make_params(SHAPES, torch.bfloat16), **kwargs, min_quantized_numel=1), 7)
+    resumed = case.ours(make_params(SHAPES, torch.bfloat16))
+    copy_params(optimizer, resumed)
+    resumed.load_state_dict(saved(optimizer.state_dict()))
+    assert_same_run(resumed, optimizer)
+    train(optimizer, 5, first=7)
+    train(resumed, 5, first=7)
+    assert_same_run(resumed, optimizer)
+
+
+def test_formats_are_converted_both_ways() -> None:
+    """8 bits of a state dict load into float32 state exactly, and back into 8 bits."""
+    eight = {"state_dtype": "8bit", "min_quantized_numel": 1}
+    optimizer = train(fusedopt.AdamW(make_params(SHAPES, torch.float32), **eight), 3)
+    state_dict = saved(optimizer.state_dict())
+    state_dict["param_groups"][0]["state_dtype"] = "float32"
+    dense = fusedopt.AdamW(make_params(SHAPES, torch.float32))
+    dense.load_state_dict(state_dict)
+    held = dense.state[dense.param_groups[0]["params"][0]]
+    source = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    assert held.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for name, is_signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        exact = quantization.decode(source[f"{name}_codes"], source[f"{name}_scales"], is_signed=is_signed)
+        assert_same_bits(held[name], exact)
+    again = fusedopt.AdamW(make_params(SHAPES, torch.float32))
+    state_dict = saved(dense.state_dict())
+    state_dict["param_groups"][0].update(eight)
+    again.load_state_dict(state_dict)
+    found = again.state[again.param_groups[0]["params"][0]]
+    assert found.keys() == source.keys()
+    # A block whose largest element was rounded down may find a finer scale now; all others keep their codes.
+    assert (found["exp_avg_codes"] == source["exp_avg_codes"]).float().mean() > 0.9
+    assert (found["exp_avg_sq_scales"] == source["exp_avg_sq_scales"]).float().mean() > 0.9
+
+
+def test_masters_that_have_no_place_are_dropped_with_a_warning() -> None:
+    optimizer = train(fusedopt.AdamW(make_params(SHAPES, torch.bfloat16), master_weights="split32"), 2)
+    other = fusedopt.AdamW(make_params(SHAPES, torch.float32))
+    with pytest.warns(UserWarning, match=r"'master_low' for a parameter that is torch.float32.*fp32_parameters"):
+        other.load_state_dict(optimizer.state_dict())
+    assert "master_low" not in other.state[other.param_groups[0]["params"][0]]
+    train(other, 1)
 
 
 def test_state_is_copied_on_load() -> None:
@@ -186,7 +265,26 @@ def _not_a_tensor(state_dict: dict[str, Any]) -> None:
 
 
 def _codes(state_dict: dict[str, Any]) -> None:
-    state_dict["state"][0]["exp_avg"] = torch.zeros(65, 33, dtype=torch.uint8)
+    state_dict["state"][0]["exp_avg"] = torch.zeros(65, 99, dtype=torch.uint8)
+
+
+def _half_of_a_pair(state_dict: dict[str, Any]) -> None:
+    del state_dict["state"][0]["exp_avg"]
+    state_dict["state"][0]["exp_avg_codes"] = torch.zeros(65, 99, dtype=torch.uint8)
+
+
+def _wrong_scales(state_dict: dict[str, Any]) -> None:
+    _half_of_a_pair(state_dict)
+    state_dict["state"][0]["exp_avg_scales"] = torch.zeros(65, 1, dtype=torch.uint8)
+
+
+def _twice(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][0]["exp_avg_codes"] = torch.zeros(65, 99, dtype=torch.uint8)
+    state_dict["state"][0]["exp_avg_scales"] = torch.zeros(65, 2, dtype=torch.uint8)
+
+
+def _bad_master(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][0]["master_low"] = torch.zeros(65, 99)
 
 
 def _bad_step(state_dict: dict[str, Any]) -> None:
@@ -204,6 +302,10 @@ def _bad_betas(state_dict: dict[str, Any]) -> None:
         (_other_shape, r"parameter 1 has a state 'exp_avg_sq' of shape \(299,\).*\(300,\)"),
         (_not_a_tensor, r"parameter 1 has a state 'exp_avg' of type float"),
         (_codes, r"'exp_avg' of dtype torch.uint8"),
+        (_half_of_a_pair, r"'exp_avg_codes' without 'exp_avg_scales'"),
+        (_wrong_scales, r"'exp_avg_scales' of shape \(65, 1\).*\(65, 2\)"),
+        (_twice, r"'exp_avg_codes' together with 'exp_avg'"),
+        (_bad_master, r"'master_low' of dtype torch.float32; it must be one of int8, int16"),
         (_bad_step, r"'step' of shape \(2,\)"),
         (_bad_betas, r"betas\[1\]=1.5"),
     ],

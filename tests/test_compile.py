@@ -9,21 +9,26 @@ from cases import CASES, Case, assert_same_run, make_params, set_grads, train
 
 import fusedopt
 
-SHAPES = [(16, 8), (16,), (300, 3)]
+SHAPES = [(16, 8), (16,), (3, 300)]
 
 
 def new(case: Case, **kwargs: object) -> torch.optim.Optimizer:
     groups = [
         {"params": make_params(SHAPES, torch.float32)},
-        {"params": make_params([(7,)], torch.bfloat16), "eps": 1e-3},
+        {"params": make_params([(7,), (2, 100)], torch.bfloat16), "seed": 11},
     ]
-    return case.ours(groups, **{**case.kwargs, **kwargs})
+    return case.ours(groups, **{**case.kwargs, **case.variants[-1], **kwargs})
 
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"max_grad_norm": 0.01}, {"state_dtype": "bfloat16", "seed": 4}, {"amsgrad": True, "maximize": True}],
-    ids=["default", "clip", "bf16", "amsgrad"],
+    [
+        {},
+        {"max_grad_norm": 0.01},
+        {"state_dtype": "bfloat16", "seed": 4, "rounding": "stochastic"},
+        {"state_dtype": "8bit", "min_quantized_numel": 1, "master_weights": "split24", "maximize": True},
+    ],
+    ids=["default", "clip", "bf16", "8bit"],
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiled_steps_have_the_same_bits(case: Case, kwargs: dict) -> None:
@@ -79,10 +84,13 @@ def test_operator_declares_what_it_mutates() -> None:
             "rules": ["adamw"],
             "hyper_names": ["beta1,beta2,eps,weight_decay"],
             "hyper_values": [0.9, 0.99, 1e-8, 0.1],
-            "state_names": ["exp_avg,exp_avg_sq"],
+            "specs": ["exp_avg-,exp_avg_sq+"],
+            "state_keys": ["exp_avg,exp_avg_sq;exp_avg,exp_avg_sq"],
             "roundings": ["nearest,nearest"],
             "seeds": [0],
             "maximize": [False],
+            "param_roundings": ["nearest"],
+            "masters": [""],
             "backends": ["auto"],
             "max_grad_norm": 1.0,
         },

@@ -29,7 +29,8 @@ def test_is_a_torch_optimizer(case: Case) -> None:
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert isinstance(optimizer, fusedopt.FusedOptimizer)
     assert type(optimizer).__name__ in repr(optimizer)
-    assert set(case.theirs(make_params(SHAPES, torch.float32)).defaults) <= set(optimizer.defaults)
+    if case.is_torchs:
+        assert set(case.theirs(make_params(SHAPES, torch.float32)).defaults) <= set(optimizer.defaults)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

@@ -28,11 +28,15 @@ def world(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
 
 def whole(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(ROWS, COLUMNS, generator=generator), torch.randn(ROWS, COLUMNS, generator=generator)
+    return tuple(torch.randn(ROWS, COLUMNS, generator=generator).bfloat16() for _ in range(2))
 
 
+EIGHT_BIT = {"state_dtype": "8bit", "min_quantized_numel": ROWS * COLUMNS, "master_weights": "split24"}
+
+
+@pytest.mark.parametrize("state_format", [{"state_dtype": "bfloat16"}, EIGHT_BIT], ids=["bf16", "8bit"])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_a_shard_equals_its_slice(world: tuple[int, int], backend: str) -> None:
+def test_a_shard_equals_its_slice(world: tuple[int, int], backend: str, state_format: dict) -> None:
     """Uneven shards and stochastic rounding included: random bits hang on the global index."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
@@ -45,7 +49,7 @@ def test_a_shard_equals_its_slice(world: tuple[int, int], backend: str) -> None:
         local = tensor[rows].clone()
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
-    kwargs = {"lr": 1e-2, "state_dtype": "bfloat16", "seed": 3, "backend": backend}
+    kwargs = {"lr": 1e-2, **state_format, "seed": 3, "backend": backend}
     sharded = fusedopt.AdamW([torch.nn.Parameter(shard(whole(0)[0]))], **kwargs)
     full = fusedopt.AdamW([torch.nn.Parameter(whole(0)[0])], **kwargs)
     train(sharded, 3, grads=lambda params, step: setattr(params[0], "grad", shard(whole(step)[1])))
@@ -53,10 +57,11 @@ def test_a_shard_equals_its_slice(world: tuple[int, int], backend: str) -> None:
 
     param, twin = sharded.param_groups[0]["params"][0], full.param_groups[0]["params"][0]
     assert_same_bits(param.to_local(), twin.detach()[rows])
-    for name in ("exp_avg", "exp_avg_sq"):
+    assert sharded.state[param].keys() == full.state[twin].keys()
+    for name in sharded.state[param].keys() - {"step"}:
         state = sharded.state[param][name]
         assert isinstance(state, DTensor)
-        assert state.shape == (ROWS, COLUMNS)
+        assert state.shape == full.state[twin][name].shape
         assert state.placements == (Shard(0),)
         assert_same_bits(state.to_local(), full.state[twin][name][rows])
     assert not isinstance(sharded.state[param]["step"], DTensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -25,19 +26,17 @@ INF = float("inf")
         ({"lr": "0.1"}, TypeError, "lr='0.1' is a str"),
         ({"lr": torch.tensor([0.1, 0.2])}, ValueError, r"lr is a tensor of shape \(2,\)"),
         ({"lr": torch.tensor(-1.0)}, ValueError, "lr=-1.0 is negative"),
-        ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\]=1.0 is outside \[0, 1\)"),
-        ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]=-0.1 is outside"),
-        ({"betas": (0.9, NAN)}, ValueError, r"betas\[1\]=nan is not finite"),
-        ({"betas": 0.9}, ValueError, "betas=0.9 must be a pair"),
-        ({"eps": -1e-8}, ValueError, "eps=-1e-08 is negative"),
         ({"weight_decay": -1}, ValueError, "weight_decay=-1.0 is negative"),
         ({"lrr": 0.1}, TypeError, "unknown argument lrr=0.1; did you mean 'lr'"),
         ({"use_triton": True}, TypeError, "unknown argument use_triton=True; it takes params, lr"),
         ({"state_dtype": "int8"}, ValueError, "state_dtype='int8' is not known; pass one of 'float32', 'bfloat16'"),
         ({"state_dtype": torch.float64}, ValueError, "state_dtype='float64' is not known"),
         ({"state_dtype": 8}, ValueError, "state_dtype=8 is not known"),
-        ({"state_dtype": {"exp_avgs": "bfloat16"}}, ValueError, "names the state 'exp_avgs'; the states are exp_avg,"),
-        ({"state_dtype": {"exp_avg": "int4"}}, ValueError, r"state_dtype\['exp_avg'\]='int4' is not known"),
+        ({"state_dtype": {"exp_avgs": "bfloat16"}}, ValueError, "names the state 'exp_avgs'; the states are "),
+        ({"min_quantized_numel": -1}, ValueError, "min_quantized_numel=-1 is negative"),
+        ({"min_quantized_numel": 1e3}, TypeError, "min_quantized_numel=1000.0 is a float"),
+        ({"rounding": "up"}, ValueError, "rounding='up' is not known; pass one of 'nearest', 'stochastic'"),
+        ({"master_weights": "split16"}, ValueError, "master_weights='split16' is not known; pass one of 'kahan', 'split24'"),
         ({"state_rounding": "up"}, ValueError, "state_rounding='up' is not known; pass one of 'nearest', 'stochastic'"),
         ({"state_rounding": {"v": "nearest"}}, ValueError, "names the state 'v'"),
         ({"seed": -1}, ValueError, r"seed=-1 is outside \[0, 2\*\*32\)"),
@@ -58,6 +57,50 @@ def test_constructor(case: Case, kwargs: dict, error: type[Exception], message: 
         with pytest.raises(error, match=message):
             optimizer.add_param_group({"params": make_params([(4,)], torch.float32), **kwargs})
         assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        (fusedopt.AdamW, {"betas": (1.0, 0.9)}, r"betas\[0\]=1.0 is outside \[0, 1\)"),
+        (fusedopt.Adam, {"betas": (0.9, -0.1)}, r"betas\[1\]=-0.1 is outside"),
+        (fusedopt.Lion, {"betas": (0.9, NAN)}, r"betas\[1\]=nan is not finite"),
+        (fusedopt.AdamW, {"betas": 0.9}, "betas=0.9 must be a pair"),
+        (fusedopt.AdEMAMix, {"betas": (0.9, 0.999)}, r"betas=\(0.9, 0.999\) must be three numbers"),
+        (fusedopt.AdEMAMix, {"t_alpha": 0}, "t_alpha=0 is no length of a schedule"),
+        (fusedopt.AdEMAMix, {"t_beta3": -5}, "t_beta3=-5.0 is negative"),
+        (fusedopt.AdEMAMix, {"alpha": -1}, "alpha=-1.0 is negative"),
+        (fusedopt.RMSprop, {"alpha": 1}, r"alpha=1.0 is outside \[0, 1\)"),
+        (fusedopt.RMSprop, {"momentum": -1}, "momentum=-1.0 is negative"),
+        (fusedopt.RMSprop, {"centered": True, "state_dtype": {"square_avg": "8bit"}}, "two states that nearly cancel"),
+        (fusedopt.RMSprop, {"state_dtype": {"grad_avg": "8bit"}}, "two states that nearly cancel"),
+        (fusedopt.Adagrad, {"lr_decay": -1}, "lr_decay=-1.0 is negative"),
+        (fusedopt.Adagrad, {"initial_accumulator_value": -1}, "initial_accumulator_value=-1.0 is negative"),
+        (fusedopt.SGD, {"dampening": NAN}, "dampening=nan is not finite"),
+        (fusedopt.SGD, {"nesterov": True}, "nesterov=True needs a momentum and no dampening, and here momentum=0"),
+        (fusedopt.SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening=0.1; pass for example"),
+        (fusedopt.AdamW, {"eps": -1e-8}, "eps=-1e-08 is negative"),
+        (fusedopt.AdamW, {"state_dtype": {"exp_avg": "int4"}}, r"state_dtype\['exp_avg'\]='int4' is not known"),
+        (fusedopt.AdamW, {"state_dtype": {"max_exp_avg_sq": "8bit"}}, "a running maximum keeps every lucky draw"),
+        (fusedopt.AnyPrecisionAdamW, {"momentum_dtype": "int4"}, "momentum_dtype='int4' is not known"),
+        (fusedopt.AnyPrecisionAdamW, {"compensation_buffer_dtype": "8bit"}, "compensation_buffer_dtype='8bit' is not"),
+    ],
+)
+def test_arguments_of_one_optimizer(cls: type, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(make_params([(3,)], torch.float32), **kwargs)
+
+
+def test_float16_parameters_take_float32_masters_only() -> None:
+    for master in ("kahan", "split24", "split32"):
+        params = make_params([(3,), (4,)], torch.float16)
+        set_grads(params, 0)
+        before = [param.detach().clone() for param in params]
+        optimizer = fusedopt.SGD(params, master_weights=master)
+        with pytest.raises(ValueError, match=rf"master_weights='{master}' needs bfloat16.*use master_weights='float32'"):
+            optimizer.step()
+        assert not optimizer.state
+        assert all(torch.equal(param, value) for param, value in zip(params, before))
 
 
 def test_params() -> None:
@@ -178,12 +221,13 @@ def test_16_bit_state_of_a_float64_parameter() -> None:
 
 def test_core_names_what_is_missing() -> None:
     table = fusedopt._core.TensorTable()
+    add_group = partial(table.add_group, seed=0, is_signed=[True, False], rounding=0, master=0, master_key="")
     with pytest.raises(ValueError, match="no rule 'adamx'"):
-        table.add_group(rule="adamx", config={}, seed=0, roundings=[])
+        add_group(rule="adamx", config={}, roundings=[])
     with pytest.raises(TypeError, match="needs the hyperparameter 'lr'"):
-        table.add_group(rule="adamw", config={}, seed=0, roundings=[0, 0])
+        add_group(rule="adamw", config={}, roundings=[0, 0])
     config = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.0}
     with pytest.raises(TypeError, match="hyperparameter that it does not have"):
-        table.add_group(rule="adamw", config={**config, "momentum": 1.0}, seed=0, roundings=[0, 0])
+        add_group(rule="adamw", config={**config, "momentum": 1.0}, roundings=[0, 0])
     with pytest.raises(ValueError, match="has 2 states"):
-        table.add_group(rule="adamw", config=config, seed=0, roundings=[0])
+        add_group(rule="adamw", config=config, roundings=[0])
