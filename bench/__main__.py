@@ -49,6 +49,13 @@ def _arguments() -> argparse.Namespace:
         "--peers", action=argparse.BooleanOptionalAction, default=defaults.peers, help="measure other packages too"
     )
     parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts of the names of contenders to measure; default: all",
+    )
+    parser.add_argument(
         "--first-step-limit",
         type=float,
         default=defaults.first_step_limit,
@@ -126,6 +133,7 @@ def main() -> None:
         processes=arguments.processes,
         peers=arguments.peers,
         first_step_limit=arguments.first_step_limit,
+        only=tuple(arguments.only),
     )
     console = Console()
     if not console.is_terminal:  # a log: wide enough for the tables

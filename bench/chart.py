@@ -22,11 +22,11 @@ _INK, _FAINT, _GRID = "#1f2328", "#656d76", "#e6e9ec"
 
 # Inches. At 900 pixels for the width of the figure, as in a README, a point is 1.4 pixels.
 _WIDTH, _BAR, _HEADER, _FOOTER, _BETWEEN = 9.0, 0.235, 0.86, 0.5, 0.5
-_NAMES = 2.05  # room for the names of the contenders
+_NAMES = 2.25  # room for the names of the contenders
 _LABEL = 0.42  # room for a figure beside a bar
 _DPI = 200
 
-_TITLE = "AdamW: time of a step, as a multiple of torch's fused AdamW"
+_TITLE = "Time of an optimizer step, as a multiple of torch's fused AdamW"
 _SUBTITLE = "lower is better; the line at 1 is torch.optim.AdamW(fused=True), timed in turns with the others"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fusedopt import AdamW
+from fusedopt import AdamW, AdEMAMix, Lion
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
@@ -61,6 +61,10 @@ def _ours(**options: Any) -> Callable[..., Optimizer]:
     return partial(AdamW, **HYPER, **options)
 
 
+def _lion(**options: Any) -> Callable[..., Optimizer]:
+    return partial(Lion, lr=HYPER["lr"], weight_decay=HYPER["weight_decay"], **options)
+
+
 def _torch(**options: Any) -> Callable[..., Optimizer]:
     return partial(torch.optim.AdamW, **HYPER, **options)
 
@@ -81,6 +85,16 @@ CONTENDERS = (
     Contender("fusedopt", OURS, _ours()),
     Contender("fusedopt, bf16 state, nearest", OURS, _ours(state_dtype="bfloat16", state_rounding="nearest")),
     Contender("fusedopt, bf16 state, stochastic", OURS, _ours(state_dtype="bfloat16", state_rounding="stochastic")),
+    Contender("fusedopt, 8-bit state", OURS, _ours(state_dtype="8bit")),
+    Contender(
+        "fusedopt, 8-bit state, split24",
+        OURS,
+        _ours(state_dtype="8bit", master_weights="split24"),
+        dtypes=("bfloat16",),
+    ),
+    Contender("fusedopt Lion", OURS, _lion()),
+    Contender("fusedopt Lion, 8-bit state", OURS, _lion(state_dtype="8bit")),
+    Contender("fusedopt AdEMAMix", OURS, partial(AdEMAMix, lr=HYPER["lr"], weight_decay=HYPER["weight_decay"])),
     Contender("fusedopt + clip", OURS, _ours(max_grad_norm=MAX_GRAD_NORM), dtypes=_UNSCALED, gradient_reads=2),
     Contender(
         "torch fused + clip",

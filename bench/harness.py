@@ -49,6 +49,7 @@ class Settings:
         warmup: Rounds before those, not counted.
         processes: Fresh processes that repeat everything; the median of their results is reported.
         peers: Whether other packages take part.
+        only: Parts of names: contenders that have none of them stay out; none given, all take part.
         first_step_limit: Seconds that a peer may take for its first step.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     warmup: int = 3
     processes: int = 1
     peers: bool = True
+    only: tuple[str, ...] = ()
     first_step_limit: float = 300.0
 
 
@@ -81,6 +83,8 @@ def measure_here(workload_name: str, dtype: str, settings: Settings, label: str)
     params = workload.params(DTYPES[dtype])
     source, target = torch.ones(_COPY_NUMEL), torch.zeros(_COPY_NUMEL)
     entered = [c for c in CONTENDERS if dtype in c.dtypes and (settings.peers or c.family != PEER)]
+    if settings.only:
+        entered = [c for c in entered if c is BASELINE or any(part in c.name for part in settings.only)]
     batches = list(_batches(entered))
     rows: list[dict[str, Any]] = []
     unavailable: list[dict[str, str]] = []

@@ -42,10 +42,9 @@ PYBIND11_MODULE(_core, module) {
       .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a,
            "is_signed"_a, "rounding"_a, "master"_a, "master_key"_a)
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
-      .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a, "master"_a,
-           "step"_a, "first_index"_a)
+      .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
+           "master"_a, "step"_a, "first_index"_a)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
-      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a,
-           "counts_health"_a);
+      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);
 }

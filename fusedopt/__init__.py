@@ -8,6 +8,14 @@ from .adagrad import Adagrad
 from .adamw import Adam, AdamW
 from .ademamix import AdEMAMix
 from .anyprecision import AnyPrecisionAdamW
+from .convert import (
+    from_bitsandbytes,
+    from_torchao,
+    to_bitsandbytes,
+    to_torch_state_dict,
+    to_torchao,
+)
+from .groups import param_groups
 from .lion import Lion
 from .names import create_optimizer, optimizer_names
 from .optimizer import FusedOptimizer
@@ -29,6 +37,12 @@ __all__ = [
     "__version__",
     "create_optimizer",
     "fp32_parameters",
+    "from_bitsandbytes",
+    "from_torchao",
     "load_fp32_parameters",
     "optimizer_names",
+    "param_groups",
+    "to_bitsandbytes",
+    "to_torch_state_dict",
+    "to_torchao",
 ]

@@ -94,7 +94,9 @@ class AdEMAMix(FusedOptimizer):
         checks.nonnegative("alpha", group["alpha"])
         for name in ("t_alpha", "t_beta3"):
             if group[name] is not None and checks.nonnegative(name, group[name]) == 0:
-                raise ValueError(f"{name}=0 is no length of a schedule; pass a number of steps, or None for no schedule")
+                raise ValueError(
+                    f"{name}=0 is no length of a schedule; pass a number of steps, or None for no schedule"
+                )
         checks.nonnegative("eps", group["eps"])
         checks.nonnegative("weight_decay", group["weight_decay"])
 

@@ -58,24 +58,21 @@ class AnyPrecisionAdamW(AdamW):
         for name in ("state_dtype", "master_weights"):
             if name in options:
                 raise TypeError(
-                    f"{name} is set by momentum_dtype, variance_dtype and use_kahan_summation here; use AdamW for {name}"
+                    f"{name} is set by momentum_dtype, variance_dtype and use_kahan_summation here; "
+                    f"use AdamW to pass {name}"
                 )
         checks.flag("use_kahan_summation", use_kahan_summation)
-        options.setdefault("state_rounding", "nearest")
         self._compensation = compensation_buffer_dtype
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            state_dtype={
+        implied: dict[str, Any] = {
+            "state_rounding": "nearest",
+            **options,
+            "state_dtype": {
                 "exp_avg": format_name("momentum_dtype", momentum_dtype),
                 "exp_avg_sq": format_name("variance_dtype", variance_dtype),
             },
-            master_weights="kahan" if use_kahan_summation else None,
-            **options,
-        )
+            "master_weights": "kahan" if use_kahan_summation else None,
+        }
+        super().__init__(params, lr, betas, eps, weight_decay, **implied)
 
     def own_defaults(self) -> dict[str, Any]:
         return {"compensation_buffer_dtype": self._compensation}

@@ -24,7 +24,7 @@ def normalize(value: Any) -> str | None:
 
 
 def normalize_rounding(value: Any) -> str | None:
-    """rounding as param_groups keep it. Raises ValueError."""
+    """Rounding as param_groups keep it. Raises ValueError."""
     return None if value is None else checks.one_of("rounding", value, ROUNDINGS)
 
 

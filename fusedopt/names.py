@@ -48,5 +48,3 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
         )
     checks.known_keywords(cls, kwargs)
     return cls(params, **{**cls.NAMES[name], **kwargs})
-
-

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, checks, compiled, masters, names, reports, sharding
-from .allocation import Request, allocate
+from . import backends, checkpoint, checks, compiled, masters, members, names, reports
 from .backends import GroupStep, Session
 from .gather import Gathered, clip
 from .options import spell_out
-from .quantization import encode
 from .state import (
-    Slot,
     StateSpec,
-    keeps_own_precision,
     normalize_dtype,
     normalize_rounding,
-    requested_format,
     rounding_of,
-    slots_of,
 )
 
 
@@ -78,6 +72,7 @@ class FusedOptimizer(Optimizer):
     last_grad_norm: Tensor | None = None
 
     _health: reports.HealthRecord | None = None
+    _has_warned = False  # that nothing is quantized
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -275,106 +270,19 @@ class FusedOptimizer(Optimizer):
         if not left:
             return gathered
         for group, position in left:
-            self._check_param(group, position, max_grad_norm)
-        if self.make_state((group, self.param_groups[group]["params"][position]) for group, position in left):
+            members.check_param(self, group, position, max_grad_norm)
+        if members.make_state(
+            self, ((group, self.param_groups[group]["params"][position]) for group, position in left)
+        ):
             left = gathered.collect(self.param_groups, self.state)
         for group, position in left:
             param = self.param_groups[group]["params"][position]
-            gathered.add(group, position, param, param.grad, self.state[param], self._backends(group))
+            gathered.add(group, position, param, param.grad, self.state[param], self.backends_of(group))
         return gathered
 
-    def _backends(self, group: int) -> list[backends.Backend]:
+    def backends_of(self, group: int) -> list[backends.Backend]:
+        """The backends that a group may be stepped by, the best first."""
         return backends.candidates(self.param_groups[group]["backend"])
-
-    def _check_param(self, group_index: int, position: int, max_grad_norm: float | None) -> None:
-        """Raises ValueError if a parameter that has a gradient cannot be stepped."""
-        group = self.param_groups[group_index]
-        param = group["params"][position]
-        where = f"parameter {position} of group {group_index}"
-        if "param_names" in group:
-            where += f" ({group['param_names'][position]!r})"
-        where += f", of shape {tuple(param.shape)},"
-        grad = param.grad
-        if param.device.type == "meta":
-            raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"{where} has a gradient of layout {grad.layout}; "
-                "use sparse=False or one of the sparse optimizers of torch.optim"
-            )
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping"
-            )
-        if grad.device != param.device or grad.is_complex() != param.is_complex():
-            raise ValueError(
-                f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
-            )
-        reason = sharding.refusal(param, max_grad_norm)
-        if reason is not None:
-            raise ValueError(f"{where} cannot be stepped: {reason}")
-        refusals = [(backend.name, backend.refusal(sharding.local(param))) for backend in self._backends(group_index)]
-        if all(reason is not None for _, reason in refusals):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-            raise ValueError(
-                f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
-                "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
-            )
-        reason = masters.refusal(group, param)
-        if reason is not None:
-            raise ValueError(f"{where} cannot be stepped: {reason}")
-        for spec in self.states(group):
-            if keeps_own_precision(param) and requested_format(spec, group["state_dtype"]) != "float32":
-                raise ValueError(
-                    f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
-                    "whose state is kept in the same precision; leave state_dtype='float32' in its group"
-                )
-        checkpoint.check_state(self, group, param, self.state.get(param, {}), where)
-
-    def make_state(self, members: Iterable[tuple[int, Tensor]]) -> bool:
-        """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
-        wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
-        for group_index, param in members:
-            group = self.param_groups[group_index]
-            held = self.state.get(param, {})
-            if "step" not in held:
-                wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), None))
-            for spec in self.states(group):
-                if not spec.keys_in(held):
-                    wanted += self._wanted(spec, group, param)
-            slot = masters.slot_of(group, param)
-            if slot is not None and slot.key not in held:
-                wanted.append((param, slot, masters.first_value(group, param)))
-        tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
-        for (param, slot, first), tensor in zip(wanted, tensors):
-            if first is not None:
-                self._begin(tensor, first)
-            is_step = slot.key == "step"
-            self.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
-        if wanted:
-            reports.warn_if_nothing_is_quantized(self)
-        return bool(wanted)
-
-    @staticmethod
-    def _begin(tensor: Tensor, first: Tensor | float) -> None:
-        if isinstance(first, Tensor):
-            tensor.copy_(first)
-        else:  # of complex numbers both parts, as torch
-            tensor.fill_(complex(first, first) if tensor.is_complex() else first)
-
-    def _wanted(
-        self, spec: StateSpec, group: dict[str, Any], param: Tensor
-    ) -> Iterator[tuple[Tensor, Slot, Tensor | float | None]]:
-        """The tensors of a state that a parameter lacks, and what they begin with where that is not zero."""
-        slots = slots_of(spec, group, param)
-        first = self.first_value(spec, group)
-        if first == 0.0:
-            yield from ((param, slot, None) for slot in slots)
-        elif len(slots) == 1:
-            yield param, slots[0], first
-        else:
-            whole = torch.full(slots[0].shape, first, dtype=torch.float32, device=sharding.local(param).device)
-            yield from ((param, s, part) for s, part in zip(slots, encode(whole, is_signed=spec.is_signed)))
 
     def _grad_multiplier(self, gathered: Gathered) -> float:
         """Inverse loss scale x clip coefficient."""
@@ -408,8 +316,8 @@ class FusedOptimizer(Optimizer):
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
         for position in positions:
-            self._check_param(index, position, group["max_grad_norm"])
-        self.make_state((index, group["params"][position]) for position in positions)
+            members.check_param(self, index, position, group["max_grad_norm"])
+        members.make_state(self, ((index, group["params"][position]) for position in positions))
         if group["max_grad_norm"] is not None and self.last_grad_norm is None:
             self.last_grad_norm = torch.zeros(())  # for the traced operator to write to
         for position in positions:

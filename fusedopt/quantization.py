@@ -53,11 +53,9 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
     q = (root(size) * root_units).long()
     r = torch.full_like(q, _HALF) if bits is None else _blocked(bits).long() | 1
     q = q + (units - (r >> 1) > q * ((q << 15) + r))
-    if is_signed:
-        q = torch.where((q != 0) & (code < 0), q | 0x80, q)
-    else:  # a variance never becomes zero while its mean is alive
-        q = torch.where((q == 0) & (size != 0), 1, q)
-    q = torch.where(is_plain, q, 0)
+    # Unsigned, a variance never becomes zero while its mean is alive.
+    changed, to = ((q != 0) & (code < 0), q | 0x80) if is_signed else ((q == 0) & (size != 0), torch.ones_like(q))
+    q = torch.where(is_plain, torch.where(changed, to, q), 0)
     scale = torch.where(is_plain, scale, torch.where(largest > 0, 255, 0))
     return _unblocked(q.to(torch.uint8), values.shape), scale.squeeze(-1).to(torch.uint8)
 

@@ -33,11 +33,11 @@ def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, str, str]]
 
 def warn_if_nothing_is_quantized(optimizer: FusedOptimizer) -> None:
     """Warns, once, if 8-bit state is asked for and no parameter can have it."""
-    if "_warned_unquantized" in optimizer.__dict__:
+    if optimizer._has_warned:
         return
     reasons = [reason for _, _, reason in _unquantized(optimizer)]
     if reasons and all(reasons):
-        optimizer._warned_unquantized = True
+        optimizer._has_warned = True
         found = ", ".join(dict.fromkeys(reasons))
         warnings.warn(
             f"state_dtype='8bit' changes nothing here: no parameter can have it ({found}); "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import masters, sharding
+from .members import make_state
 from .reference import master as reference
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
         if kind is None or index is None:
             local.copy_(source)
             continue
-        optimizer.make_state([(index, param)])
+        make_state(optimizer, [(index, param)])
         kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
         value = source.to(device=local.device, dtype=torch.float32)
         shown, rest = reference.split(kind, value, local, kept, None)

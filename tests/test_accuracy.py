@@ -43,7 +43,6 @@ def test_error_is_at_most_torchs(case: Case, kwargs: dict, steps: int) -> None:
 def test_float64_and_complex_parameters_follow_torch(case: Case, kwargs: dict) -> None:
     """On the reference path in their own precision; a few ulps from torch's order of operations."""
     for dtype in (torch.float64, torch.complex64, torch.complex128):
-
         if dtype.is_complex and not case.is_torchs:
             continue  # lion_pytorch and pytorch_optimizer take no complex numbers
 

@@ -280,7 +280,12 @@ def test_reading_tensors_without_dlpack() -> None:
     expected = train(CASES[0].ours(offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16"), 3)
     cpu.bind_torch(exchange=False)
     try:
-        plain = train(CASES[0].ours(offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16", backend="cpu"), 3)
+        plain = train(
+            CASES[0].ours(
+                offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16", backend="cpu"
+            ),
+            3,
+        )
     finally:
         cpu.bind_torch()
     assert_same_run(plain, expected)

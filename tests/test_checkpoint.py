@@ -53,9 +53,7 @@ def copy_params(source: torch.optim.Optimizer, target: torch.optim.Optimizer) ->
             twin.data.copy_(param.data)
 
 
-torchs = pytest.mark.parametrize(
-    ("case", "kwargs"), [row for row in each_variant() if row.values[0].is_torchs]
-)
+torchs = pytest.mark.parametrize(("case", "kwargs"), [row for row in each_variant() if row.values[0].is_torchs])
 
 
 @torchs

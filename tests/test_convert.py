@@ -134,7 +134,7 @@ def test_torch_reads_what_was_stored_and_goes_on(name: str, kwargs: dict[str, An
     assert_same_step(back, theirs, first=4)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), named([row for row in TORCH if "centered" not in row[1]]))
+@pytest.mark.parametrize(("name", "kwargs"), named(TORCH))
 def test_loading_it_stores_it_again(name: str, kwargs: dict[str, Any]) -> None:
     """In 16 bits exactly; in 8 bits exactly but in the few blocks whose scale was chosen before rounding."""
     cls = getattr(fusedopt, name)

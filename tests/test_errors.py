@@ -36,7 +36,11 @@ INF = float("inf")
         ({"min_quantized_numel": -1}, ValueError, "min_quantized_numel=-1 is negative"),
         ({"min_quantized_numel": 1e3}, TypeError, "min_quantized_numel=1000.0 is a float"),
         ({"rounding": "up"}, ValueError, "rounding='up' is not known; pass one of 'nearest', 'stochastic'"),
-        ({"master_weights": "split16"}, ValueError, "master_weights='split16' is not known; pass one of 'kahan', 'split24'"),
+        (
+            {"master_weights": "split16"},
+            ValueError,
+            "master_weights='split16' is not known; pass one of 'kahan', 'split24'",
+        ),
         ({"state_rounding": "up"}, ValueError, "state_rounding='up' is not known; pass one of 'nearest', 'stochastic'"),
         ({"state_rounding": {"v": "nearest"}}, ValueError, "names the state 'v'"),
         ({"seed": -1}, ValueError, r"seed=-1 is outside \[0, 2\*\*32\)"),
@@ -97,7 +101,9 @@ def test_float16_parameters_take_float32_masters_only() -> None:
         set_grads(params, 0)
         before = [param.detach().clone() for param in params]
         optimizer = fusedopt.SGD(params, master_weights=master)
-        with pytest.raises(ValueError, match=rf"master_weights='{master}' needs bfloat16.*use master_weights='float32'"):
+        with pytest.raises(
+            ValueError, match=rf"master_weights='{master}' needs bfloat16.*use master_weights='float32'"
+        ):
             optimizer.step()
         assert not optimizer.state
         assert all(torch.equal(param, value) for param, value in zip(params, before))

@@ -18,7 +18,9 @@ from fusedopt.masters import KEYS
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 shapes = st.lists(
-    st.one_of(st.lists(st.integers(0, 40), max_size=3), st.lists(st.integers(0, 200), min_size=2, max_size=2)).map(tuple),
+    st.one_of(st.lists(st.integers(0, 40), max_size=3), st.lists(st.integers(0, 200), min_size=2, max_size=2)).map(
+        tuple
+    ),
     min_size=1,
     max_size=4,
 )
@@ -75,9 +77,7 @@ def runs(draw: st.DrawFn) -> tuple:
 def test_compiled_equals_reference(run, shapes, threads) -> None:
     case, kwargs, dtype = run
     torch.set_num_threads(threads)
-    both = [
-        train(case.ours(make_params(shapes, dtype), **kwargs, backend=backend), 3) for backend in ("cpu", "eager")
-    ]
+    both = [train(case.ours(make_params(shapes, dtype), **kwargs, backend=backend), 3) for backend in ("cpu", "eager")]
     assert_same_run(*both)
     if kwargs["max_grad_norm"] is not None:
         assert_same_bits(both[0].last_grad_norm, both[1].last_grad_norm)

@@ -18,10 +18,10 @@ namespace {
 
 // Lane k of the result, all four elements of it: the largest of the 16 elements of `block[k]`.
 FUSEDOPT_FN __m512i largest_of_blocks(const __m512i (&block)[4]) {
-  const __m512i first = _mm512_max_epi32(_mm512_shuffle_i32x4(block[0], block[1], 0x44),
-                                         _mm512_shuffle_i32x4(block[0], block[1], 0xEE));
-  const __m512i second = _mm512_max_epi32(_mm512_shuffle_i32x4(block[2], block[3], 0x44),
-                                          _mm512_shuffle_i32x4(block[2], block[3], 0xEE));
+  const __m512i first =
+      _mm512_max_epi32(_mm512_shuffle_i32x4(block[0], block[1], 0x44), _mm512_shuffle_i32x4(block[0], block[1], 0xEE));
+  const __m512i second =
+      _mm512_max_epi32(_mm512_shuffle_i32x4(block[2], block[3], 0x44), _mm512_shuffle_i32x4(block[2], block[3], 0xEE));
   __m512i lanes =
       _mm512_max_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xDD));
   lanes = _mm512_max_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_BADC));

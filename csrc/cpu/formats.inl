@@ -145,7 +145,8 @@ FUSEDOPT_FN void encode_run(const float* values, const float* roots, uint8_t* co
 template <bool kSigned, int kHalfIndex, bool kRoots>
 void encode_blocks(const float* values, const float* roots, uint8_t* codes, const BlockScale* found, int n,
                    const uint32_t* random) {
-  for (int begin = 0; begin < n; begin += kBlock, values += kBlock, roots += kBlock, codes += kBlock, random += kBlock) {
+  for (int begin = 0; begin < n;
+       begin += kBlock, values += kBlock, roots += kBlock, codes += kBlock, random += kBlock) {
     const BlockScale& scale = found[begin / kBlock];
     const int length = n - begin < kBlock ? n - begin : kBlock;
     if (scale.is_special()) {
@@ -163,8 +164,8 @@ void encode_blocks(const float* values, const float* roots, uint8_t* codes, cons
 }
 
 template <bool kSigned, bool kRoots>
-void encode_blocks_as(int half, const float* values, const float* roots, uint8_t* codes, const BlockScale* found,
-                      int n, const uint32_t* random) {
+void encode_blocks_as(int half, const float* values, const float* roots, uint8_t* codes, const BlockScale* found, int n,
+                      const uint32_t* random) {
   if (half < 0) encode_blocks<kSigned, -1, kRoots>(values, roots, codes, found, n, random);
   if (half == 0) encode_blocks<kSigned, 0, kRoots>(values, roots, codes, found, n, random);
   if (half == 1) encode_blocks<kSigned, 1, kRoots>(values, roots, codes, found, n, random);

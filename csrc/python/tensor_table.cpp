@@ -30,12 +30,12 @@ py::object interned(const std::string& text) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
 }
 
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
-}
+bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 // How many elements of a parameter lie in a row that blocks of codes do not cross.
-int64_t row_of(const TensorView& param) { return param.ndim < 2 || param.numel == 0 ? 0 : param.numel / param.shape[0]; }
+int64_t row_of(const TensorView& param) {
+  return param.ndim < 2 || param.numel == 0 ? 0 : param.numel / param.shape[0];
+}
 
 bool is_scales_of(const TensorView& scales, const TensorView& param) {
   const int64_t row = row_of(param);
@@ -93,8 +93,8 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
   }
   for (size_t k = 0; k < states; ++k) {
     const std::string name = info.state_names[k];
-    group.states.push_back({static_cast<Rounding>(roundings[k]), is_signed[k], interned(name), interned(name + "_codes"),
-                            interned(name + "_scales")});
+    group.states.push_back({static_cast<Rounding>(roundings[k]), is_signed[k], interned(name),
+                            interned(name + "_codes"), interned(name + "_scales")});
   }
   group.rounding = static_cast<Rounding>(rounding);
   group.master = static_cast<Master>(master);
@@ -173,8 +173,8 @@ bool TensorTable::append(int group_index, int64_t position, const Objects& objec
   desc.grad = buffer_of(view);
   record.grad = {objects.grad, view.shape};
   for (size_t k = 0; k < group.states.size(); ++k) {
-    if (!append_state(group.states[k], objects.states[k], objects.scales[k], param, record.states[k],
-                      record.scales[k], desc, desc.states[k])) {
+    if (!append_state(group.states[k], objects.states[k], objects.scales[k], param, record.states[k], record.scales[k],
+                      desc, desc.states[k])) {
       return false;
     }
   }

@@ -36,8 +36,8 @@ struct BlockScale {
 
 template <bool kSigned>
 struct Square8 {
-  static constexpr uint32_t kTop = kSigned ? 127 : 255;              // the largest q
-  static constexpr uint32_t kShift = kSigned ? 13 : 15;              // K: s = exponent - K
+  static constexpr uint32_t kTop = kSigned ? 127 : 255;                // the largest q
+  static constexpr uint32_t kShift = kSigned ? 13 : 15;                // K: s = exponent - K
   static constexpr uint32_t kCeiling = kSigned ? 0x3FBFFu : 0x1FEFFu;  // C: q stays within kTop
 
   static FUSEDOPT_FN float unit_of(uint32_t scale) { return float_of(scale << 23); }

@@ -33,14 +33,10 @@ FUSEDOPT_FN Split split_bits(uint32_t u) {
 FUSEDOPT_FN Split split32(float w) { return split_bits(canonical(bits_of(w))); }
 
 // `random` has 8 bits; 0x80 rounds to nearest. The low byte of `low` is then zero.
-FUSEDOPT_FN Split split24(float w, uint32_t random) {
-  return split_bits((canonical(bits_of(w)) + random) & ~0xFFu);
-}
+FUSEDOPT_FN Split split24(float w, uint32_t random) { return split_bits((canonical(bits_of(w)) + random) & ~0xFFu); }
 
 // What w - p leaves behind; of a parameter that is inf or NaN, nothing.
-FUSEDOPT_FN float remainder_of(float w, float p) {
-  return (bits_of(p) & kInfinity) == kInfinity ? 0.0f : w - p;
-}
+FUSEDOPT_FN float remainder_of(float w, float p) { return (bits_of(p) & kInfinity) == kInfinity ? 0.0f : w - p; }
 
 // Whether a 16-bit code is w rounded one way or the other. If not, somebody else has written the
 // parameter since, and what was written counts.

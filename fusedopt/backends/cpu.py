@@ -15,7 +15,7 @@ from .base import GroupStep, Health, ParamStep
 
 # DType and Master in csrc/core/tensors.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
-MASTERS = {None: 0, **{kind: i for i, kind in enumerate(KEYS, start=1)}}
+MASTERS: dict[str | None, int] = {kind: i for i, kind in enumerate([None, *KEYS])}
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,0 +1,89 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_params, train
+
+import fusedopt
+
+# Name: class, and what the name implies.
+EXPECTED = {
+    "adamw": (fusedopt.AdamW, {}),
+    "adamw_torch": (fusedopt.AdamW, {}),
+    "adamw_torch_fused": (fusedopt.AdamW, {}),
+    "adamw_anyprecision": (fusedopt.AnyPrecisionAdamW, {}),
+    "adamw_bf16": (fusedopt.AdamW, {"state_dtype": "bfloat16"}),
+    "adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
+    "adamw_bnb_8bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
+    "adam": (fusedopt.Adam, {}),
+    "adam_8bit": (fusedopt.Adam, {"state_dtype": "8bit"}),
+    "lion": (fusedopt.Lion, {}),
+    "lion_32bit": (fusedopt.Lion, {}),
+    "lion_8bit": (fusedopt.Lion, {"state_dtype": "8bit"}),
+    "ademamix": (fusedopt.AdEMAMix, {}),
+    "ademamix_8bit": (fusedopt.AdEMAMix, {"state_dtype": "8bit"}),
+    "rmsprop": (fusedopt.RMSprop, {}),
+    "rmsprop_8bit": (fusedopt.RMSprop, {"state_dtype": "8bit"}),
+    "rmsprop_bnb": (fusedopt.RMSprop, {}),
+    "rmsprop_bnb_8bit": (fusedopt.RMSprop, {"state_dtype": "8bit"}),
+    "rmsprop_bnb_32bit": (fusedopt.RMSprop, {}),
+    "adagrad": (fusedopt.Adagrad, {}),
+    "sgd": (fusedopt.SGD, {}),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_name_makes_its_optimizer(name: str) -> None:
+    cls, implied = EXPECTED[name]
+    params = make_params([(64, 64)], torch.float32)
+    optimizer = fusedopt.create_optimizer(name, params, lr=1e-3)
+    assert type(optimizer) is cls
+    assert optimizer.defaults["lr"] == 1e-3
+    for key, value in implied.items():
+        assert optimizer.defaults[key] == value
+    before = params[0].detach().clone()
+    train(optimizer, 1)
+    assert not torch.equal(params[0], before)
+
+
+def test_names_are_these() -> None:
+    assert fusedopt.optimizer_names() == sorted(EXPECTED)
+
+
+def test_arguments_win_over_the_name() -> None:
+    optimizer = fusedopt.create_optimizer("adamw_8bit", make_params([(3,)], torch.float32), state_dtype="bfloat16")
+    assert optimizer.defaults["state_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "message"),
+    [
+        ("adamv", {}, ValueError, "'adamv' is not known; did you mean 'adam.*there are adagrad, adam, adam_8bit"),
+        ("muon", {}, ValueError, "'muon' is not known; there are adagrad"),
+        ("paged_adamw_8bit", {}, ValueError, "needs paged state, which does not exist yet; use 'adamw_8bit'"),
+        ("paged_adamw_32bit", {}, ValueError, "use 'adamw'"),
+        ("paged_lion_32bit", {}, ValueError, "use 'lion_32bit'"),
+        ("paged_rmsprop", {}, ValueError, "use 'rmsprop'"),
+        ("paged_ademamix_8bit", {}, ValueError, "use 'ademamix_8bit'"),
+        ("paged_muon", {}, ValueError, "'paged_muon' is not known"),
+        ("lion", {"eps": 1e-8}, TypeError, "Lion got an unknown argument eps=1e-08; it takes params, lr, betas"),
+        ("sgd", {"momentun": 0.9}, TypeError, "momentun=0.9; did you mean 'momentum'"),
+    ],
+)
+def test_what_is_unknown(name: str, kwargs: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fusedopt.create_optimizer(name, make_params([(3,)], torch.float32), **kwargs)
+
+
+def test_signatures_spell_out_the_options() -> None:
+    """For users, tools and errors: no **options to look up elsewhere."""
+    import inspect
+
+    for cls, _ in EXPECTED.values():
+        parameters = inspect.signature(cls).parameters
+        assert "options" not in parameters
+        assert parameters["state_dtype" if cls is not fusedopt.AnyPrecisionAdamW else "momentum_dtype"]
+        assert parameters["max_grad_norm"].default is None
+        assert parameters["min_quantized_numel"].default == 4096

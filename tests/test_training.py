@@ -1,0 +1,59 @@
+"""A real training run: smaller state must not cost loss."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedopt
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from gpt import Config, Training
+
+SEEDS = (0, 1, 2)
+
+
+def final_loss(seed: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> float:
+    """The validation loss of the demo's GPT after its 200 steps."""
+    config = replace(Config(), seed=seed)
+
+    def make(groups: list[dict], config: Config) -> fusedopt.FusedOptimizer:
+        for group in groups:
+            for param in group["params"]:
+                param.data = param.data.to(dtype)
+        return fusedopt.AdamW(groups, lr=config.lr, betas=config.betas, **kwargs)
+
+    training = Training(make, config)
+    for _ in range(config.steps):
+        training.step()
+    # Judged with float32 arithmetic and the full weights: what is left is what the optimizer did.
+    weights = fusedopt.fp32_parameters(training.optimizer, training.model)
+    training.model.float().load_state_dict(weights, strict=False)
+    return training.validation_loss()
+
+
+@pytest.fixture(scope="module")
+def float32_losses() -> list[float]:
+    return [final_loss(seed) for seed in SEEDS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kwargs", "limit"),
+    [
+        ({"state_dtype": "8bit"}, 0.005),
+        ({"state_dtype": "8bit", "master_weights": "split24", "dtype": torch.bfloat16}, 0.01),
+    ],
+    ids=["8bit", "bf16 + split24 + 8bit"],
+)
+def test_loss_of_the_demos_gpt(float32_losses: list[float], kwargs: dict, limit: float) -> None:
+    losses = [final_loss(seed, **kwargs) for seed in SEEDS]
+    print(f"float32 {float32_losses}, ours {losses}")
+    for ours, reference in zip(losses, float32_losses):
+        assert abs(ours / reference - 1) <= limit
+    assert abs(statistics.fmean(losses) / statistics.fmean(float32_losses) - 1) <= limit
