@@ -158,9 +158,9 @@ def format_kwargs(case: Case, kwargs: dict[str, Any], name: str) -> dict[str, An
     return {"state_dtype": formats, "state_rounding": roundings, "min_quantized_numel": 1}
 
 
-# Rows of whole blocks, ragged ones, ones that end in a block of one, more than a chunk of them; and shapes that
-# are not quantized.
-SHAPES_2D = ((65, 100), (4, 64), (7, 257), (3, 4, 400), (2, 70_000), (90, 63), (1, 65), (6, 0))
+# Rows of whole blocks, ragged ones, ones that end in a block of one, rows and runs of rows longer than a chunk; and
+# shapes that are not quantized.
+SHAPES_2D = ((700, 100), (4, 64), (7, 257), (3, 4, 400), (2, 70_000), (90, 63), (1, 65), (6, 0))
 
 ODD_SIZES = (1, 3, 255, 256, 257, 1023, 65537)
 

@@ -37,8 +37,8 @@ struct ConfigField {
 FUSEDOPT_FN float root(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_FN double root(double x) { return __builtin_sqrt(x); }
 
-// -1, 0 or 1; NaN stays NaN.
-FUSEDOPT_FN float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x * 0.0f); }
+// -1, 1, or x itself where it is zero or NaN.
+FUSEDOPT_FN float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 
 // The larger of two, NaN if either is, as torch.maximum.
 FUSEDOPT_FN float maximum(float a, float b) { return (b > a || b != b) ? b : a; }

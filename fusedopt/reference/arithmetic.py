@@ -32,9 +32,9 @@ def root(x: Tensor) -> Tensor:
 
 
 def sign(x: Tensor) -> Tensor:
-    """-1, 0 or 1; NaN stays NaN."""
+    """-1, 1, or x itself where it is zero or NaN."""
     one = torch.ones_like(x)
-    return torch.where(x > 0, one, torch.where(x < 0, -one, x * 0.0))
+    return torch.where(x > 0, one, torch.where(x < 0, -one, x))
 
 
 def decayed(param: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
