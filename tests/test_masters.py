@@ -84,6 +84,24 @@ def test_split_and_join_of_special_weights(kind: str, isa: str) -> None:
     assert torch.equal(optimizer.state[param]["master_low"][plain], kept[plain])
 
 
+@pytest.mark.parametrize("kind", ["split24", "split32"])
+def test_no_nan_becomes_a_number(kind: str, isa: str) -> None:
+    """NaN of the largest patterns: rounding its upper half would carry it to -0."""
+    from fusedopt.backends import ParamStep
+    from fusedopt.backends.cpu import CpuSession
+    from fusedopt.backends.eager import EagerSession
+
+    optimizer = fusedopt.SGD(make_params([(32,)], torch.bfloat16), lr=1.0, master_weights=kind)
+    for session in (CpuSession(), EagerSession()):
+        param = torch.ones(32, dtype=torch.bfloat16)
+        grad = torch.tensor([0x7FFFFFFF, -1] * 16, dtype=torch.int32).view(torch.float32)
+        kept = torch.zeros(32, dtype=torch.int8 if kind == "split24" else torch.int16)
+        session.begin([optimizer.group_step(optimizer.param_groups[0])])
+        assert session.add(ParamStep(0, 0, param, grad, (), torch.tensor(0.0), kept))
+        session.step([1.0])
+        assert param.isnan().all()
+
+
 def movement(steps: int, lr: float, grad: float, weight_decay: float, **kwargs: object) -> float:
     """How far bfloat16 weights of 1 have moved, on average over 2**16 of them."""
     param = torch.nn.Parameter(torch.ones(1 << 16, dtype=torch.bfloat16))
