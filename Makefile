@@ -34,10 +34,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	$(PYTEST)
+	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -m slow
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py --processes 3 --out out/bench
@@ -66,7 +67,8 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 sanitize: $(SANITIZED)/.installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
-		$(PYTEST) -s -m "not slow" -p no:cacheprovider tests/test_bits.py tests/test_formats.py tests/test_norm.py tests/test_tensors.py
+		$(PYTEST) -s -m "not slow" -p no:cacheprovider tests/test_bits.py tests/test_formats.py tests/test_norm.py \
+		tests/test_tensors.py tests/test_quantization.py
 
 ci: test lint sanitize
 

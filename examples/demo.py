@@ -56,17 +56,17 @@ FP32 = Configuration(
     "#1f5fd0",
     lambda groups, c: fusedopt.AdamW(groups, lr=c.lr, betas=c.betas),
 )
-BF16 = Configuration(
-    'fusedopt AdamW(state_dtype="bfloat16")',
+EIGHT_BIT = Configuration(
+    'fusedopt AdamW(state_dtype="8bit")',
     "#e8590c",
-    lambda groups, c: fusedopt.AdamW(groups, lr=c.lr, betas=c.betas, state_dtype="bfloat16"),
+    lambda groups, c: fusedopt.AdamW(groups, lr=c.lr, betas=c.betas, state_dtype="8bit"),
 )
 CLIPPED = Configuration(
     "fusedopt AdamW(max_grad_norm=1.0)",
     "#12936f",
     lambda groups, c: fusedopt.AdamW(groups, lr=c.lr, betas=c.betas, max_grad_norm=1.0),
 )
-CONFIGURATIONS = (TORCH, FP32, BF16, CLIPPED)
+CONFIGURATIONS = (TORCH, FP32, EIGHT_BIT, CLIPPED)
 
 
 def train_all(config: Config, console: Console) -> dict[str, Training]:

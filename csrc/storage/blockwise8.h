@@ -43,9 +43,11 @@ struct Square8 {
   static FUSEDOPT_FN float unit_of(uint32_t scale) { return float_of(scale << 23); }
 
   static FUSEDOPT_FN float decode(uint8_t code, float unit) {
-    const int32_t q = kSigned ? code & 0x7F : code;
-    const float size = static_cast<float>(q) * static_cast<float>(q) * unit;
-    return kSigned ? float_of(bits_of(size) | static_cast<uint32_t>(code & 0x80) << 24) : size;
+    const float q = static_cast<float>(kSigned ? code & 0x7F : code);
+    const float size = q * q * unit;
+    if constexpr (!kSigned) return size;
+    const int32_t extended = static_cast<int8_t>(code);  // the sign bit of a code is that of the number
+    return float_of(bits_of(size) | (static_cast<uint32_t>(extended) & 0x80000000u));
   }
 
   // The scale of a block whose largest magnitude, as an integer, is `largest`.
