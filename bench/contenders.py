@@ -46,6 +46,7 @@ class Contender:
         dtypes: Parameter dtypes it is measured with.
         before_step: Called before every `optimizer.step()` and timed with it.
         gradient_reads: How often a step has to read the gradients: twice when a norm comes first.
+        workloads: Where it is measured; 8-bit state of vectors, which are not quantized, would be float32.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contender:
     dtypes: Sequence[str] = _ALL
     before_step: Callable[[Sequence[Parameter]], object] | None = None
     gradient_reads: int = 1
+    workloads: Sequence[str] = ("W1", "W2", "W3")
 
 
 def _ours(**options: Any) -> Callable[..., Optimizer]:
@@ -85,15 +87,16 @@ CONTENDERS = (
     Contender("fusedopt", OURS, _ours()),
     Contender("fusedopt, bf16 state, nearest", OURS, _ours(state_dtype="bfloat16", state_rounding="nearest")),
     Contender("fusedopt, bf16 state, stochastic", OURS, _ours(state_dtype="bfloat16", state_rounding="stochastic")),
-    Contender("fusedopt, 8-bit state", OURS, _ours(state_dtype="8bit")),
+    Contender("fusedopt, 8-bit state", OURS, _ours(state_dtype="8bit"), workloads=("W2",)),
     Contender(
         "fusedopt, 8-bit state, split24",
         OURS,
         _ours(state_dtype="8bit", master_weights="split24"),
         dtypes=("bfloat16",),
+        workloads=("W2",),
     ),
     Contender("fusedopt Lion", OURS, _lion()),
-    Contender("fusedopt Lion, 8-bit state", OURS, _lion(state_dtype="8bit")),
+    Contender("fusedopt Lion, 8-bit state", OURS, _lion(state_dtype="8bit"), workloads=("W2",)),
     Contender("fusedopt AdEMAMix", OURS, partial(AdEMAMix, lr=HYPER["lr"], weight_decay=HYPER["weight_decay"])),
     Contender("fusedopt + clip", OURS, _ours(max_grad_norm=MAX_GRAD_NORM), dtypes=_UNSCALED, gradient_reads=2),
     Contender(

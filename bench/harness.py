@@ -82,7 +82,8 @@ def measure_here(workload_name: str, dtype: str, settings: Settings, label: str)
     workload = WORKLOADS[workload_name]
     params = workload.params(DTYPES[dtype])
     source, target = torch.ones(_COPY_NUMEL), torch.zeros(_COPY_NUMEL)
-    entered = [c for c in CONTENDERS if dtype in c.dtypes and (settings.peers or c.family != PEER)]
+    entered = [c for c in CONTENDERS if dtype in c.dtypes and workload_name in c.workloads]
+    entered = [c for c in entered if settings.peers or c.family != PEER]
     if settings.only:
         entered = [c for c in entered if c is BASELINE or any(part in c.name for part in settings.only)]
     batches = list(_batches(entered))

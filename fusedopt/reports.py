@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,8 +43,16 @@ def warn_if_nothing_is_quantized(optimizer: FusedOptimizer) -> None:
         warnings.warn(
             f"state_dtype='8bit' changes nothing here: no parameter can have it ({found}); "
             "its states stay float32. See memory_report()",
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The stacklevel that makes a warning point to the line that called into this package, or torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 # ---- tables ------------------------------------------------------------------------------------------

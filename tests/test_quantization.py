@@ -225,6 +225,7 @@ def test_a_model_in_which_nothing_is_quantized_is_warned_of_once() -> None:
     ) as caught:
         train(optimizer, 3)
     assert len(caught) == 1
+    assert caught[0].filename.endswith("cases.py")  # where step() was called
 
 
 def test_groups_have_formats_of_their_own() -> None:
