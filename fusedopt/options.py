@@ -31,7 +31,12 @@ def spell_out(init: Any, base: Any) -> None:
     names = {parameter.name for parameter in own}
     defaults = inspect.signature(base).parameters
     listed = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name].default, annotation=annotation)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name].default,
+            annotation=getattr(annotation, "__forward_arg__", annotation),  # as text, like the constructor's own
+        )
         for name, annotation in Options.__annotations__.items()
         if name not in names
     ]
