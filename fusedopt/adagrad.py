@@ -32,11 +32,7 @@ class Adagrad(FusedOptimizer):
         initial_accumulator_value: What `sum` begins with, >= 0.
         eps: Added to the denominator, >= 0.
         foreach: Accepted for torch's sake; every step is fused.
-        maximize: Ascend instead of descend.
-        differentiable: Must be False.
-        fused: Accepted for torch's sake; every step is fused.
-        capturable: Accepted for uniformity.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -47,7 +43,7 @@ class Adagrad(FusedOptimizer):
     REFERENCES: ClassVar[dict[str, Reference]] = {"adagrad": adagrad}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adagrad": {}}
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # torch takes some of the options by position
         self,
         params: Any,
         lr: float | Tensor = 1e-2,
@@ -56,11 +52,6 @@ class Adagrad(FusedOptimizer):
         initial_accumulator_value: float = 0,
         eps: float = 1e-10,
         foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -73,11 +64,7 @@ class Adagrad(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            maximize=maximize,
             foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             **options,
         )
 

@@ -34,13 +34,8 @@ class Adam(FusedOptimizer):
         eps: Added to the denominator, >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
         amsgrad: Divide by the largest second moment so far; never stored in 8 bits.
-        foreach: Accepted for torch's sake; every step is fused.
-        maximize: Ascend instead of descend.
-        capturable: Accepted for torch's sake.
-        differentiable: Must be False.
-        fused: Accepted for torch's sake; every step is fused.
         decoupled_weight_decay: Decay the parameter itself (AdamW) instead of an L2 penalty.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -74,11 +69,6 @@ class Adam(FusedOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
@@ -93,11 +83,6 @@ class Adam(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             **options,
         )
 
@@ -135,7 +120,7 @@ class AdamW(Adam):
     Args:
         params: As for `Adam`, like every argument not listed here.
         weight_decay: Decoupled weight decay, >= 0.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -159,12 +144,6 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
@@ -174,11 +153,6 @@ class AdamW(Adam):
             eps,
             weight_decay,
             amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             decoupled_weight_decay=True,
             **options,
         )

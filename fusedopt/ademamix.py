@@ -34,12 +34,7 @@ class AdEMAMix(FusedOptimizer):
             The paper takes the length of the training for both.
         eps: Added to the denominator, >= 0.
         weight_decay: Decoupled weight decay, >= 0, multiplied by lr.
-        foreach: Accepted for torch's sake; every step is fused.
-        maximize: Ascend instead of descend.
-        capturable: Accepted for torch's sake.
-        differentiable: Must be False.
-        fused: Accepted for torch's sake; every step is fused.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -60,12 +55,6 @@ class AdEMAMix(FusedOptimizer):
         t_beta3: int | None = None,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -80,11 +69,6 @@ class AdEMAMix(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             **options,
         )
 

@@ -142,8 +142,7 @@ def restore(optimizer: FusedOptimizer) -> None:
             if "step" in kept:
                 slot = Slot("step", torch.Size(), torch.Size(), torch.float32)
                 targets.append((held, param, slot, kept["step"].reshape(())))
-            specs = {spec.name: spec for spec in (*optimizer.STATES, *optimizer.states(group))}
-            for spec in specs.values():
+            for spec in optimizer.all_states(group):
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue

@@ -51,20 +51,22 @@ def betas(value: Any, example: tuple[float, ...]) -> None:
         fraction(f"betas[{i}]", beta)
 
 
-def uint32(name: str, value: Any) -> int:
-    """A whole number that fits 32 unsigned bits."""
+def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
-    if not 0 <= value < 2**32:
+    return value
+
+
+def uint32(name: str, value: Any) -> int:
+    """A whole number that fits 32 unsigned bits."""
+    if not 0 <= _integer(name, value) < 2**32:
         raise ValueError(f"{name}={value!r} is outside [0, 2**32); pass an int in that range")
     return value
 
 
 def whole(name: str, value: Any) -> int:
     """A whole number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
-    if value < 0:
+    if _integer(name, value) < 0:
         raise ValueError(f"{name}={value!r} is negative; pass an int >= 0")
     return value
 

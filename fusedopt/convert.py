@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, checks, masters, sharding
-from .options import Options
+from .options import Options, TorchFlags
 from .quantization import decode
 from .state import StateSpec, keeps_own_precision
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-_OWN_SETTINGS = (*Options.__annotations__, "compensation_buffer_dtype")
+_OWN_SETTINGS = {*Options.__annotations__, "compensation_buffer_dtype"} - {*TorchFlags.__annotations__}
 
 # Without betas with us, there is one state there, whose decay is the first of betas all the same; the second,
 # whatever the constructor called it, is not applied by their step.

@@ -29,12 +29,7 @@ class Lion(FusedOptimizer):
         lr: Learning rate, >= 0; three to ten times smaller than for AdamW, the paper advises.
         betas: Of the direction and of the momentum, each in [0, 1).
         weight_decay: Decoupled weight decay, >= 0, multiplied by lr.
-        foreach: Accepted for torch's sake; every step is fused.
-        maximize: Ascend instead of descend.
-        capturable: Accepted for torch's sake.
-        differentiable: Must be False.
-        fused: Accepted for torch's sake; every step is fused.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -51,22 +46,11 @@ class Lion(FusedOptimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "weight_decay": weight_decay},
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             **options,
         )
 

@@ -146,6 +146,10 @@ class FusedOptimizer(Optimizer):
         """The states that a group's parameters have; all that are declared unless a subclass says less."""
         return self.STATES
 
+    def all_states(self, group: dict[str, Any]) -> list[StateSpec]:
+        """Every declared state, as a group has it where it has it."""
+        return list({spec.name: spec for spec in (*self.STATES, *self.states(group))}.values())
+
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         """What a state begins with."""
         return 0.0
@@ -167,7 +171,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
         return {
             **group,
-            "state_dtype": normalize_dtype(group["state_dtype"], self.STATES),
+            "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
             "rounding": masters.normalize_rounding(group["rounding"]),
             "master_weights": masters.normalize(group["master_weights"]),

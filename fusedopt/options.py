@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     from .state import StateDtype, StateRounding
 
 
-class Options(TypedDict, total=False):
+class TorchFlags(TypedDict, total=False):
+    """Those of them that torch's optimizers have, too."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+class Options(TorchFlags, total=False):
     """Keyword arguments of every optimizer; FusedOptimizer documents them."""
 
     state_dtype: StateDtype

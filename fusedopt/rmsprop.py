@@ -47,7 +47,6 @@ class RMSprop(FusedOptimizer):
         foreach: Accepted for torch's sake; every step is fused.
         maximize: Ascend instead of descend.
         differentiable: Must be False.
-        fused: Accepted for uniformity; every step is fused.
         **options: As for `FusedOptimizer`.
 
     Raises:
@@ -70,7 +69,7 @@ class RMSprop(FusedOptimizer):
         "rmsprop_bnb_8bit": {"state_dtype": "8bit"},
     }
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # torch takes some of the options by position
         self,
         params: Any,
         lr: float | Tensor = 1e-2,
@@ -83,8 +82,6 @@ class RMSprop(FusedOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -102,7 +99,6 @@ class RMSprop(FusedOptimizer):
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
-            fused=fused,
             **options,
         )
 
@@ -113,11 +109,6 @@ class RMSprop(FusedOptimizer):
         checks.nonnegative("weight_decay", group["weight_decay"])
         checks.nonnegative("momentum", group["momentum"])
         checks.flag("centered", group["centered"])
-        named = group["state_dtype"]
-        if group["centered"] and isinstance(named, dict) and named.get("square_avg") == "8bit":
-            raise ValueError(
-                f"state_dtype['square_avg']='8bit' is not possible: {_CANCELS}; use 'float32' or 'bfloat16'"
-            )
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         specs = _CENTERED if group["centered"] else _PLAIN

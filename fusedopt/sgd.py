@@ -32,12 +32,7 @@ class SGD(FusedOptimizer):
         dampening: Dampening of the gradient in the momentum, from the second step on.
         weight_decay: L2 penalty added to the gradient, >= 0.
         nesterov: Nesterov's momentum; needs momentum and no dampening.
-        maximize: Ascend instead of descend.
-        foreach: Accepted for torch's sake; every step is fused.
-        differentiable: Must be False.
-        fused: Accepted for torch's sake; every step is fused.
-        capturable: Accepted for uniformity.
-        **options: As for `FusedOptimizer`.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
         ValueError: A value is out of range.
@@ -60,12 +55,6 @@ class SGD(FusedOptimizer):
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -78,11 +67,6 @@ class SGD(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
             **options,
         )
 

@@ -158,9 +158,13 @@ def test_formats_are_converted_both_ways() -> None:
     again.load_state_dict(state_dict)
     found = again.state[again.param_groups[0]["params"][0]]
     assert found.keys() == source.keys()
-    # A block whose largest element was rounded down may find a finer scale now; all others keep their codes.
-    assert (found["exp_avg_codes"] == source["exp_avg_codes"]).float().mean() > 0.9
-    assert (found["exp_avg_sq_scales"] == source["exp_avg_sq_scales"]).float().mean() > 0.9
+    # Codes come back where the scale does. It may be finer where a block's largest element had been rounded down:
+    # in one block of 130 here.
+    for name in ("exp_avg", "exp_avg_sq"):
+        same = found[f"{name}_scales"] == source[f"{name}_scales"]
+        assert same.float().mean() > 0.99
+        elements = same.repeat_interleave(64, dim=1)[:, :99]
+        assert torch.equal(found[f"{name}_codes"][elements], source[f"{name}_codes"][elements])
 
 
 def test_masters_that_have_no_place_are_dropped_with_a_warning() -> None:

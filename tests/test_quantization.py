@@ -48,13 +48,13 @@ def exact(value: float, scale: int, is_signed: bool, random: int) -> int:
 @both_signs
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_code_is_the_one_of_the_definition(is_signed: bool, rounding: str) -> None:
-    """Against integers of Python; the root may be off by an ulp, which one code in a thousand may show."""
+    """Against integers of Python: what is off in a root by an ulp is set right when q is rounded."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(16, 200, generator=generator) * 10.0 ** -(5 * torch.rand(16, 200, generator=generator))
     values = values if is_signed else values.abs()
     bits = random_bits(values.shape, values.device, seed=1, step=1, first_index=0, state=0)
     codes, scales = quantization.encode(values, is_signed=is_signed, bits=bits if rounding == "stochastic" else None)
-    shift, top = (13, 127) if is_signed else (15, 255)
+    top = 127 if is_signed else 255
     different = 0
     for row in range(16):
         for column in range(200):
@@ -66,8 +66,7 @@ def test_every_code_is_the_one_of_the_definition(is_signed: bool, rounding: str)
             assert largest > top**2 * 2.0 ** (scale - 1 - 127)
             random = bits[row, column].item() | 1 if rounding == "stochastic" else 0x8000
             different += codes[row, column].item() != exact(values[row, column].item(), scale, is_signed, random)
-    assert shift == {True: 13, False: 15}[is_signed]
-    assert different <= 3
+    assert different == 0
 
 
 @both_signs
@@ -82,7 +81,7 @@ def test_decode_is_the_square_times_a_power_of_two(is_signed: bool) -> None:
     expected = signs * q * q * 2.0 ** (torch.arange(256).double()[:, None] - 127)
     assert torch.equal(values[1:255].float(), expected[1:255].float())
     assert (values[0] == 0).all()  # zeroed memory is the zero state
-    assert values[255].isnan().logical_or(torch.isinf(values[255])).all()
+    assert torch.equal(values[255].isnan(), q[255] == 0)  # codes of a spoilt block are 0
 
 
 @both_signs
@@ -141,7 +140,8 @@ def test_numbers_of_any_size_share_a_block(is_signed: bool, isa: str) -> None:
     assert decoded[1, 5] == pytest.approx(1.0, rel=0.02)
     tiny = codes[0, 1:]
     assert (tiny == (0 if is_signed else 1)).all()
-    assert (codes[2] == (0 if is_signed else 1)).all() or not is_signed
+    # far below the smallest scale: nothing is left of a momentum, and of a variance the least there is
+    assert (codes[2] == (0 if is_signed else 1)).all()
     assert decoded.isfinite().all()
 
 

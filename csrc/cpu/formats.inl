@@ -184,28 +184,21 @@ float* load_state(const Buffer& state, int64_t row, int64_t begin, int n, float*
   return tile;
 }
 
-// What store_state needs to know of a blockwise state's values beforehand; kept apart from it because it
-// takes long to come and other work can be done meanwhile.
-void prepare_state(const Buffer& state, int64_t row, int64_t begin, int n, const float* values,
-                   BlockScale (&found)[kTile / kBlock]) {
-  if (!state.is_blockwise()) return;
-  uint8_t* scales = state.scales + block_index(row, begin);
-  if (state.is_signed) {
-    find_scales<true>(values, n, found, scales);
-  } else {
-    find_scales<false>(values, n, found, scales);
-  }
-}
-
 // `roots`: the values' square roots if the rule had them, else null.
-void store_state(const Buffer& state, int64_t begin, int n, const float* values, const float* roots,
-                 const BlockScale (&found)[kTile / kBlock], const uint32_t* random, int half) {
+void store_state(const Buffer& state, int64_t row, int64_t begin, int n, const float* values, const float* roots,
+                 const uint32_t* random, int half) {
   if (!state.is_blockwise()) return store(state, state.rounding, begin, n, values, random, half);
   uint8_t* codes = at<uint8_t>(state, begin);
+  uint8_t* scales = state.scales + block_index(row, begin);
+  BlockScale found[kTile / kBlock];
   if (state.rounding == Rounding::kNearest) half = -1;
   if (state.is_signed) {
+    find_scales<true>(values, n, found, scales);
     encode_blocks_as<true, false>(half, values, values, codes, found, n, random);
-  } else if (roots == nullptr) {
+    return;
+  }
+  find_scales<false>(values, n, found, scales);
+  if (roots == nullptr) {
     encode_blocks_as<false, false>(half, values, values, codes, found, n, random);
   } else {
     encode_blocks_as<false, true>(half, values, roots, codes, found, n, random);

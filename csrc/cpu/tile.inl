@@ -93,10 +93,6 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     constexpr bool kKeepRoots = kHasBlocks && Rule::kRooted >= 0;
     update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
 
-    BlockScale found[kSlots<Rule>][kTile / kBlock];
-    if constexpr (kHasBlocks) {
-      for (int k = 0; k < Rule::kStates; ++k) prepare_state(tensor.states[k], tensor.row, at, n, s[k], found[k]);
-    }
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
       const Buffer& state = tensor.states[k];
@@ -104,7 +100,7 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
         stream_held = k / 2;
         draw(context.stream_keys[stream_held], index, n, random);
       }
-      store_state(state, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, found[k], random, k & 1);
+      store_state(state, tensor.row, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, random, k & 1);
     }
     if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
     store_param(tensor, at, n, p, spare, random);
