@@ -111,6 +111,7 @@ def test_special_blocks(is_signed: bool, backend: str, isa: str) -> None:
         else:
             assert values[row, 64:128].isfinite().all()
             unit = 2.0 ** (scales[row, 1].item() - 127)
+            # a spacing of the largest codes is 2 / 127 of the number, of the smallest a unit
             assert values[row, 70] == pytest.approx(special, rel=0.02, abs=unit)
 
 
@@ -136,7 +137,7 @@ def test_numbers_of_any_size_share_a_block(is_signed: bool, isa: str) -> None:
     values[2, 1] = 3e-40
     codes, scales = stored(values, is_signed)
     decoded = quantization.decode(codes, scales, is_signed=is_signed)
-    assert decoded[0, 0] == pytest.approx(1e30, rel=0.02)
+    assert decoded[0, 0] == pytest.approx(1e30, rel=0.02)  # a spacing of the largest codes is 2 / 127
     assert decoded[1, 5] == pytest.approx(1.0, rel=0.02)
     tiny = codes[0, 1:]
     assert (tiny == (0 if is_signed else 1)).all()
@@ -164,7 +165,7 @@ def test_the_largest_blocks_that_are_stored() -> None:
         for is_signed in (True, False):
             codes, scales = quantization.encode(values, is_signed=is_signed)
             decoded = quantization.decode(codes, scales, is_signed=is_signed)
-            torch.testing.assert_close(decoded, values, rtol=0.01, atol=0)
+            torch.testing.assert_close(decoded, values, rtol=0.01, atol=0)  # to nearest: half a spacing
 
 
 @both_signs
@@ -267,7 +268,7 @@ def test_an_initial_value_is_encoded(case) -> None:
     optimizer.step()
     held = optimizer.state[param]
     values = quantization.decode(held["sum_codes"], held["sum_scales"], is_signed=False)
-    torch.testing.assert_close(values, torch.full_like(values, 0.3), rtol=0.01, atol=0)
+    torch.testing.assert_close(values, torch.full_like(values, 0.3), rtol=0.01, atol=0)  # half a spacing
 
 
 def test_a_whole_and_a_split_tensor_agree(isa: str) -> None:
