@@ -20,9 +20,13 @@ PYBIND11_MODULE(_core, module) {
   module.def("rules", [] {
     py::dict states_of;
     for (const fusedopt::RuleInfo& rule : fusedopt::rules()) {
-      py::tuple names(rule.states);
-      for (int k = 0; k < rule.states; ++k) names[k] = rule.state_names[k];
-      states_of[rule.name] = names;
+      py::list names;
+      for (int k = 0; k < rule.states; ++k) names.append(rule.state_names[k]);
+      if (rule.row_name != nullptr) {
+        names.append(rule.row_name);
+        names.append(rule.column_name);
+      }
+      states_of[rule.name] = py::tuple(names);
     }
     return states_of;
   });

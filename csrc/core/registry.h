@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/tensors.h"
+#include "rules/normalize.h"
 
 namespace fusedopt {
 
@@ -22,7 +23,13 @@ struct RuleInfo {
   int states;
   const char* const* state_names;
   std::vector<RuleField> fields;
-  void (*derive)(const void* config, int64_t step, void* hyper);
+  void (*derive)(const void* config, int64_t step, const TensorSums& sums, void* hyper);  // most rules take no sums
+  bool normalizes = false;           // rules/normalize.h
+  int second_moment = -1;            // the state that holds it, if it is not factored
+  const char* row_name = nullptr;    // of factored second moments
+  const char* column_name = nullptr;
+  bool (*reads_weights)(const void* config) = nullptr;
+  const Moments& (*moments)(const void* hyper) = nullptr;
 };
 
 // All rules, in the order of rules/all.h.

@@ -24,6 +24,11 @@ constexpr int64_t size_of(DType dtype) {
   return 0;
 }
 
+// The distance from 1 to the next number of a floating-point format.
+constexpr double epsilon_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? 0x1p-7 : dtype == DType::kFloat16 ? 0x1p-10 : 0x1p-23;
+}
+
 enum class Rounding : int32_t { kNearest = 0, kStochastic = 1 };
 
 // What a 16-bit parameter keeps beside itself so that small updates are not lost (storage/master.h).
@@ -38,6 +43,23 @@ struct Buffer {
   bool is_signed = true;  // codes of numbers of both signs
 
   bool is_blockwise() const { return dtype == DType::kUInt8; }
+};
+
+// The factored second moment of a tensor that is one matrix or several, one after the other.
+struct Factors {
+  float* rows = nullptr;  // averages over each row, updated by a step
+  float* columns = nullptr;
+  int64_t row_count = 0;  // of one matrix
+  int64_t column_count = 0;
+
+  bool exist() const { return rows != nullptr; }
+};
+
+// What a step finds out about such a tensor before it takes the step.
+struct NormalizeScratch {
+  const float* row_factors = nullptr;
+  const float* column_factors = nullptr;
+  int64_t row_total = 0;  // of all matrices
 };
 
 // What a step counts of a tensor when it is asked to.
@@ -56,6 +78,8 @@ struct TensorDesc {
   Buffer states[kMaxStates];
   Buffer master;  // as `master_format` says
   Master master_format = Master::kNone;
+  Factors factors;
+  const NormalizeScratch* scratch = nullptr;  // set within a step
   float* step = nullptr;    // steps taken so far, on the host; the step increments it
   int64_t numel = 0;        // elements held here
   int64_t row = 0;          // blocks of codes do not cross multiples of this many elements

@@ -1,95 +1,83 @@
-// The encoder of storage/blockwise8.h in AVX-512 intrinsics, for a tile of four whole blocks. Every 8-bit
-// step is bound by it, and it measured 1.7 to 1.9 times as fast as what the compiler makes of the plain code: the four
-// maxima are reduced together and codes are packed 64 at a time. The operations on numbers are those of
-// Square8, hence the bits.
+// The arithmetic of storage/blockwise8.h in AVX-512 intrinsics, a block of 64 elements at a time: what an 8-bit
+// step is bound by. Operations on numbers are those of Square8, hence the bits.
 #pragma once
 
 #if defined(__AVX512BW__)
 
-// GCC's own headers leave operands undefined on purpose, and warn of it wherever they are inlined.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-
+#include "core/tensors.h"
+#include "cpu/lanes_avx512.inl"
 #include "storage/blockwise8.h"
 
 namespace fusedopt {
 namespace {
 
-// Lane k of the result, all four elements of it: the largest of the 16 elements of `block[k]`.
-FUSEDOPT_FN __m512i largest_of_blocks(const __m512i (&block)[4]) {
-  const __m512i first =
-      _mm512_max_epi32(_mm512_shuffle_i32x4(block[0], block[1], 0x44), _mm512_shuffle_i32x4(block[0], block[1], 0xEE));
-  const __m512i second =
-      _mm512_max_epi32(_mm512_shuffle_i32x4(block[2], block[3], 0x44), _mm512_shuffle_i32x4(block[2], block[3], 0xEE));
-  __m512i lanes =
-      _mm512_max_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xDD));
-  lanes = _mm512_max_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_BADC));
-  return _mm512_max_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_CDAB));
+// How a state takes R from its half of the random bits: (half & mask) | set, which for rounding to nearest is kHalf.
+struct Draw {
+  Bits mask, set;
+  explicit Draw(Rounding rounding)
+      : mask(all(rounding == Rounding::kNearest ? 0u : 0xFFFFu)),
+        set(all(rounding == Rounding::kNearest ? kHalf : 1u)) {}
+  FUSEDOPT_FN Bits of(Bits half) const { return _mm512_ternarylogic_epi32(half, mask, set, 0xEA); }
+};
+
+// A block in registers.
+struct LaneBlock {
+  Lanes at[kVectors];
+};
+struct BitBlock {
+  Bits at[kVectors];
+};
+
+FUSEDOPT_FN LaneBlock load_block(const float* x) {
+  return {{_mm512_loadu_ps(x), _mm512_loadu_ps(x + kVector), _mm512_loadu_ps(x + 2 * kVector),
+           _mm512_loadu_ps(x + 3 * kVector)}};
+}
+FUSEDOPT_FN BitBlock load_block(const uint32_t* x) {
+  return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + kVector), _mm512_loadu_si512(x + 2 * kVector),
+           _mm512_loadu_si512(x + 3 * kVector)}};
 }
 
-// The largest magnitudes of four blocks, as integers.
-FUSEDOPT_FN void find_largest(const float* values, uint32_t (&largest)[4]) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-  __m512i found[4];
-  for (int b = 0; b < 4; ++b) {
-    __m512i u[4];
-    for (int i = 0; i < 4; ++i) {
-      u[i] = _mm512_and_si512(_mm512_loadu_si512(values + kBlock * b + 16 * i), magnitude);
-    }
-    found[b] = _mm512_max_epi32(_mm512_max_epi32(u[0], u[1]), _mm512_max_epi32(u[2], u[3]));
-  }
-  const __m512i lane_heads = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i heads = _mm512_permutexvar_epi32(lane_heads, largest_of_blocks(found));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), _mm512_castsi512_si128(heads));
+// The largest magnitude of a block, as an integer.
+FUSEDOPT_FN uint32_t largest_of(const LaneBlock& x) {
+  const Bits most = _mm512_max_epi32(_mm512_max_epi32(magnitude_of(x.at[0]), magnitude_of(x.at[1])),
+                                     _mm512_max_epi32(magnitude_of(x.at[2]), magnitude_of(x.at[3])));
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  __m128i lane = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  lane = _mm_max_epi32(lane, _mm_shuffle_epi32(lane, 0x4E));
+  lane = _mm_max_epi32(lane, _mm_shuffle_epi32(lane, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(lane));
 }
 
-template <bool kSigned, int kHalfIndex, bool kRoots>
-FUSEDOPT_FN __m512i encode_vector(const float* values, const float* roots, const uint32_t* random, __m512 to_units,
-                                  __m512 root_units) {
-  const __m512i one = _mm512_set1_epi32(1);
-  const __m512 value = _mm512_loadu_ps(values);
-  const __m512i u = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));
-  const __m512 size = _mm512_castsi512_ps(u);
-  const __m512 root = kRoots ? _mm512_loadu_ps(roots) : _mm512_sqrt_ps(size);
-  const __m512i units = _mm512_cvttps_epi32(_mm512_mul_ps(size, to_units));
-  const __m512i q = _mm512_cvttps_epi32(_mm512_mul_ps(root, root_units));
-  __m512i r;
-  if constexpr (kHalfIndex < 0) {
-    r = _mm512_set1_epi32(kHalf);
-  } else if constexpr (kHalfIndex == 0) {
-    r = _mm512_or_si512(_mm512_srli_epi32(_mm512_loadu_si512(random), 16), one);
-  } else {  // (random & 0xFFFF) | 1
-    r = _mm512_ternarylogic_epi32(_mm512_loadu_si512(random), _mm512_set1_epi32(0xFFFF), one, 0xEA);
-  }
-  const __m512i left = _mm512_sub_epi32(units, _mm512_srli_epi32(r, 1));
-  const __m512i right = _mm512_mullo_epi32(q, _mm512_add_epi32(_mm512_slli_epi32(q, 15), r));
-  const __m512i rounded = _mm512_mask_add_epi32(q, _mm512_cmpgt_epi32_mask(left, right), q, one);
-  if constexpr (kSigned) {
-    const __mmask16 minus = _mm512_movepi32_mask(_mm512_castps_si512(value));
-    return _mm512_mask_or_epi32(rounded, _mm512_mask_test_epi32_mask(minus, rounded, rounded), rounded,
-                                _mm512_set1_epi32(0x80));
-  } else {
-    const __mmask16 lost = _mm512_mask_test_epi32_mask(_mm512_testn_epi32_mask(rounded, rounded), u, u);
-    return _mm512_mask_mov_epi32(rounded, lost, one);
-  }
-}
-
-// Encodes one block.
-template <bool kSigned, int kHalfIndex, bool kRoots>
-FUSEDOPT_FN void encode_block(const float* values, const float* roots, uint8_t* codes, const BlockScale& scale,
-                              const uint32_t* random) {
-  const __m512 to_units = _mm512_set1_ps(scale.to_units);
-  const __m512 root_units = _mm512_set1_ps(scale.root_units);
-  __m512i q[4];
-  for (int i = 0; i < 4; ++i) {
-    q[i] = encode_vector<kSigned, kHalfIndex, kRoots>(values + 16 * i, roots + 16 * i, random + 16 * i, to_units,
-                                                      root_units);
+// The 64 codes of a block. `halves`: random bits, 16 of them and anything above. kRoots: whether `roots` holds the square
+// roots of x.
+template <bool kSigned, bool kRoots>
+FUSEDOPT_FN Bits encode_block(const LaneBlock& x, const LaneBlock& roots, const BlockScale& scale,
+                              const Draw& draw, const BitBlock& halves) {
+  Bits q[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    const Lanes size = lanes_of(magnitude_of(x.at[j]));
+    const Lanes rooted = kRoots ? roots.at[j] : root(size);
+    const Bits units = _mm512_cvttps_epi32(size * scale.to_units);
+    const Bits below = _mm512_cvttps_epi32(rooted * scale.root_units);
+    const Bits r = draw.of(halves.at[j]);
+    const Bits left = _mm512_sub_epi32(units, _mm512_srli_epi32(r, 1));
+    const Bits right = _mm512_mullo_epi32(below, _mm512_add_epi32(_mm512_slli_epi32(below, 15), r));
+    q[j] = _mm512_mask_add_epi32(below, _mm512_cmpgt_epi32_mask(left, right), below, all(1u));
   }
   // Packing works within 128-bit lanes; `order` undoes that.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
-  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, packed));
+  const Bits order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Bits code = _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
+  if constexpr (kSigned) {  // saturation keeps signs; a zero has none
+    const Bits minus = _mm512_packs_epi16(_mm512_packs_epi32(bits_of(x.at[0]), bits_of(x.at[1])),
+                                          _mm512_packs_epi32(bits_of(x.at[2]), bits_of(x.at[3])));
+    const Bits both = _mm512_ternarylogic_epi32(code, minus, all(0x80808080u), 0xF8);
+    code = _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(code, code), both);
+  } else {  // what is not zero has a code that is not
+    const Bits some = _mm512_packus_epi16(_mm512_packs_epi32(magnitude_of(x.at[0]), magnitude_of(x.at[1])),
+                                          _mm512_packs_epi32(magnitude_of(x.at[2]), magnitude_of(x.at[3])));
+    code = _mm512_max_epu8(code, _mm512_min_epu8(some, _mm512_set1_epi8(1)));
+  }
+  return _mm512_permutexvar_epi32(order, code);
 }
 
 }  // namespace

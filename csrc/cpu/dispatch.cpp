@@ -10,6 +10,7 @@
 
 #include "core/chunks.h"
 #include "cpu/kernels.h"
+#include "cpu/normalize.h"
 #include "cpu/parallel.h"
 #include "storage/blockwise8.h"
 #include "storage/random.h"
@@ -86,7 +87,8 @@ Contexts derive_all(const std::vector<TensorDesc>& tensors, const std::vector<Gr
       held = static_cast<int32_t>(result.derived.size());
       last_step[tensor.group] = step;
       Derived& derived = result.derived.emplace_back();
-      rules()[group.rule].derive(group.config, step, derived.hyper);
+      const RuleInfo& info = rules()[group.rule];
+      if (!info.normalizes) info.derive(group.config, step, {}, derived.hyper);
       derived.context.grad_multiplier = static_cast<float>(group.grad_multiplier);
       for (uint32_t k = 0; k < 3; ++k) derived.context.stream_keys[k] = stream_key(group.seed, step, k);
     }
@@ -113,17 +115,23 @@ ChunkPlan plan_reduction(const std::vector<TensorDesc>& tensors) {
       [](int64_t, int64_t position) { return position; }, kReductionChunk, kStepChunk);
 }
 
-ChunkPlan plan_step(const std::vector<TensorDesc>& tensors) {
-  const auto last_block = [&](int64_t i, int64_t position) {
-    const int64_t row = tensors[i].row;  // 0 if there are no rows to speak of
-    return row == 0 ? position : position - position % row % kBlock;
-  };
+template <class TakesOnePass>
+ChunkPlan plan_step(const std::vector<TensorDesc>& tensors, const TakesOnePass& takes_one_pass) {
   return plan_chunks(
-      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].numel; }, last_block, kStepChunk,
-      kStepChunk);
+      static_cast<int64_t>(tensors.size()), [&](int64_t i) { return takes_one_pass(i) ? tensors[i].numel : 0; },
+      [&](int64_t i, int64_t position) { return cut_between_blocks(tensors[i], position); }, kStepChunk, kStepChunk);
 }
 
-// Chunks of one tensor may be counted by several threads at once.
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) {
+    if (isa.runs) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
 void add_counts(HealthCounts& total, const HealthCounts& counts) {
 #if defined(_OPENMP)
 #pragma omp critical(fusedopt_health)
@@ -137,14 +145,9 @@ void add_counts(HealthCounts& total, const HealthCounts& counts) {
   }
 }
 
-}  // namespace
-
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
-  for (const Isa& isa : isas()) {
-    if (isa.runs) names.emplace_back(isa.name);
-  }
-  return names;
+int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position) {
+  const int64_t row = tensor.row;  // 0 if there are no rows to speak of
+  return row == 0 ? position : position - position % row % kBlock;
 }
 
 std::string selected_isa() { return select().name; }
@@ -153,7 +156,8 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
           HealthCounts* health) {
   const Kernels& kernels = *select().kernels;
   const Contexts contexts = derive_all(tensors, groups);
-  for_each_chunk(plan_step(tensors), threads, [&](int64_t, const Chunk& chunk) {
+  const auto takes_one_pass = [&](int64_t i) { return !rules()[groups[tensors[i].group].rule].normalizes; };
+  for_each_chunk(plan_step(tensors, takes_one_pass), threads, [&](int64_t, const Chunk& chunk) {
     const TensorDesc& tensor = tensors[chunk.tensor];
     const Derived& derived = contexts.derived[contexts.of_tensor[chunk.tensor]];
     const StepFn step_chunk = kernels.step[groups[tensor.group].rule];
@@ -165,6 +169,11 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
       add_counts(health[chunk.tensor], counts);
     }
   });
+  std::vector<int32_t> others;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!takes_one_pass(static_cast<int64_t>(i))) others.push_back(static_cast<int32_t>(i));
+  }
+  step_normalizing(tensors, others, groups, kernels, threads, health);
   for (const TensorDesc& tensor : tensors) *tensor.step += 1.0f;
 }
 

@@ -26,6 +26,12 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors);
 void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threads);
 
+// Chunks of one tensor may be counted by several threads at once.
+void add_counts(HealthCounts& total, const HealthCounts& counts);
+
+// The last place at or before an element where a tensor may be cut: not within a block.
+int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position);
+
 // Zeroes fresh memory from all threads, on huge pages where the system grants them.
 void zero(void* data, int64_t bytes, int threads);
 

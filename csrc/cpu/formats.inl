@@ -14,20 +14,6 @@ namespace fusedopt {
 namespace {
 
 constexpr int kTile = 256;       // elements; 512 measured 30 % slower for 16-bit formats
-constexpr int kLine = 16;        // fp32 elements of a cache line
-constexpr int kPrefetch = 2048;  // bytes ahead of the load; 1 to 4 KiB measured alike
-
-// Asks for the line that lies kPrefetch bytes ahead, which may be past the end: a prefetch never faults.
-FUSEDOPT_FN void prefetch(const void* address) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + kPrefetch));
-}
-
-// The same for all lines of n numbers that are about to be decoded.
-template <class Number>
-FUSEDOPT_FN void prefetch_all(const Number* numbers, int n) {
-  for (int i = 0; i < n; i += 64 / static_cast<int>(sizeof(Number))) prefetch(numbers + i);
-}
-
 template <class Number>
 FUSEDOPT_FN Number* at(const Buffer& buffer, int64_t begin) {
   return static_cast<Number*>(buffer.data) + begin;
@@ -37,7 +23,6 @@ FUSEDOPT_FN Number* at(const Buffer& buffer, int64_t begin) {
 
 template <class Format>
 void decode_tile(const uint16_t* source, float* target, int n) {
-  prefetch_all(source, n);
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) target[i] = Format::decode(source[i]);
 }
@@ -91,7 +76,6 @@ FUSEDOPT_FN int64_t block_index(int64_t row, int64_t begin) {
 
 template <bool kSigned>
 void decode_blocks(const uint8_t* codes, const uint8_t* scales, float* target, int n) {
-  prefetch_all(codes, n);
   for (int begin = 0; begin < n; begin += kBlock) {
     const float unit = Square8<kSigned>::unit_of(scales[begin / kBlock]);
     if (begin + kBlock <= n) {
@@ -103,30 +87,17 @@ void decode_blocks(const uint8_t* codes, const uint8_t* scales, float* target, i
   }
 }
 
-// The scales of the blocks of a tile, and their bytes.
-template <bool kSigned>
-void find_scales(const float* values, int n, BlockScale (&found)[kTile / kBlock], uint8_t* scales) {
-  uint32_t largest[kTile / kBlock] = {};
+// The largest magnitude of n numbers, as an integer: in the order of the numbers, and NaN is above all.
+FUSEDOPT_FN uint32_t largest_of(const float* values, int n) {
 #if defined(__AVX512BW__)
-  if (n == kTile) {
-    find_largest(values, largest);
-  } else
+  if (n == kBlock) return largest_of(load_block(values));
 #endif
-  {
-    for (int begin = 0; begin < n; begin += kBlock) {
-      const int end = n - begin < kBlock ? n : begin + kBlock;
-      int32_t top = 0;  // magnitudes, as integers, are in the order of the numbers, and NaN is above all
-      for (int i = begin; i < end; ++i) {
-        const int32_t size = static_cast<int32_t>(bits_of(values[i]) & ~kSignBit);
-        top = size > top ? size : top;
-      }
-      largest[begin / kBlock] = static_cast<uint32_t>(top);
-    }
+  int32_t top = 0;
+  for (int i = 0; i < n; ++i) {
+    const int32_t size = static_cast<int32_t>(bits_of(values[i]) & ~kSignBit);
+    top = size > top ? size : top;
   }
-  for (int b = 0; b * kBlock < n; ++b) {
-    found[b] = Square8<kSigned>::scale_of(largest[b]);
-    scales[b] = static_cast<uint8_t>(found[b].code);
-  }
+  return static_cast<uint32_t>(top);
 }
 
 // kHalfIndex: which half of `random` is this state's; -1 rounds to nearest. kRoots: whether `roots` holds the
@@ -143,32 +114,48 @@ FUSEDOPT_FN void encode_run(const float* values, const float* roots, uint8_t* co
 }
 
 template <bool kSigned, int kHalfIndex, bool kRoots>
-void encode_blocks(const float* values, const float* roots, uint8_t* codes, const BlockScale* found, int n,
-                   const uint32_t* random) {
-  for (int begin = 0; begin < n;
-       begin += kBlock, values += kBlock, roots += kBlock, codes += kBlock, random += kBlock) {
-    const BlockScale& scale = found[begin / kBlock];
-    const int length = n - begin < kBlock ? n - begin : kBlock;
-    if (scale.is_special()) {
-      memset(codes, 0, static_cast<size_t>(length));
-    } else if (length < kBlock) {
-      encode_run<kSigned, kHalfIndex, kRoots>(values, roots, codes, length, scale, random);
-    } else {
+FUSEDOPT_FN void encode_whole_block(const float* values, const float* roots, uint8_t* codes, const BlockScale& scale,
+                                    const uint32_t* random) {
 #if defined(__AVX512BW__)
-      encode_block<kSigned, kHalfIndex, kRoots>(values, roots, codes, scale, random);
+  BitBlock halves{};
+  if constexpr (kHalfIndex >= 0) halves = load_block(random);
+  if constexpr (kHalfIndex == 0) {
+    for (Bits& bits : halves.at) bits = _mm512_srli_epi32(bits, 16);
+  }
+  const Draw draw(kHalfIndex < 0 ? Rounding::kNearest : Rounding::kStochastic);
+  const Bits encoded =
+      encode_block<kSigned, kRoots>(load_block(values), kRoots ? load_block(roots) : LaneBlock{}, scale, draw, halves);
+  _mm512_storeu_si512(codes, encoded);
 #else
-      encode_run<kSigned, kHalfIndex, kRoots>(values, roots, codes, kBlock, scale, random);
+  encode_run<kSigned, kHalfIndex, kRoots>(values, roots, codes, kBlock, scale, random);
 #endif
+}
+
+template <bool kSigned, int kHalfIndex, bool kRoots>
+void encode_blocks(const float* values, const float* roots, uint8_t* codes, uint8_t* scales, int n,
+                   const uint32_t* random) {
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const int length = n - begin < kBlock ? n - begin : kBlock;
+    const BlockScale scale = Square8<kSigned>::scale_of(largest_of(values + begin, length));
+    scales[begin / kBlock] = static_cast<uint8_t>(scale.code);
+    if (scale.is_special()) {
+      memset(codes + begin, 0, static_cast<size_t>(length));
+    } else if (length < kBlock) {
+      encode_run<kSigned, kHalfIndex, kRoots>(values + begin, roots + begin, codes + begin, length, scale,
+                                              random + begin);
+    } else {
+      encode_whole_block<kSigned, kHalfIndex, kRoots>(values + begin, roots + begin, codes + begin, scale,
+                                                      random + begin);
     }
   }
 }
 
 template <bool kSigned, bool kRoots>
-void encode_blocks_as(int half, const float* values, const float* roots, uint8_t* codes, const BlockScale* found, int n,
+void encode_blocks_as(int half, const float* values, const float* roots, uint8_t* codes, uint8_t* scales, int n,
                       const uint32_t* random) {
-  if (half < 0) encode_blocks<kSigned, -1, kRoots>(values, roots, codes, found, n, random);
-  if (half == 0) encode_blocks<kSigned, 0, kRoots>(values, roots, codes, found, n, random);
-  if (half == 1) encode_blocks<kSigned, 1, kRoots>(values, roots, codes, found, n, random);
+  if (half < 0) encode_blocks<kSigned, -1, kRoots>(values, roots, codes, scales, n, random);
+  if (half == 0) encode_blocks<kSigned, 0, kRoots>(values, roots, codes, scales, n, random);
+  if (half == 1) encode_blocks<kSigned, 1, kRoots>(values, roots, codes, scales, n, random);
 }
 
 // ---- a state of either kind --------------------------------------------------------------------
@@ -190,27 +177,16 @@ void store_state(const Buffer& state, int64_t row, int64_t begin, int n, const f
   if (!state.is_blockwise()) return store(state, state.rounding, begin, n, values, random, half);
   uint8_t* codes = at<uint8_t>(state, begin);
   uint8_t* scales = state.scales + block_index(row, begin);
-  BlockScale found[kTile / kBlock];
   if (state.rounding == Rounding::kNearest) half = -1;
-  if (state.is_signed) {
-    find_scales<true>(values, n, found, scales);
-    encode_blocks_as<true, false>(half, values, values, codes, found, n, random);
-    return;
-  }
-  find_scales<false>(values, n, found, scales);
-  if (roots == nullptr) {
-    encode_blocks_as<false, false>(half, values, values, codes, found, n, random);
-  } else {
-    encode_blocks_as<false, true>(half, values, roots, codes, found, n, random);
-  }
+  if (state.is_signed) return encode_blocks_as<true, false>(half, values, values, codes, scales, n, random);
+  if (roots == nullptr) return encode_blocks_as<false, false>(half, values, values, codes, scales, n, random);
+  encode_blocks_as<false, true>(half, values, roots, codes, scales, n, random);
 }
 
 // ---- a parameter with its master ---------------------------------------------------------------
 
 template <class Low>
 void join_tile(const uint16_t* high, const Low* low, float* target, int n) {
-  prefetch_all(high, n);
-  prefetch_all(low, n);
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
     target[i] = join(high[i], static_cast<int16_t>(sizeof(Low) == 1 ? low[i] * 256 : low[i]));
@@ -275,7 +251,6 @@ float* load_param(const TensorDesc& tensor, int64_t begin, int n, float* tile, f
       return tile;
     }
     case Master::kFloat32:
-      prefetch_all(codes, n);
       if (param.dtype == DType::kBFloat16) adopt_written<BFloat16>(codes, at<float>(master, begin), n);
       if (param.dtype == DType::kFloat16) adopt_written<Float16>(codes, at<float>(master, begin), n);
       return at<float>(master, begin);

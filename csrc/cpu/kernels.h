@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/tensors.h"
+#include "rules/normalize.h"
 
 namespace fusedopt {
 
@@ -23,9 +24,24 @@ using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 constexpr int kMaxRules = 32;
 constexpr int64_t kReductionChunk = 4096;
 
+// What a slab of rows has of a panel of at most kReductionChunk columns.
+struct MatrixUnit {
+  int64_t matrix_row;  // the first of its matrix, counted through all of them
+  int64_t row_begin, row_end;
+  int64_t column_begin, column_end;
+};
+
 struct Kernels {
   StepFn step[kMaxRules];  // in the order of rules/all.h
   SquareSumFn square_sum;  // of at most kReductionChunk elements
+  // Of rules that normalize; see normalize.inl.
+  void (*sum_rows_and_columns)(const TensorDesc&, float multiplier, const MatrixUnit&, double* row_sums,
+                               int64_t row_stride, double* column_sums);
+  double (*sum)(const float* x, int64_t n);
+  double (*sum_weights)(const TensorDesc&, int64_t begin, int64_t length);
+  double (*sum_matrix_updates)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&);
+  double (*sum_vector_updates)(const TensorDesc&, const Moments&, float multiplier, int state, int64_t begin,
+                               int64_t length);
 };
 
 #if defined(__x86_64__)

@@ -6,6 +6,8 @@
 #include "cpu/formats.inl"
 #include "cpu/health.inl"
 #include "cpu/kernels.h"
+#include "cpu/normalize.inl"
+#include "cpu/strips_avx512.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -15,11 +17,12 @@ namespace {
 template <class Rule>
 constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;
 
-template <class Rule, int kCount>
-FUSEDOPT_FN void update_run(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int begin,
-                            float multiplier, const typename Rule::Hyper& hyper) {
+// `roots` is null or, if the rule has the root of a state at hand, takes it.
+template <class Rule>
+FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int n,
+                             float multiplier, const typename Rule::Hyper& hyper) {
 #pragma GCC ivdep
-  for (int i = begin; i < begin + kCount; ++i) {
+  for (int i = 0; i < n; ++i) {
     float param = p[i];
     float state[kSlots<Rule>];
     for (int k = 0; k < Rule::kStates; ++k) state[k] = s[k][i];
@@ -28,20 +31,6 @@ FUSEDOPT_FN void update_run(float* p, const float* g, float* const (&s)[kSlots<R
     for (int k = 0; k < Rule::kStates; ++k) s[k][i] = state[k];
     if (roots != nullptr) roots[i] = root;
   }
-}
-
-// `roots` is null or, if the rule has the root of a state at hand, takes it.
-template <class Rule>
-FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int n,
-                             float multiplier, const typename Rule::Hyper& hyper) {
-  int i = 0;
-  for (; i + kLine <= n; i += kLine) {
-    prefetch(p + i);
-    prefetch(g + i);
-    for (int k = 0; k < Rule::kStates; ++k) prefetch(s[k] + i);
-    update_run<Rule, kLine>(p, g, s, roots, i, multiplier, hyper);
-  }
-  for (; i < n; ++i) update_run<Rule, 1>(p, g, s, roots, i, multiplier, hyper);
 }
 
 // How many elements from `at` on make a tile: to the end of the chunk and, where there are blocks, of the row.
@@ -74,6 +63,8 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
   alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[kSlots<Rule>][kTile], spare[kTile], before[kTile];
   alignas(64) uint32_t random[kTile];
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
+  [[maybe_unused]] alignas(64) float normalized[kIsNormalizing<Rule> ? kTile : 1];
+  [[maybe_unused]] MatrixPlace place = MatrixPlace::of(tensor.factors, begin);
   const bool draws_for_param = tensor.param.rounding == Rounding::kStochastic;
 
   const int64_t end = begin + length;
@@ -91,7 +82,16 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     if (health != nullptr) memcpy(before, p, sizeof(float) * static_cast<size_t>(n));
 
     constexpr bool kKeepRoots = kHasBlocks && Rule::kRooted >= 0;
-    update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
+    if constexpr (kIsNormalizing<Rule>) {
+      if constexpr (Rule::kSecondMoment < 0) {
+        normalize_matrix(tensor, hyper.moments, context.grad_multiplier, g, n, place, normalized);
+      } else {
+        normalize_vector(hyper.moments, context.grad_multiplier, g, s[Rule::kSecondMoment], n, normalized);
+      }
+      update_tile<Rule>(p, normalized, s, nullptr, n, 1.0f, hyper);
+    } else {
+      update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
+    }
 
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
@@ -115,6 +115,13 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
 template <class Rule>
 void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
+#if defined(__AVX512BW__)
+  if (health == nullptr) {
+    const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
+    begin += taken;
+    length -= taken;
+  }
+#endif
   bool has_blocks = false;
   for (int k = 0; k < Rule::kStates; ++k) has_blocks |= tensor.states[k].is_blockwise();
   if (has_blocks) {
@@ -127,8 +134,6 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
 }  // namespace
 }  // namespace fusedopt
 
-#include "cpu/reduce.inl"
-
 // The table of this instruction set; `name` has external linkage, all else in this file has not.
 #define FUSEDOPT_STEP_ENTRY(name, type) fusedopt::step_chunk<fusedopt::type>,
 #define FUSEDOPT_KERNELS(name)               \
@@ -137,5 +142,10 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
   const Kernels name = {                     \
       {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)}, \
       square_sum,                            \
+      sum_rows_and_columns,                  \
+      sum,                                   \
+      sum_weights,                           \
+      sum_matrix_updates,                    \
+      sum_vector_updates,                    \
   };                                         \
   }

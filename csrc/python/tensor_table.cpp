@@ -88,14 +88,16 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
     throw py::type_error("rule '" + rule + "' was given a hyperparameter that it does not have");
   }
   const size_t states = static_cast<size_t>(info.states);
-  if (roundings.size() != states || is_signed.size() != states) {
-    throw py::value_error("rule '" + rule + "' has " + std::to_string(info.states) + " states");
+  const size_t listed = states + (info.row_name == nullptr ? 0 : 2);
+  if (roundings.size() != listed || is_signed.size() != listed) {
+    throw py::value_error("rule '" + rule + "' has " + std::to_string(listed) + " states");
   }
   for (size_t k = 0; k < states; ++k) {
     const std::string name = info.state_names[k];
     group.states.push_back({static_cast<Rounding>(roundings[k]), is_signed[k], interned(name),
                             interned(name + "_codes"), interned(name + "_scales")});
   }
+  if (info.row_name != nullptr) group.factor_keys = {interned(info.row_name), interned(info.column_name)};
   group.rounding = static_cast<Rounding>(rounding);
   group.master = static_cast<Master>(master);
   group.master_key = interned(master_key);
@@ -114,6 +116,9 @@ void TensorTable::Record::prefetch(size_t state_count) const {
   // Without these objects there is nothing at their places.
   for (size_t k = 0; k < state_count && scales[k].object; ++k) scales[k].place.prefetch();
   if (master.object) master.place.prefetch();
+  for (const Known& factor : factors) {
+    if (factor.object) factor.place.prefetch();
+  }
 }
 
 bool TensorTable::append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param,
@@ -157,6 +162,31 @@ bool TensorTable::append_master(const Group& group, PyObject* object, const Tens
   return true;
 }
 
+bool TensorTable::append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
+                                 TensorDesc& desc) {
+  if (!group.factor_keys[0]) return true;
+  Factors& shapes = record.shapes;
+  for (int i = 0; i < 2; ++i) {
+    Known& known = record.factors[i];
+    if (known.object && known.still(objects.factors[i], known.numel)) continue;
+    TensorView view;
+    if (!read_tensor(objects.factors[i], view) || view.dtype != DType::kFloat32 || view.ndim < 1) return false;
+    known = {py::reinterpret_borrow<py::object>(objects.factors[i]), buffer_of(view), view.numel,
+             {objects.factors[i], view.shape}};
+    (i == 0 ? shapes.row_count : shapes.column_count) = view.shape[view.ndim - 1];
+  }
+  // As many matrices in the one as in the other, and in the parameter.
+  const int64_t rows = shapes.row_count, columns = shapes.column_count;
+  const int64_t matrices = rows == 0 || columns == 0 ? 0 : param.numel / (rows * columns);
+  if (matrices * rows * columns != param.numel) return false;
+  if (param.numel > 0 && (record.factors[0].numel != matrices * rows || record.factors[1].numel != matrices * columns)) {
+    return false;
+  }
+  desc.factors = {static_cast<float*>(record.factors[0].buffer.data), static_cast<float*>(record.factors[1].buffer.data),
+                  rows, columns};
+  return true;
+}
+
 bool TensorTable::append(int group_index, int64_t position, const Objects& objects, int64_t first_index,
                          Record& record) {
   const Group& group = groups_[group_index];
@@ -178,6 +208,9 @@ bool TensorTable::append(int group_index, int64_t position, const Objects& objec
       return false;
     }
   }
+  const int second_moment = rules()[group.desc.rule].second_moment;
+  if (second_moment >= 0 && desc.states[second_moment].dtype != DType::kFloat32) return false;
+  if (!append_factors(group, objects, param, record, desc)) return false;
   if (!append_master(group, objects.master, param, record.master, desc)) return false;
   if (!record.step.still(objects.step, 1)) {
     if (!read_tensor(objects.step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
@@ -205,6 +238,10 @@ bool TensorTable::find_state(const Group& group, PyObject* held, Objects& object
     objects.states[k] = PyDict_GetItem(held, state.codes_key.ptr());
     objects.scales[k] = PyDict_GetItem(held, state.scales_key.ptr());
     if (objects.states[k] == nullptr || objects.scales[k] == nullptr) return false;
+  }
+  for (size_t i = 0; group.factor_keys[0] && i < 2; ++i) {
+    objects.factors[i] = PyDict_GetItem(held, group.factor_keys[i].ptr());
+    if (objects.factors[i] == nullptr) return false;
   }
   // A parameter of 32 bits has none; append asks for what a 16-bit one needs.
   objects.master = group.master == Master::kNone ? nullptr : PyDict_GetItem(held, group.master_key.ptr());
@@ -288,14 +325,18 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
 
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
                       py::handle master, py::handle step, int64_t first_index) {
-  if (states.size() != groups_.at(group).states.size())
+  const size_t dense = groups_.at(group).states.size();
+  if (states.size() != dense + (groups_[group].factor_keys[0] ? 2 : 0))
     throw py::value_error("one tuple of tensors is needed for every state of the rule");
   Objects objects;
   objects.param = param.ptr();
   objects.grad = grad.ptr();
   objects.master = master.is_none() ? nullptr : master.ptr();
   objects.step = step.ptr();
-  for (size_t k = 0; k < states.size(); ++k) {
+  for (size_t i = 0; dense + i < states.size(); ++i) {
+    objects.factors[i] = PyTuple_GET_ITEM(py::tuple(states[dense + i]).ptr(), 0);
+  }
+  for (size_t k = 0; k < dense; ++k) {
     const py::tuple tensors = states[k];
     if (tensors.size() != 1 && tensors.size() != 2) throw py::value_error("a state is one tensor, or codes and scales");
     objects.states[k] = PyTuple_GET_ITEM(tensors.ptr(), 0);

@@ -39,7 +39,7 @@ class TensorTable {
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
 
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
-  // codes and scales. Returns false if it does not fit.
+  // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
            pybind11::handle master, pybind11::handle step, int64_t first_index);
 
@@ -63,6 +63,8 @@ class TensorTable {
     Place param, grad;
     std::array<Known, kMaxStates> states, scales;
     Known master, step;
+    std::array<Known, 2> factors;  // rows, columns
+    Factors shapes;                // of theirs, in elements
     void prefetch(size_t state_count) const;
   };
   struct State {
@@ -76,6 +78,7 @@ class TensorTable {
     Rounding rounding = Rounding::kNearest;  // of parameters
     Master master = Master::kNone;
     pybind11::object master_key;
+    std::array<pybind11::object, 2> factor_keys;  // null where second moments are not factored
   };
   // The Python objects of one parameter. `scales[k]` is null where state k is dense, `master` where there is none.
   struct Objects {
@@ -84,6 +87,7 @@ class TensorTable {
     std::array<PyObject*, kMaxStates> states{}, scales{};
     PyObject* master = nullptr;
     PyObject* step = nullptr;
+    std::array<PyObject*, 2> factors{};
   };
 
   // Finds a parameter's state in its dict; false if something is missing.
@@ -93,6 +97,8 @@ class TensorTable {
                            Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer);
   static bool append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
                             TensorDesc& desc);
+  static bool append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
+                             TensorDesc& desc);
   void sort();
 
   std::vector<Group> groups_;

@@ -16,6 +16,7 @@ namespace {
 struct Adagrad {
   static constexpr int kStates = 1;
   static constexpr const char* kStateNames[] = {"sum"};
+  static constexpr bool kSigned[] = {false};
   static constexpr int kRooted = 0;
 
   struct Config {
@@ -40,10 +41,11 @@ struct Adagrad {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, F* s, const Hyper& h) {
     g = h.weight_decay != 0.0f ? g + h.weight_decay * p : g;
     s[0] = s[0] + g * g;
-    const float rooted = root(s[0]);
+    const F rooted = root(s[0]);
     p = p - h.lr * (g / (rooted + h.eps));
     return rooted;
   }

@@ -23,6 +23,7 @@ template <bool kL2, bool kAmsgrad>
 struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr bool kSigned[] = {true, false, false};
 
   static constexpr int kRooted = kAmsgrad ? -1 : 1;
 
@@ -56,19 +57,20 @@ struct Adam {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, F* s, const Hyper& h) {
     if constexpr (kL2) {
       g = g + h.weight_decay * p;
     } else {
       p = p * h.decay;
     }
-    float& exp_avg = s[0];
-    float& exp_avg_sq = s[1];
+    F& exp_avg = s[0];
+    F& exp_avg_sq = s[1];
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g;
     exp_avg_sq = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
-    float second = exp_avg_sq;
+    F second = exp_avg_sq;
     if constexpr (kAmsgrad) second = s[2] = maximum(s[2], exp_avg_sq);
-    const float rooted = root(second);
+    const F rooted = root(second);
     p = p - h.step_size * (exp_avg / (rooted / h.sqrt_bias2 + h.eps));
     return rooted;
   }

@@ -22,6 +22,7 @@ namespace {
 struct AdEMAMix {
   static constexpr int kStates = 3;
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_slow", "exp_avg_sq"};
+  static constexpr bool kSigned[] = {true, true, false};
   static constexpr int kRooted = 2;
 
   struct Config {
@@ -78,15 +79,16 @@ struct AdEMAMix {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
-    float& exp_avg = s[0];
-    float& exp_avg_slow = s[1];
-    float& exp_avg_sq = s[2];
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, F* s, const Hyper& h) {
+    F& exp_avg = s[0];
+    F& exp_avg_slow = s[1];
+    F& exp_avg_sq = s[2];
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g;
     exp_avg_slow = h.beta3 * exp_avg_slow + h.one_minus_beta3 * g;
     exp_avg_sq = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
-    const float rooted = root(exp_avg_sq);
-    const float mixed = exp_avg * h.inverse_bias1 + h.alpha * exp_avg_slow;
+    const F rooted = root(exp_avg_sq);
+    const F mixed = exp_avg * h.inverse_bias1 + h.alpha * exp_avg_slow;
     p = p * h.decay - h.lr * (mixed / (rooted / h.sqrt_bias2 + h.eps));
     return rooted;
   }

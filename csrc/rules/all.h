@@ -1,6 +1,7 @@
 // The only list of rules: X(name, type). `name` is what Python asks for.
 #pragma once
 
+#include "rules/adafactor.h"
 #include "rules/adagrad.h"
 #include "rules/adamw.h"
 #include "rules/ademamix.h"
@@ -22,4 +23,8 @@
   X(adagrad, Adagrad)                                   \
   X(sgd, SGD)                                           \
   X(sgd_momentum, SGDMomentum)                          \
-  X(sgd_nesterov, SGDNesterov)
+  X(sgd_nesterov, SGDNesterov)                          \
+  X(adafactor_matrix, AdafactorMatrix)                  \
+  X(adafactor_matrix_momentum, AdafactorMatrixMomentum) \
+  X(adafactor_vector, AdafactorVector)                  \
+  X(adafactor_vector_momentum, AdafactorVectorMomentum)

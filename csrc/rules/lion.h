@@ -16,6 +16,7 @@ namespace {
 struct Lion {
   static constexpr int kStates = 1;
   static constexpr const char* kStateNames[] = {"exp_avg"};
+  static constexpr bool kSigned[] = {true};
   static constexpr int kRooted = -1;
 
   struct Config {
@@ -42,12 +43,13 @@ struct Lion {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
-    float& exp_avg = s[0];
-    const float direction = sign(h.beta1 * exp_avg + h.one_minus_beta1 * g);
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, F* s, const Hyper& h) {
+    F& exp_avg = s[0];
+    const F direction = sign(h.beta1 * exp_avg + h.one_minus_beta1 * g);
     exp_avg = h.beta2 * exp_avg + h.one_minus_beta2 * g;
     p = p * h.decay - h.lr * direction;
-    return 0.0f;
+    return F{};
   }
 };
 

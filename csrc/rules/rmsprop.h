@@ -22,6 +22,8 @@ struct RMSpropRule {
   static constexpr int kStates = 1 + kCentered + kMomentum;
   static constexpr const char* kAllNames[] = {"momentum_buffer", "square_avg", "grad_avg"};
   static constexpr const char* const* kStateNames = kAllNames + (kMomentum ? 0 : 1);
+  static constexpr bool kAllSigned[] = {true, false, true};
+  static constexpr const bool* kSigned = kAllSigned + (kMomentum ? 0 : 1);
   static constexpr int kSquareAvg = kMomentum ? 1 : 0;
   static constexpr int kRooted = kCentered ? -1 : kSquareAvg;
 
@@ -47,18 +49,19 @@ struct RMSpropRule {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, float* s, const Hyper& h) {
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, F* s, const Hyper& h) {
     g = h.weight_decay != 0.0f ? g + h.weight_decay * p : g;
-    float& square_avg = s[kSquareAvg];
+    F& square_avg = s[kSquareAvg];
     square_avg = h.alpha * square_avg + (h.one_minus_alpha * g) * g;
-    float second = square_avg;
+    F second = square_avg;
     if constexpr (kCentered) {
-      float& grad_avg = s[kSquareAvg + 1];
+      F& grad_avg = s[kSquareAvg + 1];
       grad_avg = h.alpha * grad_avg + h.one_minus_alpha * g;
-      second = maximum(second - grad_avg * grad_avg, 0.0f);
+      second = maximum(second - grad_avg * grad_avg, F{});
     }
-    const float rooted = root(second);
-    float direction = g / (rooted + h.eps);
+    const F rooted = root(second);
+    F direction = g / (rooted + h.eps);
     if constexpr (kMomentum) direction = s[0] = h.momentum * s[0] + direction;
     p = p - h.lr * direction;
     return rooted;

@@ -4,13 +4,15 @@
 //
 //   static constexpr int kStates;        how many state tensors it keeps, at most kMaxStates
 //   static constexpr const char* kStateNames[kStates];  their names, those of torch.optim
+//   static constexpr bool kSigned[kStates];             which hold numbers of both signs
 //   struct Config { double ...; };       hyperparameters of one param group, as the user gave them
 //   static constexpr ConfigField kFields[];             Config's members by name
 //   struct Hyper { float ...; };         what the equation needs, derived once per step
 //   static Hyper derive(const Config&, int64_t step);   step counts from 1
 //   static constexpr int kRooted;        a state whose square root update has at hand, or -1
-//   static float update(float& p, float g, float* s, const Hyper&);
-//                                        returns that root, of the new state; 0 if there is none
+//   template <class F> static F update(F& p, F g, F* s, const Hyper&);
+//                                        returns that root, of the new state; 0 if there is none.
+//                                        F is float or a vector of them
 //
 // derive computes in double and rounds each result to fp32 once. update computes in fp32 with IEEE
 // add, mul, div and sqrt in the order its header states; nothing is contracted, so every instruction

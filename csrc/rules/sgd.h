@@ -18,6 +18,7 @@ template <bool kMomentum, bool kNesterov>
 struct SGDRule {
   static constexpr int kStates = kMomentum ? 1 : 0;
   static constexpr const char* kStateNames[] = {"momentum_buffer"};
+  static constexpr bool kSigned[] = {true};
   static constexpr int kRooted = -1;
 
   struct Config {
@@ -43,15 +44,16 @@ struct SGDRule {
     };
   }
 
-  static FUSEDOPT_FN float update(float& p, float g, [[maybe_unused]] float* s, const Hyper& h) {
+  template <class F>
+  static FUSEDOPT_FN F update(F& p, F g, [[maybe_unused]] F* s, const Hyper& h) {
     g = h.weight_decay != 0.0f ? g + h.weight_decay * p : g;
-    float direction = g;
+    F direction = g;
     if constexpr (kMomentum) {
       s[0] = h.momentum * s[0] + h.one_minus_dampening * g;
       direction = kNesterov ? g + h.momentum * s[0] : s[0];
     }
     p = p - h.lr * direction;
-    return 0.0f;
+    return F{};
   }
 };
 

@@ -1,0 +1,17 @@
+// The step of rules that normalize (rules/normalize.h): passes for sums, then the step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/registry.h"
+#include "core/tensors.h"
+#include "cpu/kernels.h"
+
+namespace fusedopt::cpu {
+
+// Steps those of `tensors` that `members` lists, but for their step counts. `health` as for cpu::step.
+void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& members,
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health);
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,74 @@
+// What rules share that divide a gradient by the root of its second moment before the update, and must know
+// the RMS of the quotient before they can take the step: two passes over a tensor instead of one.
+//
+// Such a rule has, beyond rule.h,
+//
+//   static constexpr bool kNormalizes = true;    update gets the quotient u instead of the gradient
+//   static constexpr int kSecondMoment;          the state that holds the second moment, float32; or -1:
+//   static constexpr const char *kRowName, *kColumnName;  it is factored into averages over rows and columns
+//   Moments Hyper::moments;
+//   static bool reads_weights(const Config&);    whether derive needs TensorSums::param
+//   static Hyper derive(const Config&, int64_t step, const TensorSums&);
+//                                                called again when sums are known; moments hang on none
+#pragma once
+
+#include <type_traits>
+
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+// How second moments move, and what keeps them from zero: either eps is added to squares, or there are floors.
+struct Moments {
+  float keep, take;
+  double eps;        // added to the square of a gradient, or to means of squares
+  bool is_clamped;
+  float least_mean;  // floor of the mean of row averages
+  float least;       // floor of a second moment under the root
+};
+
+// Sums over one tensor, and what goes with them.
+struct TensorSums {
+  double param = 0.0;   // of squared weights
+  double update = 0.0;  // of squared u
+  int64_t numel = 0;
+  DType dtype = DType::kFloat32;  // of the parameter
+};
+
+namespace {
+
+FUSEDOPT_FN float average(float held, float value, const Moments& m) { return m.keep * held + m.take * value; }
+
+// The second moment of a single element.
+template <bool kClamped>
+FUSEDOPT_FN float second_moment(float v, float g, const Moments& m) {
+  const float square = g * g;
+  return average(v, kClamped ? square : square + static_cast<float>(m.eps), m);
+}
+
+template <bool kClamped>
+FUSEDOPT_FN float normalize(float g, float v, const Moments& m) {
+  return g / root(kClamped ? maximum(v, m.least) : v);
+}
+
+// What an element of a row is multiplied by for the row's sake, given the row's average and their mean.
+FUSEDOPT_FN float row_factor(float average, float mean, const Moments& m) {
+  return m.is_clamped ? average / maximum(mean, m.least_mean) : 1.0f / root(average / mean);
+}
+FUSEDOPT_FN float column_factor(float average, const Moments& m) {
+  return m.is_clamped ? average : 1.0f / root(average);
+}
+
+template <bool kClamped>
+FUSEDOPT_FN float normalize(float g, float row, float column, const Moments& m) {
+  return kClamped ? normalize<true>(g, row * column, m) : (row * column) * g;
+}
+
+template <class Rule, class = void>
+constexpr bool kIsNormalizing = false;
+template <class Rule>
+constexpr bool kIsNormalizing<Rule, std::enable_if_t<Rule::kNormalizes>> = true;
+
+}  // namespace
+
+}  // namespace fusedopt
