@@ -33,7 +33,7 @@ class Member(NamedTuple):
     group: int
     position: int
     part: int
-    index: int
+    entry: int
 
 
 class Gathered:
@@ -59,10 +59,10 @@ class Gathered:
         for session in self.sessions.values():
             session.begin(self.groups)
 
-    def member(self, part: int, index: int) -> Member:
+    def member(self, part: int, entry: int) -> Member:
         """The place of a parameter that a GroupStep has."""
         positions = self.positions[part]
-        return Member(self.groups[part].param_group, index if positions is None else positions[index], part, index)
+        return Member(self.groups[part].param_group, entry if positions is None else positions[entry], part, entry)
 
     def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[Member]:
         """Lets each group's first backend take what it can; what is left, in the order of the param groups."""
@@ -72,7 +72,7 @@ class Gathered:
             group = param_groups[settings.param_group]
             params = group["params"] if positions is None else [group["params"][i] for i in positions]
             session = self.sessions[backends.candidates(group["backend"])[0].name]
-            left += [self.member(part, index) for index in session.collect(part, params, state)]
+            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
         return sorted(left)
 
     def add(
@@ -91,7 +91,7 @@ class Gathered:
             master = self._plain(sharding.local(held[KEYS[settings.master]]))
         entry = ParamStep(
             group=member.part,
-            position=member.index,
+            position=member.entry,
             param=self._plain(local),
             grad=self._gradient(sharding.local(grad), local),
             states=tuple(

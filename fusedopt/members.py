@@ -10,11 +10,27 @@ from torch import Tensor
 
 from . import checkpoint, masters, reports, sharding
 from .allocation import Request, allocate
+from .backends import GroupStep
 from .quantization import encode
 from .state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+
+def parts(optimizer: FusedOptimizer) -> tuple[list[GroupStep], list[list[int] | None]]:
+    """A step's settings by param group and layout, and which of the group's parameters each is for; None for all."""
+    groups: list[GroupStep] = []
+    positions: list[list[int] | None] = []
+    for index, group in enumerate(optimizer.param_groups):
+        layouts = optimizer.layouts(group)
+        groups += [optimizer.group_step(group, layout, index) for layout in layouts]
+        if len(layouts) == 1:  # nothing is asked of each parameter then
+            positions.append(None)
+        else:
+            found = [optimizer.layout_of(group, param) for param in group["params"]]
+            positions += [[i for i, name in enumerate(found) if name == layout] for layout in layouts]
+    return groups, positions
 
 
 def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_grad_norm: float | None) -> None:

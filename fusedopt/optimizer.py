@@ -151,7 +151,7 @@ class FusedOptimizer(Optimizer):
         return {"": self.states(group)}
 
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
-        """Which of its group's layouts a parameter has, by its global shape; asked in every step if there are several."""
+        """Which of its group's layouts a parameter has, by its global shape."""
         return ""
 
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
@@ -273,20 +273,6 @@ class FusedOptimizer(Optimizer):
             param_group=index,
         )
 
-    def _parts(self) -> tuple[list[GroupStep], list[list[int] | None]]:
-        """A step's settings by param group and layout, and which of the group's parameters each is for."""
-        groups: list[GroupStep] = []
-        positions: list[list[int] | None] = []
-        for index, group in enumerate(self.param_groups):
-            layouts = self.layouts(group)
-            groups += [self.group_step(group, layout, index) for layout in layouts]
-            if len(layouts) == 1:
-                positions.append(None)
-            else:
-                found = [self.layout_of(group, param) for param in group["params"]]
-                positions += [[i for i, name in enumerate(found) if name == layout] for layout in layouts]
-        return groups, positions
-
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
@@ -305,7 +291,7 @@ class FusedOptimizer(Optimizer):
     def _gather(self) -> Gathered:
         """Everything that this step touches, checked. Makes missing state; changes nothing else."""
         max_grad_norm = self._max_grad_norm()
-        gathered = Gathered(self._sessions(), *self._parts())
+        gathered = Gathered(self._sessions(), *members.parts(self))
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
