@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +30,7 @@ _VECTOR = StateSpec("exp_avg_sq", is_signed=False, always_float32=_SMALL)
 
 _VARIANTS = ("transformers", "torch")
 _TORCHS_NAMES = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
+_SHARED_DEFAULTS = {"decay_rate": -0.8, "clip_threshold": 1.0}
 _TORCHS_LR = 1e-2
 _TORCHS_EPS = (None, 1e-3)
 # The constructor tells by identity whether eps was given: torch's default is another.
@@ -127,8 +127,7 @@ class Adafactor(FusedOptimizer):
             "fold_conv": fold_conv,
         }
         for theirs, ours in _TORCHS_NAMES.items():
-            default = inspect.signature(Adafactor.__init__).parameters[ours].default
-            if given[theirs] is not None and settings[ours] not in (default, given[theirs]):
+            if given[theirs] is not None and settings[ours] not in (_SHARED_DEFAULTS[ours], given[theirs]):
                 raise ValueError(
                     f"{theirs}={given[theirs]!r} and {ours}={settings[ours]!r} are the same knob; pass one"
                 )

@@ -124,13 +124,25 @@ def _vector_update(
     return update, square_sums(update), average
 
 
+def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
+    """The parameter after weight decay, as each of the two has it.
+
+    Rounding 1 - lr * weight_decay errs by up to 3e-8 in the same direction in every step, which is what torch does;
+    transformers' way errs at random. Without weight decay the subtraction would make -0 of some parameters 0.
+    """
+    if knobs.is_torch:
+        return param * rounded(1.0 - knobs.weight_decay * knobs.lr, param)
+    part = rounded(knobs.weight_decay * lr, param)
+    return param if part == 0.0 else param - part * param
+
+
 def _applied(
     param: Tensor, update: Tensor, sums: Tensor, exp_avg: Tensor | None, step: int, knobs: Knobs
 ) -> tuple[Tensor, ...]:
     """The new parameter and, if it was given, the new first moment."""
     lr = actual_lr(knobs, step, param)
     denominator = _at_least(_rms(pairwise_sum(sums), update) / knobs.clip_threshold, 1.0)
-    param = param * rounded(1.0 - knobs.weight_decay * (knobs.lr if knobs.is_torch else lr), param)
+    param = _decayed(param, lr, knobs)
     if exp_avg is None:
         return (param - rounded(lr / denominator, param) * update,)
     scale = rounded((lr if knobs.compat else 1.0) / denominator, param)
