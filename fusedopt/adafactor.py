@@ -164,7 +164,7 @@ class Adafactor(FusedOptimizer):
             _check_lr(group)
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
-        group = _renamed(group, group["variant"])  # of a state dict of torch's
+        group = dict(group)
         if group["variant"] == "torch" and group["lr"] is None:
             group["lr"] = _TORCHS_LR
         return super()._checked(group)
@@ -207,6 +207,12 @@ class Adafactor(FusedOptimizer):
                 "communication, which does not exist yet; use Replicate(), or another optimizer for it"
             )
         return None
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        group = _renamed(group, group["variant"])
+        if group["relative_step"] and group["variant"] != "torch":
+            group["lr"] = None  # transformers' schedule leaves there what it reports
+        return group
 
     def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
         # RMS is transformers' memory of the parameter's; it is computed when it is needed.

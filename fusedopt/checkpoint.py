@@ -112,7 +112,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
         merged.update({key: group[key] for key in _NOT_RESTORED})
-        filled.append(optimizer._checked(merged))
+        filled.append(optimizer._checked(optimizer.translated_group(merged)))
     members = chain.from_iterable(((new, p) for p in group["params"]) for group, new in zip(groups, filled))
     ids = chain.from_iterable(group["params"] for group in saved_groups)
     state = dict(state_dict["state"])

@@ -158,6 +158,10 @@ class FusedOptimizer(Optimizer):
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
         return None
 
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A complete param group from a state dict that another package may have written, as ours are."""
+        return group
+
     def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state from a state dict that another package may have written, with our names and shapes."""
         return held

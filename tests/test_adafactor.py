@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.testing
 from cases import assert_same_bits, assert_same_run, make_params, set_grads, train
 from transformers.optimization import Adafactor as Transformers
+from transformers.optimization import AdafactorSchedule as TransformersSchedule
 
 import fusedopt
 from fusedopt import Adafactor
@@ -276,6 +277,23 @@ def test_a_run_of_transformers_is_continued_and_goes_back(kwargs: dict) -> None:
     for param, *twins in zip(*(run.param_groups[0]["params"] for run in (ours, theirs, back))):
         for twin in twins:
             torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_with_the_schedule_of_transformers_is_continued() -> None:
+    """Which leaves in the param groups what it reports."""
+    theirs = Transformers(make_params(SHAPES, torch.float32), warmup_init=True)
+    schedule = TransformersSchedule(theirs)
+    train(theirs, 1)
+    schedule.step()
+    state_dict = saved(theirs.state_dict())
+    assert state_dict["param_groups"][0]["lr"] > 0
+    ours = Adafactor(copied(theirs.param_groups[0]["params"]))
+    ours.load_state_dict(state_dict)
+    assert ours.param_groups[0]["lr"] is None
+    train(ours, 1, first=1)
+    train(theirs, 1, first=1)
+    for param, twin in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"]):
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_of_torch_is_continued() -> None:
@@ -561,7 +579,7 @@ def test_sharded_parameters_are_refused_and_replicated_ones_stepped() -> None:
 def test_packages_that_have_no_such_states_are_refused() -> None:
     optimizer = train(Adafactor(make_params([(64, 64)], torch.float32)), 1)
     for convert in (fusedopt.to_bitsandbytes, fusedopt.to_torchao):
-        with pytest.raises((ValueError, ImportError), match="exp_avg_sq_row|is written with"):
+        with pytest.raises((ValueError, ImportError), match=r"exp_avg_sq_row|is written with"):
             convert(optimizer)
     dense = fusedopt.to_torch_state_dict(optimizer)
     twin = Adafactor(make_params([(64, 64)], torch.float32))
