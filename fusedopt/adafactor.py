@@ -234,11 +234,14 @@ class Adafactor(FusedOptimizer):
         return "adafactor" if group["beta1"] is None else "adafactor_momentum"
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        if group["variant"] != "torch":
-            _check_lr(group)  # a scheduler may have written to it
         eps1, eps2 = group["eps"]
+        lr = None if group["lr"] is None else checks.number("lr", group["lr"])
+        if group["variant"] != "torch" and lr == 0.0:
+            group = {**group, "relative_step": False}  # torch.distributed.checkpoint makes state by a step with lr 0
+        elif group["variant"] != "torch":
+            _check_lr(group)  # a scheduler may have written to it
         return {
-            "lr": float("nan") if group["lr"] is None else checks.number("lr", group["lr"]),
+            "lr": float("nan") if lr is None else lr,
             "eps1": -1.0 if eps1 is None else float(eps1),
             "eps2": float(eps2),
             "beta1": 0.0 if group["beta1"] is None else float(group["beta1"]),

@@ -20,6 +20,8 @@ from transformers.optimization import AdafactorSchedule as TransformersSchedule
 
 import fusedopt
 from fusedopt import Adafactor
+from fusedopt.reference import factored
+from fusedopt.reference.norm import pairwise_sum, square_sums
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench.workloads import WORKLOADS
@@ -378,18 +380,20 @@ def test_each_parameter_of_a_mixed_group_steps_as_alone() -> None:
         assert_same_bits(param, params[i])
 
 
-def test_norm_is_taken_in_list_order() -> None:
+def test_norm_is_taken_in_list_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over layouts and groups, as another optimizer takes it."""
+    params = make_params([*SHAPES, (7000,), (70, 70)], torch.float32)
+    seen = []
 
-    def groups() -> list[dict[str, Any]]:
-        params = make_params([*SHAPES, (7000,), (70, 70)], torch.float32)
-        return [{"params": params[:3]}, {"params": params[3:]}]
+    def spy(sums: torch.Tensor) -> torch.Tensor:
+        seen.append(sums)
+        return pairwise_sum(sums)
 
-    norms = [
-        train(cls(groups(), max_grad_norm=0.1, backend="eager"), 1).last_grad_norm
-        for cls in (Adafactor, fusedopt.AdamW)
-    ]
-    assert_same_bits(*norms)
+    monkeypatch.setattr(fusedopt.gather, "pairwise_sum", spy)
+    for cls in (Adafactor, fusedopt.AdamW):
+        train(cls([{"params": params[:3]}, {"params": params[3:]}], max_grad_norm=0.1), 1)
+    assert len(seen[0]) > len(params)
+    assert_same_bits(*seen)
 
 
 def test_health_is_counted_by_parameter() -> None:
@@ -530,7 +534,32 @@ def test_a_learning_rate_that_a_scheduler_wrote_stops_the_step() -> None:
     optimizer.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match=r"lr=0\.1 together with relative_step=True"):
         train(optimizer, 1, first=1)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"lr=.* together with relative_step=True"):
+        torch.compile(lambda: optimizer.step(), backend="aot_eager")()
     assert_same_run(optimizer, twin)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"variant": "torch"}, {**EXTERNAL, "beta1": 0.9}], ids=["own", "torch", "lr"])
+def test_state_is_made_for_a_distributed_checkpoint(kwargs: dict) -> None:
+    """By a step with gradients of 0 and lr 0, which weight decay must not see either."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    models, optimizers = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(torch.nn.Linear(5, 4))
+        optimizers.append(Adafactor(models[-1].parameters(), weight_decay=0.1, **kwargs))
+    train(optimizers[0], 2)
+    models[1].load_state_dict(models[0].state_dict())
+    before = [param.detach().clone() for param in models[1].parameters()]
+    state_dict = get_optimizer_state_dict(models[0], optimizers[0])
+    set_optimizer_state_dict(models[1], optimizers[1], state_dict)
+    assert all(torch.equal(param, value) for param, value in zip(models[1].parameters(), before))
+    assert optimizers[1].param_groups[0]["lr"] == kwargs.get("lr", 1e-2 if kwargs else None)
+    for optimizer in optimizers:
+        train(optimizer, 1, first=2)
+    assert_same_run(*optimizers)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -677,9 +706,6 @@ def lanes(rows: list[list[float]]) -> float:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 4096), (5, 9000), (161, 33), (330, 17), (5300, 3)])
 def test_sums_have_their_order(shape: tuple[int, int]) -> None:
     """As written once more in plain loops, which is what the core does."""
-    from fusedopt.reference import factored
-    from fusedopt.reference.norm import pairwise_sum, square_sums
-
     rows, columns = shape
     values = torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     units = []
