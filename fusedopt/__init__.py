@@ -4,6 +4,7 @@ import fusedopt
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, state_dtype="8bit", max_grad_norm=1.0)
 """
 
+from .adafactor import Adafactor, AdafactorSchedule, recommended_adafactor
 from .adagrad import Adagrad
 from .adamw import Adam, AdamW
 from .ademamix import AdEMAMix
@@ -27,6 +28,8 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "SGD",
     "AdEMAMix",
+    "Adafactor",
+    "AdafactorSchedule",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -42,6 +45,7 @@ __all__ = [
     "load_fp32_parameters",
     "optimizer_names",
     "param_groups",
+    "recommended_adafactor",
     "to_bitsandbytes",
     "to_torch_state_dict",
     "to_torchao",

@@ -41,7 +41,7 @@ class _Kept:
 
 def state_keys(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
     """The keys of the tensors that a step of a parameter reads and writes, `step` excepted."""
-    keys = [key for spec in optimizer.states(group) for key in spec.keys_in(held)]
+    keys = [key for spec in optimizer.states_of(group, param) for key in spec.keys_in(held)]
     master = masters.slot_of(group, param)
     return keys if master is None else [*keys, master.key]
 
@@ -53,16 +53,16 @@ def check_state(
     optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str
 ) -> None:
     """Raises ValueError if a state that `param` has, or is about to get, does not fit it."""
-    for spec in optimizer.states(group):
+    for spec in optimizer.states_of(group, param):
         if spec.name in held:
-            _check_tensor(held, spec.name, param.shape, (*DTYPES.values(), param.dtype), where)
+            _check_tensor(held, spec.name, spec.shape_for(param.shape), (*DTYPES.values(), param.dtype), where)
         for key, other in ((spec.codes, spec.scales), (spec.scales, spec.codes)):
             if key not in held:
                 continue
             if spec.name in held or other not in held:
                 found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
                 raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
-            if param.dim() < 2:
+            if param.dim() < 2 or spec.extent != "elements":
                 raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
             shape = param.shape if key == spec.codes else scales_shape(param.shape)
             _check_tensor(held, key, shape, (torch.uint8,), where)
@@ -112,7 +112,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
         merged.update({key: group[key] for key in _NOT_RESTORED})
-        filled.append(optimizer._checked(merged))
+        filled.append(optimizer._checked(optimizer.translated_group(merged)))
     members = chain.from_iterable(((new, p) for p in group["params"]) for group, new in zip(groups, filled))
     ids = chain.from_iterable(group["params"] for group in saved_groups)
     state = dict(state_dict["state"])
@@ -120,8 +120,9 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if saved_id not in state:
             continue
         held = {key: value for key, value in state[saved_id].items() if value is not None}
+        held = optimizer.translated(group, param, held)
         check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
-        if any(spec.keys_in(held) for spec in optimizer.states(group)):
+        if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
             held.setdefault("step", 1)  # some of torch's count no steps, but had a first one
         state[saved_id] = {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in held.items()}
     return {**state_dict, "state": state, "param_groups": filled}

@@ -2,8 +2,8 @@
 
 The operator takes every tensor as an argument, so a Tensor lr and the step counts are inputs of the graph and
 changing them does not recompile. It runs the same sessions as an uncompiled step. What differs between param
-groups comes as lists with one element per group; names within an element are joined by commas, what differs
-between its parameters by semicolons.
+groups comes as lists with one element per GroupStep; `lrs`, `sizes`, `state_keys` and `backends` have one per param
+group. Names within an element are joined by commas, what differs between its parameters by semicolons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, GroupStep, candidates
-from .gather import Gathered, clip
+from .gather import Gathered, Member, clip
 from .state import StateSpec
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _library = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] lrs, "
-    "Tensor(d!)? grad_norm, *, int[] sizes, str[] rules, str[] hyper_names, float[] hyper_values, str[] specs, "
-    "str[] state_keys, str[] roundings, int[] seeds, bool[] maximize, str[] param_roundings, str[] masters, "
-    "str[] backends, float? max_grad_norm) -> ()"
+    "Tensor(d!)? grad_norm, *, int[] sizes, int[] param_groups, str[] rules, str[] layouts, str[] hyper_names, "
+    "float[] hyper_values, str[] specs, str[] state_keys, str[] roundings, int[] seeds, bool[] maximize, "
+    "str[] param_roundings, str[] masters, str[] backends, float? max_grad_norm) -> ()"
 )
 
 
@@ -39,7 +39,9 @@ def _step(
     grad_norm: Tensor | None,
     *,
     sizes: Sequence[int],
+    param_groups: Sequence[int],
     rules: Sequence[str],
+    layouts: Sequence[str],
     hyper_names: Sequence[str],
     hyper_values: Sequence[float],
     specs: Sequence[str],
@@ -55,7 +57,8 @@ def _step(
     values, held = iter(hyper_values), iter(states)
     groups = []
     for i, rule in enumerate(rules):
-        hyper = {"lr": float(lrs[i].item()), **{name: next(values) for name in hyper_names[i].split(",")}}
+        lr = float(lrs[param_groups[i]].item())
+        hyper = {"lr": lr, **{name: next(values) for name in hyper_names[i].split(",")}}
         groups.append(
             GroupStep(
                 rule=rule,
@@ -66,18 +69,22 @@ def _step(
                 maximize=maximize[i],
                 rounding=param_roundings[i],
                 master=masters[i] or None,
+                layout=layouts[i],
+                param_group=param_groups[i],
             )
         )
-    gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups)
+    parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
+    gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups, [None] * len(groups))
     gathered.begin()
-    members = iter(zip(params, grads, steps))
-    for i in range(len(groups)):
-        keys_of = state_keys[i].split(";")
-        for position in range(sizes[i]):
-            param, grad, step = next(members)
-            keys = keys_of[position]
+    tensors = iter(zip(params, grads, steps))
+    for i, size in enumerate(sizes):
+        entries = state_keys[i].split(";")
+        for position in range(size):
+            param, grad, step = next(tensors)
+            layout, _, keys = entries[position].partition(":")
             state = {**{key: next(held) for key in _words(keys)}, "step": step}
-            gathered.add(i, position, param, grad, state, candidates(backends[i]))
+            member = Member(i, position, parts[i, layout], position)
+            gathered.add(member, param, grad, state, candidates(backends[i]))
     multiplier = 1.0
     if max_grad_norm is not None and grad_norm is not None:
         multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
@@ -109,7 +116,7 @@ def step(optimizer: FusedOptimizer) -> None:
     settings: list[GroupStep] = []
     hyper_values: list[float] = []
     state_keys: list[str] = []
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         # _init_group is given empty lists: that is what torch.compile knows how to fill
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
         keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3])
@@ -120,10 +127,13 @@ def step(optimizer: FusedOptimizer) -> None:
         sizes.append(len(lists[0]))
         state_keys.append(keys)
         lr = group["lr"]
-        lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64))
-        setting = optimizer.group_step({**group, "lr": 0.0})
-        hyper_values += [value for name, value in setting.hyper.items() if name != "lr"]
-        settings.append(setting)
+        # None where the optimizer has a learning rate of its own
+        lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(0.0 if lr is None else lr, dtype=torch.float64))
+        fixed = {**group, "lr": None if lr is None else 1.0}
+        for layout in optimizer.layouts(fixed):
+            setting = optimizer.group_step(fixed, layout, index)
+            hyper_values += [value for name, value in setting.hyper.items() if name != "lr"]
+            settings.append(setting)
     if not params:
         return
     torch.ops.fusedopt.step_(
@@ -134,7 +144,9 @@ def step(optimizer: FusedOptimizer) -> None:
         lrs,
         optimizer.last_grad_norm if optimizer._max_grad_norm() is not None else None,
         sizes=sizes,
+        param_groups=[setting.param_group for setting in settings],
         rules=[setting.rule for setting in settings],
+        layouts=[setting.layout for setting in settings],
         hyper_names=[",".join([name for name in setting.hyper if name != "lr"]) for setting in settings],
         hyper_values=hyper_values,
         specs=[",".join([s.name + ("-" if s.is_signed else "+") for s in setting.states]) for setting in settings],

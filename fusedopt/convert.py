@@ -70,9 +70,10 @@ def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
         if held is None:
             continue
         checkpoint.check_state(optimizer, group, param, held, f"parameter {index}")
-        converted = {*masters.KEYS.values(), *(key for spec in optimizer.STATES for key in spec.keys_in(held))}
+        specs = optimizer.all_states(group)
+        converted = {*masters.KEYS.values(), *(key for spec in specs for key in spec.keys_in(held))}
         others = {key: deepcopy(value) for key, value in held.items() if key not in converted}
-        state[index] = {**others, **_dense(optimizer.STATES, param, held)}
+        state[index] = {**others, **_dense(specs, param, held)}
     groups = [
         {key: deepcopy(value) for key, value in group.items() if key not in _OWN_SETTINGS}
         for group in packed["param_groups"]
@@ -406,7 +407,7 @@ def _dense(specs: Sequence[StateSpec], param: Tensor, held: dict[str, Any]) -> d
             value = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
         else:
             continue
-        dense[spec.name] = sharding.like_param(value, param, param.shape)
+        dense[spec.name] = sharding.like_param(value, param, spec.shape_for(param.shape))
     return dense
 
 

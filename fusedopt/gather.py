@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,30 @@ def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[fl
     return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
 
 
-class Gathered:
-    """The tensors of one step, by backend, and the copies to write back."""
+class Member(NamedTuple):
+    """A parameter's place: in the param groups, and in the GroupSteps. They sort as the param groups list them."""
 
-    def __init__(self, sessions: dict[str, Session], groups: list[GroupStep]) -> None:
+    group: int
+    position: int
+    part: int
+    entry: int
+
+
+class Gathered:
+    """The tensors of one step, by backend, and the copies to write back.
+
+    Args:
+        sessions: Of every backend.
+        groups: What is stepped; one or more for a param group.
+        positions: Which of its param group's parameters each of them has; None for all.
+    """
+
+    def __init__(
+        self, sessions: dict[str, Session], groups: list[GroupStep], positions: list[list[int] | None]
+    ) -> None:
         self.sessions = sessions
         self.groups = groups
+        self.positions = positions
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def begin(self) -> None:
@@ -41,19 +59,25 @@ class Gathered:
         for session in self.sessions.values():
             session.begin(self.groups)
 
-    def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[tuple[int, int]]:
-        """Lets each group's first backend take what it can; what is left, as (group, position)."""
+    def member(self, part: int, entry: int) -> Member:
+        """The place of a parameter that a GroupStep has."""
+        positions = self.positions[part]
+        return Member(self.groups[part].param_group, entry if positions is None else positions[entry], part, entry)
+
+    def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[Member]:
+        """Lets each group's first backend take what it can; what is left, in the order of the param groups."""
         self.begin()
         left = []
-        for index, group in enumerate(param_groups):
+        for part, (settings, positions) in enumerate(zip(self.groups, self.positions)):
+            group = param_groups[settings.param_group]
+            params = group["params"] if positions is None else [group["params"][i] for i in positions]
             session = self.sessions[backends.candidates(group["backend"])[0].name]
-            left += [(index, position) for position in session.collect(index, group["params"], state)]
-        return left
+            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
+        return sorted(left)
 
     def add(
         self,
-        group: int,
-        position: int,
+        member: Member,
         param: Tensor,
         grad: Tensor,
         held: dict[str, Tensor],
@@ -61,13 +85,13 @@ class Gathered:
     ) -> None:
         """Hands a checked parameter to the first backend that takes it."""
         local = sharding.local(param)
-        settings = self.groups[group]
+        settings = self.groups[member.part]
         master = None
         if settings.master is not None and param.dtype in SIXTEEN_BIT:
             master = self._plain(sharding.local(held[KEYS[settings.master]]))
         entry = ParamStep(
-            group=group,
-            position=position,
+            group=member.part,
+            position=member.entry,
             param=self._plain(local),
             grad=self._gradient(sharding.local(grad), local),
             states=tuple(
@@ -78,9 +102,9 @@ class Gathered:
             first_index=sharding.first_index(param),
         )
         for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local, settings.rule) is None and self.sessions[backend.name].add(entry):
                 return
-        raise AssertionError(f"no backend took parameter {position} of group {group}, which was checked")
+        raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
 
     def _plain(self, tensor: Tensor) -> Tensor:
         """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
@@ -117,7 +141,8 @@ class Gathered:
         health: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
-                health.update(session.step(multipliers, counts_health=counts_health))
+                counted = session.step(multipliers, counts_health=counts_health)
+                health.update({self.member(*place)[:2]: counts for place, counts in counted.items()})
         return health
 
     def write_back(self) -> None:

@@ -10,11 +10,27 @@ from torch import Tensor
 
 from . import checkpoint, masters, reports, sharding
 from .allocation import Request, allocate
+from .backends import GroupStep
 from .quantization import encode
 from .state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+
+def parts(optimizer: FusedOptimizer) -> tuple[list[GroupStep], list[list[int] | None]]:
+    """A step's settings by param group and layout, and which of the group's parameters each is for; None for all."""
+    groups: list[GroupStep] = []
+    positions: list[list[int] | None] = []
+    for index, group in enumerate(optimizer.param_groups):
+        layouts = optimizer.layouts(group)
+        groups += [optimizer.group_step(group, layout, index) for layout in layouts]
+        if len(layouts) == 1:  # nothing is asked of each parameter then
+            positions.append(None)
+        else:
+            found = [optimizer.layout_of(group, param) for param in group["params"]]
+            positions += [[i for i, name in enumerate(found) if name == layout] for layout in layouts]
+    return groups, positions
 
 
 def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_grad_norm: float | None) -> None:
@@ -44,8 +60,9 @@ def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_
     reason = sharding.refusal(param, max_grad_norm)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
+    rule = optimizer.rule(group)
     refusals = [
-        (backend.name, backend.refusal(sharding.local(param))) for backend in optimizer.backends_of(group_index)
+        (backend.name, backend.refusal(sharding.local(param), rule)) for backend in optimizer.backends_of(group_index)
     ]
     if all(reason is not None for _, reason in refusals):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
@@ -53,10 +70,10 @@ def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_
             f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
             "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
         )
-    reason = masters.refusal(group, param)
+    reason = masters.refusal(group, param) or optimizer.refusal(group, param)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
-    for spec in optimizer.states(group):
+    for spec in optimizer.states_of(group, param):
         if keeps_own_precision(param) and requested_format(spec, group["state_dtype"]) != "float32":
             raise ValueError(
                 f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
@@ -73,7 +90,7 @@ def make_state(optimizer: FusedOptimizer, members: Iterable[tuple[int, Tensor]])
         held = optimizer.state.get(param, {})
         if "step" not in held:
             wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), None))
-        for spec in optimizer.states(group):
+        for spec in optimizer.states_of(group, param):
             if not spec.keys_in(held):
                 wanted += _wanted(optimizer, spec, group, param)
         slot = masters.slot_of(group, param)

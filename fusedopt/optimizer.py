@@ -29,7 +29,7 @@ class FusedOptimizer(Optimizer):
     A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
     (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
     questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
-    lr among them.
+    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
@@ -146,6 +146,30 @@ class FusedOptimizer(Optimizer):
         """The states that a group's parameters have; all that are declared unless a subclass says less."""
         return self.STATES
 
+    def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
+        """The states of a group's parameters by layout; `states` are those of all layouts if there are several."""
+        return {"": self.states(group)}
+
+    def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
+        """Which of its group's layouts a parameter has, by its global shape."""
+        return ""
+
+    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
+        """Why the equation cannot step a parameter, as a sentence; None if it can."""
+        return None
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A complete param group from a state dict that another package may have written, as ours are."""
+        return group
+
+    def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state from a state dict that another package may have written, with our names and shapes."""
+        return held
+
+    def states_of(self, group: dict[str, Any], param: Tensor) -> Sequence[StateSpec]:
+        """The states that a parameter has."""
+        return self.layouts(group)[self.layout_of(group, param)]
+
     def all_states(self, group: dict[str, Any]) -> list[StateSpec]:
         """Every declared state, as a group has it where it has it."""
         return list({spec.name: spec for spec in (*self.STATES, *self.states(group))}.values())
@@ -237,9 +261,9 @@ class FusedOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and bool(found_inf.item())
 
-    def group_step(self, group: dict[str, Any]) -> GroupStep:
-        """What backends need of a param group."""
-        specs = tuple(self.states(group))
+    def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
+        """What backends need of a param group, the one of an index, and of its parameters of a layout."""
+        specs = tuple(self.layouts(group)[layout])
         return GroupStep(
             rule=self.rule(group),
             hyper=self.hyper(group),
@@ -249,6 +273,8 @@ class FusedOptimizer(Optimizer):
             maximize=group["maximize"],
             rounding=masters.rounding_of(group),
             master=group["master_weights"],
+            layout=layout,
+            param_group=index,
         )
 
     def _sessions(self) -> dict[str, Session]:
@@ -269,19 +295,17 @@ class FusedOptimizer(Optimizer):
     def _gather(self) -> Gathered:
         """Everything that this step touches, checked. Makes missing state; changes nothing else."""
         max_grad_norm = self._max_grad_norm()
-        gathered = Gathered(self._sessions(), [self.group_step(group) for group in self.param_groups])
+        gathered = Gathered(self._sessions(), *members.parts(self))
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
-        for group, position in left:
-            members.check_param(self, group, position, max_grad_norm)
-        if members.make_state(
-            self, ((group, self.param_groups[group]["params"][position]) for group, position in left)
-        ):
+        for member in left:
+            members.check_param(self, member.group, member.position, max_grad_norm)
+        if members.make_state(self, ((m.group, self.param_groups[m.group]["params"][m.position]) for m in left)):
             left = gathered.collect(self.param_groups, self.state)
-        for group, position in left:
-            param = self.param_groups[group]["params"][position]
-            gathered.add(group, position, param, param.grad, self.state[param], self.backends_of(group))
+        for member in left:
+            param = self.param_groups[member.group]["params"][member.position]
+            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
         return gathered
 
     def backends_of(self, group: int) -> list[backends.Backend]:
@@ -310,8 +334,8 @@ class FusedOptimizer(Optimizer):
         """Appends a group's tensors to the lists, making missing state.
 
         Returns:
-            The keys of what it appended to `states`, joined by commas, parameters by semicolons. One string,
-            because torch.compile takes what this returns for a constant.
+            Each parameter's layout, a colon, and the keys of what it appended to `states`, joined by commas;
+            parameters by semicolons. One string, because torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -330,7 +354,7 @@ class FusedOptimizer(Optimizer):
             grads.append(param.grad)
             held = self.state[param]
             own = checkpoint.state_keys(self, group, param, held)
-            keys.append(",".join(own))
+            keys.append(self.layout_of(group, param) + ":" + ",".join(own))
             states.extend(held[key] for key in own)
             steps.append(held["step"])
         return ";".join(keys)

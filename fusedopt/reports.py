@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import masters
 from .backends.base import Health
-from .state import EIGHT_BIT, requested_format, slots_of, why_not_quantized
+from .state import EIGHT_BIT, StateSpec, requested_format, slots_of, why_not_quantized
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -24,12 +24,12 @@ def _members(optimizer: FusedOptimizer) -> Iterator[tuple[dict[str, Any], Tensor
             yield group, param
 
 
-def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, str, str]]:
+def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, StateSpec, str]]:
     """(parameter, state, why not) for every state that 8 bits are asked for; why not is empty if it gets them."""
     for group, param in _members(optimizer):
-        for spec in optimizer.states(group):
+        for spec in optimizer.states_of(group, param):
             if requested_format(spec, group["state_dtype"]) == EIGHT_BIT:
-                yield param, spec.name, why_not_quantized(spec, group, param)
+                yield param, spec, why_not_quantized(spec, group, param)
 
 
 def warn_if_nothing_is_quantized(optimizer: FusedOptimizer) -> None:
@@ -144,20 +144,20 @@ def memory_report(optimizer: FusedOptimizer) -> MemoryReport:
             if param.requires_grad:
                 grad = here.element_size() if param.grad is None else param.grad.element_size()
                 count(kinds, "gradients", here.numel() * grad)
-        for spec in optimizer.states(group):
+        for spec in optimizer.states_of(group, param):
             keys = spec.keys_in(held)
             made = sum(local(held[key]).numel() * held[key].element_size() for key in keys)
             planned = sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots_of(spec, group, param))
             count(ours, spec.name, made if keys else planned)
-            count(theirs, spec.name, own)
+            count(theirs, spec.name, spec.shape_for(here.shape).numel() * here.element_size())
         master = masters.slot_of(group, param)
         if master is not None:
             count(ours, master.key, master.shape.numel() * master.dtype.itemsize)
     unquantized: dict[str, tuple[int, int]] = {}
-    for param, _, reason in _unquantized(optimizer):
+    for param, spec, reason in _unquantized(optimizer):
         if reason:
             states, elements = unquantized.get(reason, (0, 0))
-            unquantized[reason] = (states + 1, elements + local(param).numel())
+            unquantized[reason] = (states + 1, elements + spec.shape_for(local(param).shape).numel())
     return MemoryReport(numel, ours, theirs, unquantized)
 
 

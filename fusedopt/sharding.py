@@ -14,6 +14,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether less of it may be held here than there is of it."""
+    return is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements)  # type: ignore[attr-defined]
+
+
 def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
     """Why a DTensor parameter cannot be stepped, as a sentence; None if it can or is a plain tensor."""
     if not is_dtensor(param):

@@ -33,12 +33,27 @@ class StateSpec:
         is_maximum: Whether it is a running maximum. Rounded stochastically such a state is pushed up by
             every lucky draw and never comes down, so it is rounded to nearest unless named in a dict.
         unquantized: Why it is never stored in 8 bits, as a clause; empty if it may be.
+        always_float32: Why it is stored in neither 8 nor 16 bits, as a clause; empty if it may be.
+        extent: What it has a number for: each of the parameter's "elements", or each of its "rows" or "columns".
+            Those are of the matrices in the last two dimensions; the dimensions before them count matrices.
+        is_folded: Whether rows and columns are those of one matrix instead, the first dimension by the rest.
     """
 
     name: str
     is_signed: bool = True
     is_maximum: bool = False
     unquantized: str = ""
+    always_float32: str = ""
+    extent: str = "elements"
+    is_folded: bool = False
+
+    def shape_for(self, shape: torch.Size) -> torch.Size:
+        """Its shape, stored densely, for a parameter (or a shard of one) of a shape."""
+        if self.extent == "elements":
+            return shape
+        if self.is_folded:
+            return torch.Size([shape[0] if self.extent == "rows" else shape[1:].numel()])
+        return shape[:-1] if self.extent == "rows" else shape[:-2] + shape[-1:]
 
     @property
     def codes(self) -> str:
@@ -82,7 +97,12 @@ def normalize_dtype(value: Any, specs: Sequence[StateSpec]) -> str | dict[str, s
     _known_states("state_dtype", value, specs)
     named = {name: format_name(f"state_dtype[{name!r}]", item) for name, item in value.items()}
     for spec in specs:
-        if spec.unquantized and named.get(spec.name) == EIGHT_BIT:
+        wanted = named.get(spec.name, "float32")
+        if spec.always_float32 and wanted != "float32":
+            raise ValueError(
+                f"state_dtype[{spec.name!r}]={wanted!r} is not possible: {spec.always_float32}; leave it out"
+            )
+        if spec.unquantized and wanted == EIGHT_BIT:
             raise ValueError(
                 f"state_dtype[{spec.name!r}]='8bit' is not possible: {spec.unquantized}; use 'float32' or 'bfloat16'"
             )
@@ -122,8 +142,8 @@ def why_not_quantized(spec: StateSpec, group: dict[str, Any], param: Tensor) -> 
 
     Decided by the global shape alone, so that it does not hang on how a parameter is sharded.
     """
-    if spec.unquantized:
-        return spec.unquantized
+    if spec.unquantized or spec.always_float32:
+        return spec.unquantized or spec.always_float32
     shape = param.shape
     if len(shape) < 2:
         return f"{len(shape)}-dimensional"
@@ -138,6 +158,8 @@ def stored_format(spec: StateSpec, group: dict[str, Any], param: Tensor) -> str 
     """How a state of a parameter is stored: one of FORMATS, or its own dtype."""
     if keeps_own_precision(param):
         return param.dtype
+    if spec.always_float32:
+        return "float32"
     wanted = requested_format(spec, group["state_dtype"])
     return "float32" if wanted == EIGHT_BIT and why_not_quantized(spec, group, param) else wanted
 
@@ -164,7 +186,7 @@ def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor) -> list[Slot
     stored = stored_format(spec, group, param)
     if stored != EIGHT_BIT:
         dtype = stored if isinstance(stored, torch.dtype) else DTYPES[stored]
-        return [Slot(spec.name, local, param.shape, dtype)]
+        return [Slot(spec.name, spec.shape_for(local), spec.shape_for(param.shape), dtype)]
     return [
         Slot(spec.codes, local, param.shape, torch.uint8),
         Slot(spec.scales, scales_shape(local), scales_shape(param.shape), torch.uint8),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,19 @@ def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Te
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     weights = {}
     for name, param in model.named_parameters():
-        kind, kept = None, None
-        if param in groups:
-            kind = masters.kind_of(groups[param], param)
-            kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
-        local = sharding.local(param).detach()
-        if kind is not None and kept is not None:
-            value = reference.join(kind, local, sharding.local(kept)).clone()
-        else:
-            value = local.float() if param.dtype in masters.SIXTEEN_BIT else local.clone()
+        value = full_precision(optimizer, groups.get(param), param).clone()
         weights[name] = sharding.like_param(value, param, param.shape)
     return weights
+
+
+def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor) -> Tensor:
+    """What is held here of a parameter's weights, at least in float32; may share its memory."""
+    kind = None if group is None else masters.kind_of(group, param)
+    kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
+    local = sharding.local(param).detach()
+    if kind is not None and kept is not None:
+        return reference.join(kind, local, sharding.local(kept))
+    return local.float() if param.dtype in masters.SIXTEEN_BIT else local
 
 
 @torch.no_grad()

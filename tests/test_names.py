@@ -29,6 +29,7 @@ EXPECTED = {
     "rmsprop_bnb": (fusedopt.RMSprop, {}),
     "rmsprop_bnb_8bit": (fusedopt.RMSprop, {"state_dtype": "8bit"}),
     "rmsprop_bnb_32bit": (fusedopt.RMSprop, {}),
+    "adafactor": (fusedopt.Adafactor, {}),
     "adagrad": (fusedopt.Adagrad, {}),
     "sgd": (fusedopt.SGD, {}),
 }
@@ -38,7 +39,9 @@ EXPECTED = {
 def test_every_name_makes_its_optimizer(name: str) -> None:
     cls, implied = EXPECTED[name]
     params = make_params([(64, 64)], torch.float32)
-    optimizer = fusedopt.create_optimizer(name, params, lr=1e-3)
+    # Unless told otherwise, Adafactor has a learning rate of its own.
+    more = {"scale_parameter": False, "relative_step": False} if name == "adafactor" else {}
+    optimizer = fusedopt.create_optimizer(name, params, lr=1e-3, **more)
     assert type(optimizer) is cls
     assert optimizer.defaults["lr"] == 1e-3
     for key, value in implied.items():
@@ -46,6 +49,13 @@ def test_every_name_makes_its_optimizer(name: str) -> None:
     before = params[0].detach().clone()
     train(optimizer, 1)
     assert not torch.equal(params[0], before)
+
+
+def test_a_learning_rate_for_adafactor_needs_its_switches() -> None:
+    params = make_params([(3,)], torch.float32)
+    assert fusedopt.create_optimizer("adafactor", params).defaults["relative_step"]
+    with pytest.raises(ValueError, match=r"lr=0\.001 together with relative_step=True.*pass scale_parameter=False and"):
+        fusedopt.create_optimizer("adafactor", params, lr=1e-3)
 
 
 def test_names_are_these() -> None:
@@ -60,8 +70,13 @@ def test_arguments_win_over_the_name() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "error", "message"),
     [
-        ("adamv", {}, ValueError, "'adamv' is not known; did you mean 'adam.*there are adagrad, adam, adam_8bit"),
-        ("muon", {}, ValueError, "'muon' is not known; there are adagrad"),
+        (
+            "adamv",
+            {},
+            ValueError,
+            "'adamv' is not known; did you mean 'adam.*there are adafactor, adagrad, adam, adam_8bit",
+        ),
+        ("muon", {}, ValueError, "'muon' is not known; there are adafactor"),
         ("paged_adamw_8bit", {}, ValueError, "needs paged state, which does not exist yet; use 'adamw_8bit'"),
         ("paged_adamw_32bit", {}, ValueError, "use 'adamw'"),
         ("paged_lion_32bit", {}, ValueError, "use 'lion_32bit'"),

@@ -11,18 +11,20 @@ from torch import Tensor
 from ..state import StateSpec
 
 # reference(param, grad, *states, step=, **hyper) -> (param, *states), all in the precision it computes in.
+# A rule of several layouts has a reference for each; it is also told dtype=, the parameter's as it is stored.
 Reference = Callable[..., "tuple[Tensor, ...]"]
 
-# Counts by name, as csrc/core/tensors.h explains them, of parameters by (group, position).
+# Counts by name, as csrc/core/tensors.h explains them, of parameters by (group, position). A session's groups are
+# GroupSteps, everybody else's are param groups.
 Health = dict[tuple[int, int], dict[str, int]]
 
-# Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
+# Every compiled rule's equation in plain torch, by `GroupStep.equation`; FusedOptimizer's subclasses fill it.
 REFERENCES: dict[str, Reference] = {}
 
 
 @dataclass(frozen=True)
 class GroupStep:
-    """One param group in one step.
+    """One param group in one step, or those of its parameters whose states have one layout.
 
     Attributes:
         rule: Name of the compiled rule.
@@ -33,6 +35,8 @@ class GroupStep:
         maximize: Whether the gradient is negated.
         rounding: How 16-bit parameters are rounded.
         master: What they keep beside them: None, or one of masters.KEYS.
+        layout: Name of the layout; empty if all parameters have the same.
+        param_group: Index of the param group.
     """
 
     rule: str
@@ -43,18 +47,26 @@ class GroupStep:
     maximize: bool
     rounding: str = "nearest"
     master: str | None = None
+    layout: str = ""
+    param_group: int = 0
+
+    @property
+    def equation(self) -> str:
+        """The key in REFERENCES."""
+        return f"{self.rule}/{self.layout}" if self.layout else self.rule
 
 
 @dataclass(frozen=True)
 class ParamStep:
     """One parameter in one step.
 
-    `states` are in the order of its group's: a tuple of one tensor each, or of codes and scales. `master` is
-    what a 16-bit parameter keeps beside it.
+    `group` is the index of its GroupStep, `position` its place among the parameters of that. `states` are in the order
+    of its group's: a tuple of one tensor each, or of codes and scales. `master` is what a 16-bit parameter keeps
+    beside it.
     """
 
     group: int
-    position: int  # within the group
+    position: int
     param: Tensor
     grad: Tensor
     states: tuple[tuple[Tensor, ...], ...]
@@ -100,8 +112,8 @@ class Backend(Protocol):
 
     name: str
 
-    def refusal(self, param: Tensor) -> str | None:
-        """Why it cannot step this parameter, as a clause; None if it can."""
+    def refusal(self, param: Tensor, rule: str) -> str | None:
+        """Why it cannot step this parameter by a rule, as a clause; None if it can."""
 
     def session(self) -> Session:
         """A new session for one optimizer."""

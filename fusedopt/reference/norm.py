@@ -1,7 +1,7 @@
-"""The sum of squares behind the gradient norm, in an order that no thread count changes.
+"""Sums in an order that no thread count changes, all in double.
 
-A gradient is cut into chunks of 4,096 elements. A chunk is summed in 16 lanes, each in order, and the
-lanes in pairs; the chunks of all gradients are then added in pairs, in list order. All in double.
+A row of numbers is cut into chunks of 4,096. A chunk is summed in 16 lanes, each in order, and the lanes in
+pairs; the chunks are then added in pairs. The gradient norm adds the chunks of all gradients, in list order.
 """
 
 from __future__ import annotations
@@ -17,24 +17,53 @@ def square_sums(grad: Tensor) -> Tensor:
     """The sum of squares of every chunk of a gradient: float64, one element per chunk."""
     values = torch.view_as_real(grad) if grad.is_complex() else grad
     values = values.reshape(-1).double()
-    chunks = -(-values.numel() // CHUNK)
-    squares = torch.zeros(chunks * CHUNK, dtype=torch.float64, device=grad.device)
-    squares[: values.numel()] = values * values  # the padding adds +0 and changes no sum
-    squares = squares.reshape(chunks, CHUNK // LANES, LANES)
-    lanes = torch.zeros(chunks, LANES, dtype=torch.float64, device=grad.device)
-    for row in range(CHUNK // LANES):
-        lanes = lanes + squares[:, row]
-    while lanes.shape[1] > 1:
-        lanes = lanes[:, 0::2] + lanes[:, 1::2]
-    return lanes[:, 0]
+    return chunk_sums(values * values)
+
+
+def chunk_sums(values: Tensor) -> Tensor:
+    """The sum of every chunk along the last dimension of a float64 tensor, in that dimension."""
+    numel = values.shape[-1]
+    whole = numel - numel % CHUNK
+    chunks = _lane_sums(values[..., :whole].reshape(*values.shape[:-1], whole // CHUNK, CHUNK))
+    if whole == numel:
+        return chunks
+    return torch.cat([chunks, _lane_sums(values[..., whole:].unsqueeze(-2))], dim=-1)
+
+
+def _lane_sums(values: Tensor) -> Tensor:
+    """The sum along the last dimension, in lanes."""
+    return lane_total(ordered_sum(in_lanes(values)))
+
+
+def in_lanes(values: Tensor) -> Tensor:
+    """The last dimension as (steps, lanes), filled up with zeros: +0 changes no sum that begins with 0."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % LANES))
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // LANES, LANES)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """The sum along the last but one dimension, one after the other from 0."""
+    if values.device.type == "cpu" and values.shape[-2] > 0:
+        return values.cumsum(-2)[..., -1, :]  # in order there; elsewhere it need not be
+    total = values.new_zeros(values.shape[:-2] + values.shape[-1:])
+    for value in values.unbind(-2):
+        total = total + value
+    return total
+
+
+def lane_total(lanes: Tensor) -> Tensor:
+    """The sum along the last dimension, which is of 16 lanes: in pairs."""
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., 0::2] + lanes[..., 1::2]
+    return lanes[..., 0]
 
 
 def pairwise_sum(values: Tensor) -> Tensor:
-    """Adds a 1-D tensor in pairs, an odd one out moving up unchanged; 0 if it is empty."""
-    if values.numel() == 0:
-        return values.new_zeros(())
-    while values.numel() > 1:
-        pairs = values[0 : values.numel() & ~1]
-        summed = pairs[0::2] + pairs[1::2]
-        values = torch.cat([summed, values[-1:]]) if values.numel() & 1 else summed
-    return values[0]
+    """Adds along the last dimension in pairs, an odd one out moving up unchanged; 0 if there is nothing."""
+    if values.shape[-1] == 0:
+        return values.new_zeros(values.shape[:-1])
+    while values.shape[-1] > 1:
+        pairs = values[..., 0 : values.shape[-1] & ~1]
+        summed = pairs[..., 0::2] + pairs[..., 1::2]
+        values = torch.cat([summed, values[..., -1:]], dim=-1) if values.shape[-1] & 1 else summed
+    return values[..., 0]

@@ -1,0 +1,193 @@
+"""Adafactor: Shazeer & Stern, arXiv:1804.04235; as transformers has it, or as torch has it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arithmetic import root, rounded
+from .factored import column_sums, row_sums, unit_sums
+from .norm import pairwise_sum, square_sums
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Hyperparameters, switches as 0 or 1.
+
+    Attributes:
+        lr: Learning rate; of no account with relative_step, unless is_torch.
+        eps1: Regularizes the second moment; below 0 for the machine epsilon of the parameter's dtype.
+        eps2: The smallest RMS that a parameter counts with.
+        clip_threshold: The largest RMS of an update.
+        decay_rate: The exponent of the step in what the second moment takes of a gradient.
+        beta1: Decay of the first moment.
+        weight_decay: Decoupled weight decay.
+        scale_parameter: Multiply the learning rate by the RMS of the parameter.
+        relative_step: Take the learning rate from the step's number.
+        warmup_init: Begin that with a warm-up.
+        compat: Keep the first moment multiplied by the learning rates of its time.
+        is_torch: Torch's equation.
+    """
+
+    lr: float
+    eps1: float
+    eps2: float
+    clip_threshold: float
+    decay_rate: float
+    beta1: float
+    weight_decay: float
+    scale_parameter: float
+    relative_step: float
+    warmup_init: float
+    compat: float
+    is_torch: float
+
+
+def relative_lr(knobs: Knobs, step: int) -> float:
+    """The learning rate of a step before it is multiplied by the RMS of a parameter."""
+    if knobs.is_torch:
+        return min(knobs.lr, 1.0 / math.sqrt(step))
+    if knobs.relative_step:
+        return min(1e-6 * step if knobs.warmup_init else 1e-2, 1.0 / math.sqrt(step))
+    return knobs.lr
+
+
+def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
+    """The learning rate of a step, in double.
+
+    Args:
+        knobs: Hyperparameters.
+        step: The step's number, from 1.
+        param: The weights before the step, in full precision.
+
+    Returns:
+        What the update is multiplied by.
+    """
+    lr = relative_lr(knobs, step)
+    return _at_least(_rms(pairwise_sum(square_sums(param)), param), knobs.eps2) * lr if knobs.scale_parameter else lr
+
+
+def _rms(square_sum: Tensor, x: Tensor) -> float:
+    return math.sqrt(square_sum.item() / x.numel())
+
+
+def _at_least(value: float, least: float) -> float:
+    return least if value < least else value  # NaN stays NaN
+
+
+def _averages(mean: Tensor, average: Tensor, step: int, knobs: Knobs) -> Tensor:
+    part = float(step) ** knobs.decay_rate
+    return rounded(1.0 - part, mean) * average + rounded(part, mean) * mean
+
+
+def _torchs_eps(knobs: Knobs, dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if knobs.eps1 < 0 else knobs.eps1
+
+
+def _matrix_update(
+    grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The update of (batch, rows, columns), the double sums of its squares by unit, and the new moments."""
+    rows, cols = grad.shape[-2:]
+    squares = grad.double() * grad.double()
+    row_mean, col_mean = row_sums(squares) / cols, column_sums(squares) / rows
+    if not knobs.is_torch:
+        row_mean, col_mean = row_mean + knobs.eps1, col_mean + knobs.eps1
+    row = _averages(row_mean.to(grad.dtype), row, step, knobs)
+    col = _averages(col_mean.to(grad.dtype), col, step, knobs)
+    mean = (row_sums(row.double()) / rows).to(grad.dtype).unsqueeze(-1)
+    if knobs.is_torch:
+        eps = _torchs_eps(knobs, dtype)
+        mean = torch.maximum(mean, torch.full_like(mean, eps))
+        estimate = (row / mean).unsqueeze(-1) * col.unsqueeze(-2)
+        update = grad / root(torch.maximum(estimate, torch.full_like(estimate, eps * eps)))
+    else:
+        row_factor, col_factor = 1.0 / root(row / mean), 1.0 / root(col)
+        update = (row_factor.unsqueeze(-1) * col_factor.unsqueeze(-2)) * grad
+    return update, unit_sums(update.double() * update.double()), row, col
+
+
+def _vector_update(
+    grad: Tensor, average: Tensor, step: int, dtype: torch.dtype, knobs: Knobs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The update, the double sums of its squares by chunk, and the new second moment."""
+    if knobs.is_torch:
+        average = _averages(grad * grad, average, step, knobs)
+        eps = _torchs_eps(knobs, dtype)
+        update = grad / root(torch.maximum(average, torch.full_like(average, eps * eps)))
+    else:
+        average = _averages(grad * grad + rounded(knobs.eps1, grad), average, step, knobs)
+        update = grad / root(average)
+    return update, square_sums(update), average
+
+
+def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
+    """The parameter after weight decay, as each of the two has it.
+
+    Rounding 1 - lr * weight_decay errs by up to 3e-8 in the same direction in every step, which is what torch does;
+    transformers' way errs at random. Without weight decay the subtraction would make -0 of some parameters 0.
+    """
+    if knobs.is_torch:
+        return param * rounded(1.0 - knobs.weight_decay * knobs.lr, param)
+    part = rounded(knobs.weight_decay * lr, param)
+    return param if part == 0.0 else param - part * param
+
+
+def _applied(
+    param: Tensor, update: Tensor, sums: Tensor, exp_avg: Tensor | None, step: int, knobs: Knobs
+) -> tuple[Tensor, ...]:
+    """The new parameter and, if it was given, the new first moment."""
+    lr = actual_lr(knobs, step, param)
+    denominator = _at_least(_rms(pairwise_sum(sums), update) / knobs.clip_threshold, 1.0)
+    param = _decayed(param, lr, knobs)
+    if exp_avg is None:
+        return (param - rounded(lr / denominator, param) * update,)
+    scale = rounded((lr if knobs.compat else 1.0) / denominator, param)
+    rest = rounded(1.0 - knobs.beta1, param)
+    exp_avg = rounded(knobs.beta1, param) * exp_avg + rest * (scale * update)
+    return param - (exp_avg if knobs.compat else rounded(lr, param) * exp_avg), exp_avg
+
+
+def adafactor_matrix(
+    param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, **hyper: float
+) -> tuple[Tensor, ...]:
+    """One step of Adafactor for a parameter of at least two dimensions.
+
+    Args:
+        param: Parameter.
+        grad: Gradient of the loss to minimize, of its shape and dtype.
+        *states: The first moment, of the parameter's shape, if there is one; then the averages of the squared
+            gradient over rows, (..., rows), and over columns, (..., columns). A parameter of more dimensions is as
+            many matrices as those say.
+        step: This step's number, from 1.
+        dtype: Of the parameter as it is stored.
+        **hyper: See Knobs.
+
+    Returns:
+        The new parameter, followed by the new states in the order they were given.
+    """
+    if param.numel() == 0:
+        return param, *states
+    knobs = Knobs(**hyper)
+    *first, row, col = states
+    rows, cols = row.shape[-1], col.shape[-1]
+    update, sums, new_row, new_col = _matrix_update(
+        grad.reshape(-1, rows, cols), row.reshape(-1, rows), col.reshape(-1, cols), step, dtype, knobs
+    )
+    applied = _applied(param, update.reshape(param.shape), sums, first[0] if first else None, step, knobs)
+    return *applied, new_row.reshape(row.shape), new_col.reshape(col.shape)
+
+
+def adafactor_vector(
+    param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, **hyper: float
+) -> tuple[Tensor, ...]:
+    """The same for a parameter of fewer dimensions, whose last state is the second moment, of its shape."""
+    if param.numel() == 0:
+        return param, *states
+    knobs = Knobs(**hyper)
+    *first, average = states
+    update, sums, average = _vector_update(grad, average, step, dtype, knobs)
+    return *_applied(param, update, sums, first[0] if first else None, step, knobs), average

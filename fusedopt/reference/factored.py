@@ -1,0 +1,51 @@
+"""Sums over the rows, the columns and the whole of matrices, in an order that no thread count changes.
+
+All in double. A matrix is cut into slabs of rows, so that several threads can sum one, and a slab into panels of
+4,096 columns, the chunks of `norm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norm import CHUNK, chunk_sums, in_lanes, lane_total, ordered_sum, pairwise_sum
+
+_MAX_SLABS = 32
+_MIN_ROWS = 160  # of a slab, unless the matrix has fewer
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """The sum of every row of float64 matrices (..., rows, columns): chunks of 4,096 columns, added in pairs."""
+    return pairwise_sum(chunk_sums(values))
+
+
+def column_sums(values: Tensor) -> Tensor:
+    """The sum of every column of float64 matrices (..., rows, columns): in order within slabs, which are paired."""
+    return pairwise_sum(ordered_sum(_slabs(values)).movedim(-2, -1))
+
+
+def unit_sums(values: Tensor) -> Tensor:
+    """The sums of all units of float64 matrices (batch, rows, columns), one after the other: 1-D.
+
+    A unit is what a slab has of a panel. Its 16 lanes run through all of its rows, and are added in pairs. Of a
+    matrix, the panels of the first slab come first.
+    """
+    slabs = _slabs(values)
+    columns = slabs.shape[-1]
+    whole = columns - columns % CHUNK
+    parts = []
+    if whole:  # (batch, slabs, panels, rows, columns of a panel)
+        parts.append(slabs[..., :whole].reshape(*slabs.shape[:-1], whole // CHUNK, CHUNK).movedim(-2, 2))
+    if whole < columns:
+        parts.append(slabs[..., whole:].unsqueeze(2))
+    sums = [lane_total(ordered_sum(in_lanes(part).flatten(-3, -2))) for part in parts]
+    return torch.cat(sums, dim=-1).reshape(-1)
+
+
+def _slabs(values: Tensor) -> Tensor:
+    """Matrices (..., rows, columns) as (..., slabs, rows of one, columns), filled up with rows of zeros."""
+    rows = values.shape[-2]
+    height = -(-rows // max(1, min(_MAX_SLABS, rows // _MIN_ROWS)))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % height))
+    return padded.reshape(*padded.shape[:-2], padded.shape[-2] // height, height, padded.shape[-1])
