@@ -23,7 +23,6 @@ class TensorTable:
         config: dict[str, float],
         seed: int,
         roundings: list[int],
-        is_signed: list[bool],
         rounding: int,
         master: int,
         master_key: str,

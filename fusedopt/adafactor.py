@@ -84,10 +84,10 @@ class Adafactor(FusedOptimizer):
 
     STATES = (_FIRST, _ROW, _COL, _VECTOR)
     REFERENCES: ClassVar[dict[str, Reference]] = {
-        "adafactor/matrix": adafactor_matrix,
-        "adafactor/vector": adafactor_vector,
-        "adafactor_momentum/matrix": adafactor_matrix,
-        "adafactor_momentum/vector": adafactor_vector,
+        "adafactor_matrix": adafactor_matrix,
+        "adafactor_vector": adafactor_vector,
+        "adafactor_momentum_matrix": adafactor_matrix,
+        "adafactor_momentum_vector": adafactor_vector,
     }
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 

@@ -102,7 +102,7 @@ class Gathered:
             first_index=sharding.first_index(param),
         )
         for backend in candidates:
-            if backend.refusal(local, settings.rule) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
                 return
         raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
 

@@ -135,7 +135,7 @@ class FusedOptimizer(Optimizer):
         raise NotImplementedError
 
     def rule(self, group: dict[str, Any]) -> str:
-        """The name of the compiled rule that steps a group."""
+        """The name of the compiled rule that steps a group; `_` and a layout follow if there are several."""
         raise NotImplementedError
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
@@ -265,7 +265,7 @@ class FusedOptimizer(Optimizer):
         """What backends need of a param group, the one of an index, and of its parameters of a layout."""
         specs = tuple(self.layouts(group)[layout])
         return GroupStep(
-            rule=self.rule(group),
+            rule=f"{self.rule(group)}_{layout}" if layout else self.rule(group),
             hyper=self.hyper(group),
             states=specs,
             roundings=tuple(rounding_of(spec, group["state_rounding"]) for spec in specs),

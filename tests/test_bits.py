@@ -132,7 +132,6 @@ def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
             config=group.hyper,
             seed=group.seed,
             roundings=[int(r == "stochastic") for r in group.roundings],
-            is_signed=[spec.is_signed for spec in group.states],
             rounding=int(rounding == "stochastic"),
             master=0,
             master_key="",

@@ -92,15 +92,10 @@ def test_tests_run_against_the_installed_package() -> None:
     assert ROOT not in installed.parents or "site-packages" in installed.parts
 
 
-# On the reference path only, so far.
-NOT_COMPILED = {"adafactor", "adafactor_momentum"}
-
-
 def test_every_compiled_rule_has_its_reference_and_its_states() -> None:
     rules = fusedopt._core.rules()
-    references = {equation.partition("/")[0] for equation in fusedopt.backends.base.REFERENCES}
-    assert rules.keys() == references - NOT_COMPILED
-    declared = {spec.name for case in CASES for spec in case.ours.STATES}
+    assert rules.keys() == fusedopt.backends.base.REFERENCES.keys()
+    declared = {spec.name for cls in _subclasses(fusedopt.FusedOptimizer) for spec in cls.STATES}
     assert {name for names in rules.values() for name in names} == declared
     for case, kwargs in (row.values for row in each_variant()):
         optimizer = case.ours(make_params([(2, 2)], torch.float32), **kwargs)

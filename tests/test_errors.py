@@ -216,30 +216,6 @@ def test_a_backend_that_cannot_serve_a_tensor(dtype: torch.dtype) -> None:
     assert not optimizer.state
 
 
-def test_a_rule_that_the_core_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is left to the reference path, beside groups that the core steps; or refused, if the core is asked for."""
-
-    def groups() -> list[dict]:
-        params = make_params([(3,), (50, 4), (4, 5)], torch.float32)
-        params[1].data = params[1].data.t()  # not as the core collects it, so that it is added
-        return [{"params": params[:1]}, {"params": params[1:2], "amsgrad": True}, {"params": params[2:]}]
-
-    def run() -> fusedopt.AdamW:
-        optimizer = train(fusedopt.AdamW(groups(), max_grad_norm=0.1), 2)
-        optimizer.record_health()
-        return train(optimizer, 1, first=2)
-
-    expected = run()
-    monkeypatch.setattr(fusedopt.backends.cpu, "_RULES", frozenset({"adamw_amsgrad"}))
-    mixed = run()
-    assert_same_run(mixed, expected)
-    assert mixed.health_report() == expected.health_report()
-    optimizer = fusedopt.AdamW(make_params([(3,)], torch.float32), backend="cpu")
-    with pytest.raises(ValueError, match=r"backend='cpu' \(cpu: it has no kernel for the rule 'adamw'\); use backend="):
-        train(optimizer, 1)
-    assert not optimizer.state
-
-
 def test_16_bit_state_of_a_float64_parameter() -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     param.grad = torch.ones_like(param)
@@ -251,7 +227,7 @@ def test_16_bit_state_of_a_float64_parameter() -> None:
 
 def test_core_names_what_is_missing() -> None:
     table = fusedopt._core.TensorTable()
-    add_group = partial(table.add_group, seed=0, is_signed=[True, False], rounding=0, master=0, master_key="")
+    add_group = partial(table.add_group, seed=0, rounding=0, master=0, master_key="")
     with pytest.raises(ValueError, match="no rule 'adamx'"):
         add_group(rule="adamx", config={}, roundings=[])
     with pytest.raises(TypeError, match="needs the hyperparameter 'lr'"):

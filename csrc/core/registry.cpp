@@ -14,6 +14,7 @@ RuleInfo describe(const char* name) {
   info.name = name;
   info.states = Rule::kStates;
   info.state_names = Rule::kStateNames;
+  info.is_signed = Rule::kSigned;
   for (const ConfigField& field : Rule::kFields) info.fields.push_back({field.name, field.offset});
   using Config = typename Rule::Config;
   using Hyper = typename Rule::Hyper;

@@ -22,6 +22,7 @@ struct RuleInfo {
   const char* name;
   int states;
   const char* const* state_names;
+  const bool* is_signed;
   std::vector<RuleField> fields;
   void (*derive)(const void* config, int64_t step, const TensorSums& sums, void* hyper);  // most rules take no sums
   bool normalizes = false;           // rules/normalize.h

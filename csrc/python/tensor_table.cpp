@@ -72,8 +72,8 @@ void TensorTable::clear() {
 void TensorTable::forget() { records_.clear(); }
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                            const std::vector<int>& roundings, const std::vector<bool>& is_signed, int rounding,
-                            int master, const std::string& master_key) {
+                            const std::vector<int>& roundings, int rounding, int master,
+                            const std::string& master_key) {
   Group group;
   group.desc.rule = find_rule(rule);
   group.desc.seed = seed;
@@ -89,12 +89,12 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
   }
   const size_t states = static_cast<size_t>(info.states);
   const size_t listed = states + (info.row_name == nullptr ? 0 : 2);
-  if (roundings.size() != listed || is_signed.size() != listed) {
+  if (roundings.size() != listed) {
     throw py::value_error("rule '" + rule + "' has " + std::to_string(listed) + " states");
   }
   for (size_t k = 0; k < states; ++k) {
     const std::string name = info.state_names[k];
-    group.states.push_back({static_cast<Rounding>(roundings[k]), is_signed[k], interned(name),
+    group.states.push_back({static_cast<Rounding>(roundings[k]), info.is_signed[k], interned(name),
                             interned(name + "_codes"), interned(name + "_scales")});
   }
   if (info.row_name != nullptr) group.factor_keys = {interned(info.row_name), interned(info.column_name)};

@@ -27,11 +27,10 @@ class TensorTable {
   void forget();
 
   // Adds the next param group. `config` names every hyperparameter of the rule; a missing or unknown name
-  // raises. `roundings` holds a Rounding and `is_signed` a flag for each state, `rounding` is the parameters',
+  // raises. `roundings` holds a Rounding for each state, `rounding` is the parameters',
   // `master` a Master and `master_key` its name in a parameter's state.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                 const std::vector<int>& roundings, const std::vector<bool>& is_signed, int rounding, int master,
-                 const std::string& master_key);
+                 const std::vector<int>& roundings, int rounding, int master, const std::string& master_key);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of

@@ -25,6 +25,6 @@
   X(sgd_momentum, SGDMomentum)                          \
   X(sgd_nesterov, SGDNesterov)                          \
   X(adafactor_matrix, AdafactorMatrix)                  \
-  X(adafactor_matrix_momentum, AdafactorMatrixMomentum) \
+  X(adafactor_momentum_matrix, AdafactorMatrixMomentum) \
   X(adafactor_vector, AdafactorVector)                  \
-  X(adafactor_vector_momentum, AdafactorVectorMomentum)
+  X(adafactor_momentum_vector, AdafactorVectorMomentum)

@@ -18,7 +18,7 @@ Reference = Callable[..., "tuple[Tensor, ...]"]
 # GroupSteps, everybody else's are param groups.
 Health = dict[tuple[int, int], dict[str, int]]
 
-# Every compiled rule's equation in plain torch, by `GroupStep.equation`; FusedOptimizer's subclasses fill it.
+# Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
 REFERENCES: dict[str, Reference] = {}
 
 
@@ -49,11 +49,6 @@ class GroupStep:
     master: str | None = None
     layout: str = ""
     param_group: int = 0
-
-    @property
-    def equation(self) -> str:
-        """The key in REFERENCES."""
-        return f"{self.rule}/{self.layout}" if self.layout else self.rule
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,8 @@ class Backend(Protocol):
 
     name: str
 
-    def refusal(self, param: Tensor, rule: str) -> str | None:
-        """Why it cannot step this parameter by a rule, as a clause; None if it can."""
+    def refusal(self, param: Tensor) -> str | None:
+        """Why it cannot step this parameter, as a clause; None if it can."""
 
     def session(self) -> Session:
         """A new session for one optimizer."""

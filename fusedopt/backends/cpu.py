@@ -17,7 +17,6 @@ from .base import GroupStep, Health, ParamStep
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
 MASTERS: dict[str | None, int] = {kind: i for i, kind in enumerate([None, *KEYS])}
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_RULES = frozenset(_core.rules())
 
 
 def bind_torch(*, exchange: bool = True) -> None:
@@ -35,40 +34,30 @@ bind_torch()
 
 
 class CpuSession:
-    """See Session. Its table lives as long as the optimizer and is never pickled.
-
-    Groups whose rule the core does not have are left to other backends; the table does not see them.
-    """
+    """See Session. Its table lives as long as the optimizer and is never pickled."""
 
     def __init__(self) -> None:
         self._table = _core.TensorTable()
-        self._groups: list[int] = []  # those in the table, in its order
 
     def begin(self, groups: Sequence[GroupStep]) -> None:
         self._table.clear()
-        self._groups = [i for i, group in enumerate(groups) if group.rule in _RULES]
-        for group in (groups[i] for i in self._groups):
+        for group in groups:
             self._table.add_group(
                 rule=group.rule,
                 config=group.hyper,
                 seed=group.seed,
                 roundings=[ROUNDINGS.index(rounding) for rounding in group.roundings],
-                is_signed=[spec.is_signed for spec in group.states],
                 rounding=ROUNDINGS.index(group.rounding),
                 master=MASTERS[group.master],
                 master_key="" if group.master is None else KEYS[group.master],
             )
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
-        if group not in self._groups:
-            return [i for i, param in enumerate(params) if param.grad is not None]
-        return self._table.collect(group=self._groups.index(group), params=params, state=state)
+        return self._table.collect(group=group, params=params, state=state)
 
     def add(self, entry: ParamStep) -> bool:
-        if entry.group not in self._groups:
-            return False
         return self._table.add(
-            group=self._groups.index(entry.group),
+            group=entry.group,
             position=entry.position,
             param=entry.param,
             grad=entry.grad,
@@ -87,12 +76,9 @@ class CpuSession:
         return sums
 
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        health = self._table.step(
-            grad_multipliers=[grad_multipliers[i] for i in self._groups],
-            threads=torch.get_num_threads(),
-            counts_health=counts_health,
+        return self._table.step(
+            grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads(), counts_health=counts_health
         )
-        return {(self._groups[group], position): counts for (group, position), counts in health.items()}
 
     def forget(self) -> None:
         self._table.forget()
@@ -103,9 +89,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def refusal(self, param: Tensor, rule: str) -> str | None:
-        if rule not in _RULES:
-            return f"it has no kernel for the rule {rule!r}"
+    def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":
             return f"it is on {param.device}"
         if param.dtype not in _PARAM_DTYPES:

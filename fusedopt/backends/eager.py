@@ -37,7 +37,7 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
     multiplier = rounded(grad_multiplier, param)
     states = (_state(spec, held, entry.param) for spec, held in zip(group.states, entry.states))
     told: dict[str, Any] = {"dtype": entry.param.dtype} if group.layout else {}
-    results = REFERENCES[group.equation](param, grad * multiplier, *states, step=step, **told, **group.hyper)
+    results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **group.hyper)
     for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
         _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
     _write_weights(group, entry, results[0], bits(group.rounding, _PARAM_STREAM, entry.param.dtype))
@@ -155,7 +155,7 @@ class EagerBackend:
 
     name = "eager"
 
-    def refusal(self, param: Tensor, rule: str) -> str | None:
+    def refusal(self, param: Tensor) -> str | None:
         if param.dtype not in DTYPES:
             return f"its dtype is {param.dtype}"
         return None

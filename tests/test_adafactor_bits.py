@@ -1,0 +1,115 @@
+"""Adafactor's compiled passes equal the reference path bit for bit: instruction sets, threads, formats, shapes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, FORMATS, assert_same_run, make_params, set_grads, train
+
+from fusedopt import Adafactor, _core
+
+SANITIZED = "FUSEDOPT_SANITIZED" in os.environ
+THREADS = (2,) if SANITIZED else (1, 2, 5)
+STEPS = 2 if SANITIZED else 4
+
+# Rows of whole vectors and not, several slabs, several panels, both; stacks of matrices; what has fewer dimensions.
+SHAPES = [(700, 100), (7, 257), (3, 4, 400), (2, 9000), (330, 4100), (6, 0), (64, 8, 3, 3), (1, 1), (5, 1), (9000,), ()]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "relative": {},
+    "warmup": {"warmup_init": True, "scale_parameter": False, "maximize": True},
+    "external": {"lr": 1e-2, "relative_step": False, "weight_decay": 0.1, "clip_threshold": 0.5, "decay_rate": -0.5},
+    "momentum": {"beta1": 0.9, "weight_decay": 0.1},
+    "compat": {"beta1": 0.9, "compat": True, "lr": 1e-2, "relative_step": False, "scale_parameter": False},
+    "folded": {"fold_conv": True, "beta1": 0.5},
+    "torch": {"variant": "torch", "weight_decay": 0.1, "max_grad_norm": 1.0},
+    "torch-eps": {"variant": "torch", "eps": (1e-3, 1e-2)},
+}
+
+
+def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Each shape once, and the first ones once more at an address one element behind an aligned one."""
+    params = make_params(SHAPES, dtype)
+    for param in make_params(SHAPES[:2], dtype, seed=1):
+        memory = torch.empty(param.numel() + 1, dtype=dtype)
+        memory[1:] = param.detach().flatten()
+        params.append(torch.nn.Parameter(memory[1:].view(param.shape)))
+    return params
+
+
+def assert_all_paths_agree(kwargs: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(backend: str) -> torch.optim.Optimizer:
+        return train(Adafactor(offset_params(dtype), **kwargs, backend=backend), STEPS)
+
+    eager = run("eager")
+    assert all(param.isfinite().all() for param in eager.param_groups[0]["params"])
+    for isa, threads in itertools.product(_core.available_isas(), THREADS):
+        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
+        torch.set_num_threads(threads)
+        assert_same_run(run("cpu"), eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_path_gives_the_same_bits(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_all_paths_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *[{**FORMATS[name]} for name in ("bf16-nearest", "bf16-stochastic", "8bit-nearest", "8bit-stochastic")],
+        {"master_weights": "split24", **FORMATS["8bit-stochastic"]},
+        {"master_weights": "split32"},
+        {"master_weights": "kahan", "rounding": "stochastic"},
+        {"master_weights": "float32"},
+        {"rounding": "stochastic", "seed": 5},
+    ],
+    ids=lambda how: "-".join(str(value) for value in how.values()),
+)
+@pytest.mark.parametrize("variant", ["relative", "momentum", "compat"])
+def test_formats_of_weights_and_first_moments(
+    variant: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_all_paths_agree({**VARIANTS[variant], **how}, torch.bfloat16, monkeypatch)
+
+
+def test_the_core_takes_them() -> None:
+    """What is compared above is not the reference path with itself."""
+    optimizer = train(Adafactor(offset_params(torch.bfloat16), beta1=0.9, backend="cpu"), 1)
+    set_grads(optimizer.param_groups[0]["params"], 1)
+    gathered = optimizer._gather()
+    assert len(gathered.sessions["cpu"]) == len(SHAPES) + 2
+
+
+def test_a_gradient_that_is_not_finite_reaches_what_its_means_reach(isa: str) -> None:
+    runs = []
+    for backend in ("cpu", "eager"):
+        params = make_params([(40, 30), (50,)], torch.float32)
+        optimizer = Adafactor(params, backend=backend)
+        train(optimizer, 2)
+        set_grads(params, 2)
+        params[0].grad[3, 4] = float("inf")
+        params[1].grad[5] = float("nan")
+        optimizer.step()
+        assert params[0].isnan().all()
+        runs.append(optimizer)
+    assert_same_run(*runs)
+
+
+def test_health_is_counted_alike() -> None:
+    reports = []
+    for backend in ("cpu", "eager"):
+        params = make_params([(80, 64), (50,), (70, 70)], torch.bfloat16)
+        optimizer = Adafactor(params, beta1=0.9, state_dtype="8bit", backend=backend)
+        train(optimizer, 2)
+        optimizer.record_health()
+        set_grads(params, 2)
+        params[1].grad[5] = float("nan")
+        optimizer.step()
+        reports.append(optimizer.health_report())
+    assert reports[0] == reports[1]
