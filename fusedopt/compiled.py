@@ -63,7 +63,7 @@ def _step(
             GroupStep(
                 rule=rule,
                 hyper=hyper,
-                states=tuple(StateSpec(name[:-1], is_signed=name[-1] == "-") for name in _words(specs[i])),
+                states=tuple(_spec(text) for text in _words(specs[i])),
                 roundings=_words(roundings[i]),
                 seed=seeds[i],
                 maximize=maximize[i],
@@ -91,6 +91,20 @@ def _step(
         grad_norm.fill_(norm)
     gathered.step(multiplier)
     gathered.write_back()
+
+
+def _spec_text(spec: StateSpec) -> str:
+    """What backends need of a state: name, sign, and the extent if it is not of every element."""
+    extent = "" if spec.extent == "elements" else ("folded " if spec.is_folded else "") + spec.extent
+    return spec.name + ("-" if spec.is_signed else "+") + extent
+
+
+def _spec(text: str) -> StateSpec:
+    sign = "-" if "-" in text else "+"
+    name, _, extent = text.partition(sign)
+    is_folded = extent.startswith("folded ")
+    extent = extent.removeprefix("folded ") or "elements"
+    return StateSpec(name, is_signed=sign == "-", extent=extent, is_folded=is_folded)
 
 
 def _words(joined: str) -> tuple[str, ...]:
@@ -149,7 +163,7 @@ def step(optimizer: FusedOptimizer) -> None:
         layouts=[setting.layout for setting in settings],
         hyper_names=[",".join([name for name in setting.hyper if name != "lr"]) for setting in settings],
         hyper_values=hyper_values,
-        specs=[",".join([s.name + ("-" if s.is_signed else "+") for s in setting.states]) for setting in settings],
+        specs=[",".join([_spec_text(spec) for spec in setting.states]) for setting in settings],
         state_keys=state_keys,
         roundings=[",".join(setting.roundings) for setting in settings],
         seeds=[setting.seed for setting in settings],

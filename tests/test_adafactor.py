@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -20,6 +21,7 @@ from transformers.optimization import AdafactorSchedule as TransformersSchedule
 
 import fusedopt
 from fusedopt import Adafactor
+from fusedopt.gather import Gathered
 from fusedopt.reference import factored
 from fusedopt.reference.norm import pairwise_sum, square_sums
 
@@ -424,6 +426,27 @@ def test_memory_report_counts_the_bytes_that_are_there() -> None:
     held = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     assert optimizer.memory_report() == planned
     assert planned.state_bytes == sum(v.numel() * v.element_size() for v in held)
+
+
+def test_a_compiled_step_knows_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a backend may ask: which are signed, and what they extend over."""
+    seen = []
+    monkeypatch.setattr(
+        fusedopt.compiled,
+        "Gathered",
+        lambda sessions, groups, *rest: seen.append(groups) or Gathered(sessions, groups, *rest),
+    )
+    torch.compiler.reset()
+    params = make_params([(3,), (2, 3, 4)], torch.float32)
+    optimizer = Adafactor([{"params": params[:1]}, {"params": params[1:], "fold_conv": True, "beta1": 0.9}])
+    set_grads(params, 0)
+    torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)()
+    groups, _ = fusedopt.members.parts(optimizer)
+    assert len(seen[0]) == len(groups) == 4
+    for ours, theirs in zip(seen[0], groups):
+        assert (ours.rule, ours.layout, ours.param_group) == (theirs.rule, theirs.layout, theirs.param_group)
+        assert ours.hyper.keys() == theirs.hyper.keys()
+        assert [dataclasses.replace(spec, always_float32="") for spec in theirs.states] == list(ours.states)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {**EXTERNAL, "beta1": 0.9, "max_grad_norm": 0.1}], ids=["relative", "external"])
