@@ -26,6 +26,8 @@ class TensorTable:
         rounding: int,
         master: int,
         master_key: str,
+        param_group: int = ...,
+        positions: list[int] = ...,
     ) -> None: ...
     def collect(self, *, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]: ...
     def add(

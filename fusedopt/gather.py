@@ -57,7 +57,7 @@ class Gathered:
         """Forgets the step before."""
         self._copies = []
         for session in self.sessions.values():
-            session.begin(self.groups)
+            session.begin(self.groups, self.positions)
 
     def member(self, part: int, entry: int) -> Member:
         """The place of a parameter that a GroupStep has."""

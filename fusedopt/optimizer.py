@@ -255,7 +255,7 @@ class FusedOptimizer(Optimizer):
                 self._health.add(counts)
         finally:  # let go of the gradients: zero_grad is to free them
             for session in self._sessions().values():
-                session.begin(())
+                session.begin((), ())
 
     def _found_inf(self) -> bool:
         found_inf = getattr(self, "found_inf", None)

@@ -174,7 +174,7 @@ def test_random_bits_across_the_32_bit_boundary(isa: str) -> None:
         step = torch.tensor(0.0)
         for i in range(3):
             set_grads([param], i)
-            session.begin([group])
+            session.begin([group], [None])
             assert session.add(ParamStep(0, 0, param.detach(), param.grad, states, step, 2**32 - 300))
             session.step([1.0])
         results.append((param, *(state for (state,) in states)))

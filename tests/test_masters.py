@@ -96,7 +96,7 @@ def test_no_nan_becomes_a_number(kind: str, isa: str) -> None:
         param = torch.ones(32, dtype=torch.bfloat16)
         grad = torch.tensor([0x7FFFFFFF, -1] * 16, dtype=torch.int32).view(torch.float32)
         kept = torch.zeros(32, dtype=torch.int8 if kind == "split24" else torch.int16)
-        session.begin([optimizer.group_step(optimizer.param_groups[0])])
+        session.begin([optimizer.group_step(optimizer.param_groups[0])], [None])
         assert session.add(ParamStep(0, 0, param, grad, (), torch.tensor(0.0), kept))
         session.step([1.0])
         assert param.isnan().all()

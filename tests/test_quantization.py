@@ -282,7 +282,7 @@ def test_a_whole_and_a_split_tensor_agree(isa: str) -> None:
     (param,) = split.param_groups[0]["params"]
     held, session = split.state[param], CpuSession()
     set_grads([param], 1)
-    session.begin([split.group_step(split.param_groups[0])])
+    session.begin([split.group_step(split.param_groups[0])], [None])
     for i, rows in enumerate((slice(0, 1), slice(1, 4), slice(4, 6))):
         states = tuple((held[f"{n}_codes"][rows], held[f"{n}_scales"][rows]) for n in ("exp_avg", "exp_avg_sq"))
         step = held["step"].clone()
@@ -310,7 +310,7 @@ def test_blocks_across_the_32_bit_boundary(isa: str) -> None:
         step = torch.tensor(0.0)
         for i in range(3):
             set_grads([param], i)
-            session.begin([optimizer.group_step(optimizer.param_groups[0])])
+            session.begin([optimizer.group_step(optimizer.param_groups[0])], [None])
             assert session.add(ParamStep(0, 0, param.detach(), param.grad, states, step, None, 2**32 - 230))
             session.step([1.0])
         results.append((param.detach(), *states[0], *states[1]))

@@ -73,7 +73,7 @@ void TensorTable::forget() { records_.clear(); }
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                             const std::vector<int>& roundings, int rounding, int master,
-                            const std::string& master_key) {
+                            const std::string& master_key, int param_group, const std::vector<int64_t>& positions) {
   Group group;
   group.desc.rule = find_rule(rule);
   group.desc.seed = seed;
@@ -98,6 +98,9 @@ void TensorTable::add_group(const std::string& rule, const std::map<std::string,
                             interned(name + "_codes"), interned(name + "_scales")});
   }
   if (info.row_name != nullptr) group.factor_keys = {interned(info.row_name), interned(info.column_name)};
+  group.param_group = param_group;
+  group.positions = positions;
+  if (!positions.empty()) is_sorted_ = false;
   group.rounding = static_cast<Rounding>(rounding);
   group.master = static_cast<Master>(master);
   group.master_key = interned(master_key);
@@ -353,9 +356,12 @@ bool TensorTable::add(int group, int64_t position, py::handle param, py::handle 
 
 void TensorTable::sort() {
   if (is_sorted_) return;
-  std::sort(tensors_.begin(), tensors_.end(), [](const TensorDesc& a, const TensorDesc& b) {
-    return std::pair(a.group, a.position) < std::pair(b.group, b.position);
-  });
+  const auto listed = [&](const TensorDesc& tensor) {
+    const Group& group = groups_[tensor.group];
+    return std::pair(group.param_group, group.positions.empty() ? tensor.position : group.positions[tensor.position]);
+  };
+  std::sort(tensors_.begin(), tensors_.end(),
+            [&](const TensorDesc& a, const TensorDesc& b) { return listed(a) < listed(b); });
   is_sorted_ = true;
 }
 

@@ -28,9 +28,11 @@ class TensorTable {
 
   // Adds the next param group. `config` names every hyperparameter of the rule; a missing or unknown name
   // raises. `roundings` holds a Rounding for each state, `rounding` is the parameters',
-  // `master` a Master and `master_key` its name in a parameter's state.
+  // `master` a Master and `master_key` its name in a parameter's state. `param_group` and `positions` say where its
+  // parameters are listed, for sums in list order; no positions if it has all of the param group.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                 const std::vector<int>& roundings, int rounding, int master, const std::string& master_key);
+                 const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
+                 int param_group, const std::vector<int64_t>& positions);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
@@ -75,6 +77,8 @@ class TensorTable {
     GroupDesc desc;
     std::vector<State> states;
     Rounding rounding = Rounding::kNearest;  // of parameters
+    int param_group = 0;
+    std::vector<int64_t> positions;
     Master master = Master::kNone;
     pybind11::object master_key;
     std::array<pybind11::object, 2> factor_keys;  // null where second moments are not factored

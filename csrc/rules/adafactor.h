@@ -9,11 +9,11 @@
 //   d    = max(1, RMS(u) / clip_threshold)
 //   a    = max(eps2, RMS(p)) (scale_parameter), times the relative step or lr
 //   m    = b1 m + (1 - b1) (u / d)      exp_avg (kMomentum); compat: of u a / d
-//   p    = p (1 - a wd) - a/d u, or - a m, or - m
+//   p    = p - (a wd) p - a/d u, or - a m, or - m
 //
 // in this order, every operation rounded to fp32; means and a, d in double, rounded once. Torch's equation
-// (torch.optim.Adafactor) adds no eps1 but keeps mean R above eps1 and what is under a root above eps1^2; its decay
-// is 1 - lr wd.
+// (torch.optim.Adafactor) adds no eps1 but keeps mean R above eps1 and what is under a root above eps1^2; there
+// p is multiplied by 1 - lr wd.
 #pragma once
 
 #include <algorithm>
@@ -59,7 +59,8 @@ struct AdafactorRule {
 
   struct Hyper {
     Moments moments;
-    float decay, scale, lr, beta1, one_minus_beta1;
+    float decay, lost;  // p is multiplied by the one, and loses the other times itself
+    float scale, lr, beta1, one_minus_beta1;
   };
 
   static bool reads_weights(const Config& c) { return c.scale_parameter != 0.0; }
@@ -91,7 +92,8 @@ struct AdafactorRule {
     double lr = relative_lr(c, step);
     if (reads_weights(c)) lr = at_least(c.eps2, rms(sums.param, sums.numel)) * lr;
     const double denominator = at_least(1.0, rms(sums.update, sums.numel) / c.clip_threshold);
-    h.decay = static_cast<float>(1.0 - c.weight_decay * (c.is_torch != 0.0 ? c.lr : lr));
+    h.decay = c.is_torch != 0.0 ? static_cast<float>(1.0 - c.weight_decay * c.lr) : 1.0f;
+    h.lost = c.is_torch != 0.0 ? 0.0f : static_cast<float>(c.weight_decay * lr);
     h.beta1 = static_cast<float>(c.beta1);
     h.one_minus_beta1 = static_cast<float>(1.0 - c.beta1);
     const bool scales_by_lr = !kMomentum || c.compat != 0.0;
@@ -107,7 +109,8 @@ struct AdafactorRule {
       s[0] = h.beta1 * s[0] + h.one_minus_beta1 * direction;
       direction = h.lr * s[0];
     }
-    p = p * h.decay - direction;
+    p = p * h.decay;
+    p = (h.lost != 0.0f ? p - h.lost * p : p) - direction;
     return F{};
   }
 };

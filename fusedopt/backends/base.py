@@ -76,8 +76,8 @@ class Session(Protocol):
     Nothing is changed before `step`.
     """
 
-    def begin(self, groups: Sequence[GroupStep]) -> None:
-        """Starts a new step."""
+    def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
+        """Starts a new step. `positions` are those of a group's parameters in its param group; None for all."""
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         """Takes what it can of a group as it lies; returns the positions left with a gradient."""

@@ -39,9 +39,9 @@ class CpuSession:
     def __init__(self) -> None:
         self._table = _core.TensorTable()
 
-    def begin(self, groups: Sequence[GroupStep]) -> None:
+    def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
         self._table.clear()
-        for group in groups:
+        for group, places in zip(groups, positions):
             self._table.add_group(
                 rule=group.rule,
                 config=group.hyper,
@@ -50,6 +50,8 @@ class CpuSession:
                 rounding=ROUNDINGS.index(group.rounding),
                 master=MASTERS[group.master],
                 master_key="" if group.master is None else KEYS[group.master],
+                param_group=group.param_group,
+                positions=places or [],
             )
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:

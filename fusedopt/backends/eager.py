@@ -118,7 +118,7 @@ class EagerSession:
         self._groups: Sequence[GroupStep] = ()
         self._entries: list[ParamStep] = []
 
-    def begin(self, groups: Sequence[GroupStep]) -> None:
+    def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
         self._groups = groups
         self._entries = []
 
