@@ -266,7 +266,10 @@ class Adafactor(FusedOptimizer):
         for param in group["params"]:
             step = int(self.state.get(param, {}).get("step", 0))
             if step > 0 and param.numel() > 0:
-                return actual_lr(Knobs(**self.hyper(group)), step, full_precision(self, group, param))
+                weights = full_precision(self, group, param)
+                rows = self.state[param].get(_ROW.name)
+                shape = (-1,) if rows is None else (-1, rows.shape[-1], self.state[param][_COL.name].shape[-1])
+                return actual_lr(Knobs(**self.hyper(group)), step, weights.reshape(shape))
         return None
 
 

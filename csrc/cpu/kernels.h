@@ -35,8 +35,8 @@ struct Kernels {
   StepFn step[kMaxRules];  // in the order of rules/all.h
   SquareSumFn square_sum;  // of at most kReductionChunk elements
   // Of rules that normalize; see normalize.inl.
-  void (*sum_rows_and_columns)(const TensorDesc&, float multiplier, const MatrixUnit&, double* row_sums,
-                               int64_t row_stride, double* column_sums);
+  double (*sum_rows_and_columns)(const TensorDesc&, float multiplier, const MatrixUnit&, bool reads_weights,
+                                 double* row_sums, int64_t row_stride, double* column_sums);
   double (*sum)(const float* x, int64_t n);
   double (*sum_weights)(const TensorDesc&, int64_t begin, int64_t length);
   double (*sum_matrix_updates)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&);

@@ -1,7 +1,7 @@
 #include "cpu/normalize.h"
 
 #include <algorithm>
-#include <memory>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -44,137 +44,146 @@ void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
   }
 }
 
+// Memory for what a wave finds out, kept from wave to wave and from step to step: fresh memory costs page faults.
+struct Workspace {
+  std::vector<double> doubles;
+  std::vector<float> floats;
+  size_t double_count = 0, float_count = 0;  // asked for so far
+
+  size_t want_doubles(int64_t n) { return (double_count += static_cast<size_t>(n)) - static_cast<size_t>(n); }
+  size_t want_floats(int64_t n) { return (float_count += static_cast<size_t>(n)) - static_cast<size_t>(n); }
+};
+
 // One tensor and what is found out about it in a step.
 class Member {
  public:
-  Member(const TensorDesc& tensor, int32_t index, const GroupDesc& group)
-      : tensor_(tensor), index_(index), group_(group), info_(rules()[group.rule]) {
+  Member(const TensorDesc& tensor, int32_t index, const GroupDesc& group, Workspace& workspace)
+      : tensor_(tensor), index_(index), group_(&group), info_(&rules()[group.rule]), workspace_(&workspace) {
     multiplier_ = static_cast<float>(group.grad_multiplier);
     step_ = static_cast<int64_t>(*tensor.step) + 1;
     sums_.numel = tensor.numel;
     sums_.dtype = tensor.param.dtype;
     derive();
-    if (info_.reads_weights(group.config)) param_sums_.resize(divided_up(tensor.numel, kReductionChunk));
+    reads_weights_ = info_->reads_weights(group.config);
+    parts_ = divided_up(tensor.numel, kReductionChunk);
     const Factors& factors = tensor.factors;
-    if (!factors.exist()) {
-      update_sums_.resize(divided_up(tensor.numel, kReductionChunk));
-      return;
+    if (factors.exist()) {
+      matrices_ = tensor.numel / (factors.row_count * factors.column_count);
+      height_ = divided_up(factors.row_count, std::clamp<int64_t>(factors.row_count / kMinSlabRows, 1, kMaxSlabs));
+      slabs_ = divided_up(factors.row_count, height_);
+      panels_ = divided_up(factors.column_count, kReductionChunk);
+      parts_ = matrices_ * slabs_ * panels_;
+      if (panels_ > 1) row_sums_ = workspace.want_doubles(rows() * panels_);
+      column_sums_ = workspace.want_doubles(matrices_ * slabs_ * factors.column_count);
+      row_factors_ = workspace.want_floats(rows());
+      column_factors_ = workspace.want_floats(matrices_ * factors.column_count);
     }
-    matrices_ = tensor.numel / (factors.row_count * factors.column_count);
-    height_ = divided_up(factors.row_count, std::clamp<int64_t>(factors.row_count / kMinSlabRows, 1, kMaxSlabs));
-    slabs_ = divided_up(factors.row_count, height_);
-    panels_ = divided_up(factors.column_count, kReductionChunk);
-    const int64_t rows = matrices_ * factors.row_count;
-    if (panels_ > 1) row_sums_.resize(rows * panels_);
-    column_sums_.resize(matrices_ * slabs_ * factors.column_count);
-    update_sums_.resize(matrices_ * slabs_ * panels_);
-    row_factors_.reset(new float[rows]);
-    column_factors_.reset(new float[matrices_ * factors.column_count]);
-    scratch_ = {row_factors_.get(), column_factors_.get(), rows};
+    update_sums_ = workspace.want_doubles(parts_);
+    if (reads_weights_) param_sums_ = workspace.want_doubles(parts_);
   }
-  Member(Member&&) = default;
 
-  // Only once members no longer move.
+  // Only once members no longer move, and the workspace is there.
   void settle() {
+    scratch_ = {floats(row_factors_), floats(column_factors_), rows()};
     tensor_.scratch = &scratch_;
     context_.hyper = hyper_;
     context_.grad_multiplier = multiplier_;
-    for (uint32_t k = 0; k < 3; ++k) context_.stream_keys[k] = stream_key(group_.seed, step_, k);
+    for (uint32_t k = 0; k < 3; ++k) context_.stream_keys[k] = stream_key(group_->seed, step_, k);
   }
 
   int64_t numel() const { return tensor_.numel; }
-  int32_t rule() const { return group_.rule; }
   bool is_matrix() const { return tensor_.factors.exist(); }
-  bool reads_weights() const { return !param_sums_.empty(); }
-  int64_t units() const { return matrices_ * slabs_ * panels_; }
+  int64_t units() const { return parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
-  // First pass, of unit i of a matrix.
-  void sum_gradient(const Kernels& kernels, int64_t i) {
+  // First pass, of a unit of a matrix: sums of gradients and weights.
+  void sum_unit(const Kernels& kernels, int64_t i) {
     const MatrixUnit unit = unit_at(i);
-    const int64_t rows = unit.row_end - unit.row_begin, matrix = i / (slabs_ * panels_);
-    double* columns =
-        column_sums_.data() + i / panels_ * tensor_.factors.column_count + unit.column_begin;
+    double* columns = doubles(column_sums_) + i / panels_ * tensor_.factors.column_count + unit.column_begin;
+    double weights;
     if (panels_ > 1) {
-      double* sums = row_sums_.data() + (unit.matrix_row + unit.row_begin) * panels_ + i % panels_;
-      kernels.sum_rows_and_columns(tensor_, multiplier_, unit, sums, panels_, columns);
-      return;
+      double* sums = doubles(row_sums_) + (unit.matrix_row + unit.row_begin) * panels_ + i % panels_;
+      weights = kernels.sum_rows_and_columns(tensor_, multiplier_, unit, reads_weights_, sums, panels_, columns);
+    } else {  // whole rows
+      std::vector<double> sums(unit.row_end - unit.row_begin);
+      weights = kernels.sum_rows_and_columns(tensor_, multiplier_, unit, reads_weights_, sums.data(), 1, columns);
+      float* averages = tensor_.factors.rows + unit.matrix_row + unit.row_begin;
+      for (size_t r = 0; r < sums.size(); ++r) {
+        averages[r] = average_of(averages[r], sums[r], tensor_.factors.column_count);
+      }
     }
-    std::vector<double> sums(rows);
-    kernels.sum_rows_and_columns(tensor_, multiplier_, unit, sums.data(), 1, columns);
-    float* averages = tensor_.factors.rows + matrix * tensor_.factors.row_count + unit.row_begin;
-    for (int64_t r = 0; r < rows; ++r) averages[r] = average_of(averages[r], sums[r], tensor_.factors.column_count);
+    if (reads_weights_) doubles(param_sums_)[i] = weights;
   }
 
-  // Of the i-th item of elements.
-  void sum_param(const Kernels& kernels, int64_t i) {
-    for_each_chunk(i, [&](int64_t chunk, int64_t begin, int64_t length) {
-      param_sums_[chunk] = kernels.sum_weights(tensor_, begin, length);
-    });
+  // Both passes before the step at once, of an item of elements that are no matrix: nothing hangs on all of them.
+  void sum_elements(const Kernels& kernels, int64_t item) {
+    const int64_t end = std::min((item + 1) * kItem, tensor_.numel);
+    for (int64_t begin = item * kItem; begin < end; begin += kReductionChunk) {
+      const int64_t chunk = begin / kReductionChunk, length = std::min(kReductionChunk, end - begin);
+      if (reads_weights_) doubles(param_sums_)[chunk] = kernels.sum_weights(tensor_, begin, length);
+      doubles(update_sums_)[chunk] =
+          kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_->second_moment, begin, length);
+    }
   }
 
   // Between the passes: the averages of a matrix and its factors.
   void factor(const Kernels& kernels) {
     const Factors& factors = tensor_.factors;
-    for (int64_t r = 0; panels_ > 1 && r < scratch_.row_total; ++r) {
-      factors.rows[r] = average_of(factors.rows[r], pairwise_sum(row_sums_.data() + r * panels_, panels_),
-                                   factors.column_count);
+    for (int64_t r = 0; panels_ > 1 && r < rows(); ++r) {
+      factors.rows[r] =
+          average_of(factors.rows[r], pairwise_sum(doubles(row_sums_) + r * panels_, panels_), factors.column_count);
     }
     std::vector<double> chunks(divided_up(factors.row_count, kReductionChunk));
     for (int64_t matrix = 0; matrix < matrices_; ++matrix) {
-      double* sums = column_sums_.data() + matrix * slabs_ * factors.column_count;
+      double* sums = doubles(column_sums_) + matrix * slabs_ * factors.column_count;
       pairwise_sum_rows(sums, slabs_, factors.column_count);
       float* columns = factors.columns + matrix * factors.column_count;
+      float* column_factors = floats(column_factors_) + matrix * factors.column_count;
       for (int64_t c = 0; c < factors.column_count; ++c) {
         columns[c] = average_of(columns[c], sums[c], factors.row_count);
-        column_factors_[matrix * factors.column_count + c] = column_factor(columns[c], moments());
+        column_factors[c] = column_factor(columns[c], moments());
       }
-      const float* rows = factors.rows + matrix * factors.row_count;
+      const float* averages = factors.rows + matrix * factors.row_count;
       for (size_t i = 0; i < chunks.size(); ++i) {
         const int64_t begin = static_cast<int64_t>(i) * kReductionChunk;
-        chunks[i] = kernels.sum(rows + begin, std::min(kReductionChunk, factors.row_count - begin));
+        chunks[i] = kernels.sum(averages + begin, std::min(kReductionChunk, factors.row_count - begin));
       }
       const double total = pairwise_sum(chunks.data(), static_cast<int64_t>(chunks.size()));
       const float mean = static_cast<float>(total / static_cast<double>(factors.row_count));
-      for (int64_t r = 0; r < factors.row_count; ++r) {
-        row_factors_[matrix * factors.row_count + r] = row_factor(rows[r], mean, moments());
-      }
+      float* row_factors = floats(row_factors_) + matrix * factors.row_count;
+      for (int64_t r = 0; r < factors.row_count; ++r) row_factors[r] = row_factor(averages[r], mean, moments());
     }
   }
 
-  // Second pass, of unit i of a matrix or the i-th item of elements.
-  void sum_update(const Kernels& kernels, int64_t i) {
-    if (is_matrix()) {
-      update_sums_[i] = kernels.sum_matrix_updates(tensor_, moments(), multiplier_, unit_at(i));
-      return;
-    }
-    for_each_chunk(i, [&](int64_t chunk, int64_t begin, int64_t length) {
-      update_sums_[chunk] =
-          kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_.second_moment, begin, length);
-    });
+  // Second pass, of a unit of a matrix.
+  void sum_updates(const Kernels& kernels, int64_t i) {
+    doubles(update_sums_)[i] = kernels.sum_matrix_updates(tensor_, moments(), multiplier_, unit_at(i));
   }
 
   void finish_sums() {
-    sums_.param = pairwise_sum(param_sums_.data(), static_cast<int64_t>(param_sums_.size()));
-    sums_.update = pairwise_sum(update_sums_.data(), static_cast<int64_t>(update_sums_.size()));
+    if (reads_weights_) sums_.param = pairwise_sum(doubles(param_sums_), parts_);
+    sums_.update = pairwise_sum(doubles(update_sums_), parts_);
     derive();
   }
 
-  // Third pass: the step.
-  void step(const Kernels& kernels, int64_t begin, int64_t length, HealthCounts* health) const {
-    const StepFn step_chunk = kernels.step[group_.rule];
-    if (health == nullptr) return step_chunk(tensor_, context_, begin, length, nullptr);
+  // Third pass: the step, of an item of elements.
+  void step(const Kernels& kernels, int64_t item, HealthCounts* health) const {
+    const int64_t begin = cut_between_blocks(tensor_, item * kItem);
+    const int64_t end =
+        (item + 1) * kItem < tensor_.numel ? cut_between_blocks(tensor_, (item + 1) * kItem) : tensor_.numel;
+    const StepFn step_chunk = kernels.step[group_->rule];
+    if (health == nullptr) return step_chunk(tensor_, context_, begin, end - begin, nullptr);
     HealthCounts counts;
-    step_chunk(tensor_, context_, begin, length, &counts);
+    step_chunk(tensor_, context_, begin, end - begin, &counts);
     add_counts(health[index_], counts);
   }
 
-  // Where the step may be cut near an element: between blocks.
-  int64_t cut(int64_t position) const { return cut_between_blocks(tensor_, position); }
-
  private:
-  void derive() { info_.derive(group_.config, step_, sums_, hyper_); }
-  const Moments& moments() const { return info_.moments(hyper_); }
+  int64_t rows() const { return matrices_ * tensor_.factors.row_count; }
+  double* doubles(size_t offset) const { return workspace_->doubles.data() + offset; }
+  float* floats(size_t offset) const { return workspace_->floats.data() + offset; }
+  void derive() { info_->derive(group_->config, step_, sums_, hyper_); }
+  const Moments& moments() const { return info_->moments(hyper_); }
 
   float average_of(float held, double square_sum, int64_t count) const {
     const Moments& m = moments();
@@ -189,100 +198,110 @@ class Member {
             panel * kReductionChunk, std::min((panel + 1) * kReductionChunk, factors.column_count)};
   }
 
-  template <class Body>
-  void for_each_chunk(int64_t item, const Body& body) const {
-    const int64_t end = std::min((item + 1) * kItem, tensor_.numel);
-    for (int64_t begin = item * kItem; begin < end; begin += kReductionChunk) {
-      body(begin / kReductionChunk, begin, std::min(kReductionChunk, end - begin));
-    }
-  }
-
   TensorDesc tensor_;
   int32_t index_;
-  const GroupDesc& group_;
-  const RuleInfo& info_;
+  const GroupDesc* group_;
+  const RuleInfo* info_;
+  Workspace* workspace_;
   float multiplier_;
+  bool reads_weights_;
   int64_t step_;
   TensorSums sums_;
   StepContext context_{};
   NormalizeScratch scratch_;
-  int64_t matrices_ = 0, height_ = 1, slabs_ = 0, panels_ = 0;
-  std::vector<double> row_sums_, column_sums_, update_sums_, param_sums_;
-  std::unique_ptr<float[]> row_factors_, column_factors_;
+  int64_t matrices_ = 0, height_ = 1, slabs_ = 0, panels_ = 0, parts_;
+  size_t row_sums_ = 0, column_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // places in the workspace
+  size_t row_factors_ = 0, column_factors_ = 0;
   alignas(16) unsigned char hyper_[kMaxHyperBytes];
 };
 
 // Work items of several members, in order.
 class Items {
  public:
-  void add(int32_t member, int64_t count) {
+  void add(Member& member, int64_t count) {
     if (count == 0) return;
-    members_.push_back(member);
+    members_.push_back(&member);
     ends_.push_back(size() + count);
   }
   int64_t size() const { return ends_.empty() ? 0 : ends_.back(); }
-  // Calls body(member, item of that member) for all of them, from `threads` threads.
-  template <class Body>
-  void for_each(int threads, const Body& body) const {
-    parallel_items(size(), threads, [&](int64_t i) {
-      const size_t at = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin());
-      body(members_[at], i - (at == 0 ? 0 : ends_[at - 1]));
-    });
+  // The member of item i, and which of its items that is.
+  std::pair<Member*, int64_t> at(int64_t i) const {
+    const size_t k = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin());
+    return {members_[k], i - (k == 0 ? 0 : ends_[k - 1])};
   }
 
  private:
-  std::vector<int32_t> members_;
+  std::vector<Member*> members_;
   std::vector<int64_t> ends_;
 };
 
-void step_wave(std::vector<Member>& wave, const Kernels& kernels, int threads, HealthCounts* health) {
-  Items gradients, params, matrices, updates, chunks;
-  for (size_t k = 0; k < wave.size(); ++k) {
-    const int32_t i = static_cast<int32_t>(k);
-    Member& member = wave[k];
-    member.settle();
-    if (member.is_matrix()) {
-      gradients.add(i, member.units());
-      matrices.add(i, 1);
+// Tensors that go through the passes together.
+struct Wave {
+  std::vector<Member> members;
+  Items matrices, units, elements, steps;
+
+  void settle(Workspace& workspace) {
+    if (workspace.doubles.size() < workspace.double_count) workspace.doubles.resize(workspace.double_count);
+    if (workspace.floats.size() < workspace.float_count) workspace.floats.resize(workspace.float_count);
+    for (Member& member : members) {
+      member.settle();
+      if (member.is_matrix()) {
+        matrices.add(member, 1);
+        units.add(member, member.units());
+      } else {
+        elements.add(member, member.items());
+      }
+      steps.add(member, member.items());
     }
-    if (member.reads_weights()) params.add(i, member.items());
-    updates.add(i, member.is_matrix() ? member.units() : member.items());
-    chunks.add(i, member.items());
   }
-  gradients.for_each(threads, [&](int32_t k, int64_t i) { wave[k].sum_gradient(kernels, i); });
-  matrices.for_each(threads, [&](int32_t k, int64_t) { wave[k].factor(kernels); });
-  updates.for_each(threads, [&](int32_t k, int64_t i) { wave[k].sum_update(kernels, i); });
-  params.for_each(threads, [&](int32_t k, int64_t i) { wave[k].sum_param(kernels, i); });
-  {
-    const IeeeMode ieee;
-    for (Member& member : wave) member.finish_sums();
-  }
-  chunks.for_each(threads, [&](int32_t k, int64_t i) {
-    const Member& member = wave[k];
-    const int64_t begin = i == 0 ? 0 : member.cut(i * kItem);
-    const int64_t end = (i + 1) * kItem < member.numel() ? member.cut((i + 1) * kItem) : member.numel();
-    member.step(kernels, begin, end - begin, health);
-  });
-}
+};
 
 }  // namespace
 
-void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& members,
+void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
                       HealthCounts* health) {
-  std::vector<Member> wave;
-  int64_t held = 0;
-  for (const int32_t index : members) {
-    const TensorDesc& tensor = tensors[index];
-    if (tensor.numel == 0) continue;
-    wave.emplace_back(tensor, index, groups[tensor.group]);
-    held += tensor.numel;
-    if (held < kWave && index != members.back()) continue;
-    step_wave(wave, kernels, threads, health);
-    wave.clear();
-    held = 0;
+  static thread_local Workspace workspaces[2];
+  // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish.
+  const auto step_and_sum = [&](const Wave& last, const Wave& next) {
+    const int64_t steps = last.steps.size(), units = next.units.size();
+    parallel_items(steps + units + next.elements.size(), threads, [&](int64_t i) {
+      if (i < steps) {
+        const auto [member, item] = last.steps.at(i);
+        member->step(kernels, item, health);
+      } else if (i < steps + units) {
+        const auto [member, unit] = next.units.at(i - steps);
+        member->sum_unit(kernels, unit);
+      } else {
+        const auto [member, item] = next.elements.at(i - steps - units);
+        member->sum_elements(kernels, item);
+      }
+    });
+  };
+
+  Wave last;
+  size_t taken = 0;
+  for (int turn = 0; taken < listed.size() || !last.members.empty(); turn = 1 - turn) {
+    Workspace& workspace = workspaces[turn];
+    workspace.double_count = workspace.float_count = 0;
+    Wave wave;
+    for (int64_t held = 0; taken < listed.size() && held < kWave; ++taken) {
+      const TensorDesc& tensor = tensors[listed[taken]];
+      if (tensor.numel == 0) continue;
+      wave.members.emplace_back(tensor, listed[taken], groups[tensor.group], workspace);
+      held += tensor.numel;
+    }
+    wave.settle(workspace);
+    step_and_sum(last, wave);
+    parallel_items(wave.matrices.size(), threads, [&](int64_t i) { wave.matrices.at(i).first->factor(kernels); });
+    parallel_items(wave.units.size(), threads, [&](int64_t i) {
+      const auto [member, unit] = wave.units.at(i);
+      member->sum_updates(kernels, unit);
+    });
+    const IeeeMode ieee;
+    for (Member& member : wave.members) member.finish_sums();
+    last = std::move(wave);
   }
-  if (!wave.empty()) step_wave(wave, kernels, threads, health);
 }
 
 }  // namespace fusedopt::cpu

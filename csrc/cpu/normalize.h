@@ -10,8 +10,8 @@
 
 namespace fusedopt::cpu {
 
-// Steps those of `tensors` that `members` lists, but for their step counts. `health` as for cpu::step.
-void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& members,
+// Steps those of `tensors` that are `listed`, but for their step counts. `health` as for cpu::step.
+void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health);
 
 }  // namespace fusedopt::cpu

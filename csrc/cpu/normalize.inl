@@ -11,63 +11,72 @@
 namespace fusedopt {
 namespace {
 
-constexpr int kRowsAtOnce = 4;  // share the loads and stores of column sums
-
-// Sums of squares of kRows rows from `row`, of the columns that a unit has of them.
-template <int kRows>
-FUSEDOPT_FN void sum_some_rows(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, int64_t row,
-                               double* row_sums, int64_t row_stride, double* column_sums) {
-  alignas(64) float tiles[kRows][kTile];
-  const int64_t width = unit.column_end - unit.column_begin;
-  DoubleLanes lanes[kRows] = {};
-  for (int64_t at = 0; at < width; at += kTile) {
-    const int n = static_cast<int>(width - at < kTile ? width - at : kTile);
-    const float* g[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t begin = (unit.matrix_row + row + r) * tensor.factors.column_count + unit.column_begin + at;
-      g[r] = load(tensor.grad, begin, n, tiles[r]);
-    }
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      DoubleLanes columns;
-      memcpy(&columns, column_sums + at + i, sizeof columns);
-      for (int r = 0; r < kRows; ++r) add_row(g[r] + i, multiplier, lanes[r], columns);
-      memcpy(column_sums + at + i, &columns, sizeof columns);
-    }
-    if (i < n) {
-      const size_t left = static_cast<size_t>(n - i);
-      DoubleLanes columns = {};
-      memcpy(&columns, column_sums + at + i, sizeof(double) * left);
-      for (int r = 0; r < kRows; ++r) {
-        float padded[kLanes] = {};
-        memcpy(padded, g[r] + i, sizeof(float) * left);
-        add_row(padded, multiplier, lanes[r], columns);
-      }
-      memcpy(column_sums + at + i, &columns, sizeof(double) * left);
-    }
+FUSEDOPT_FN void add_weights(const TensorDesc& tensor, int64_t begin, int n, float* tile, float* spare, LaneSum& sum) {
+  if (tensor.param.dtype == DType::kBFloat16 && tensor.master_format == Master::kNone) {
+    sum.add_squares(at<uint16_t>(tensor.param, begin), n);
+  } else {
+    sum.add_squares(load_param(tensor, begin, n, tile, spare), n);
   }
-  for (int r = 0; r < kRows; ++r) row_sums[r * row_stride] = total_of(lanes[r]);
 }
 
-// Sums of squares of a unit: of its rows to row_sums[0], [row_stride], ... and of its columns, added row by row.
-void sum_rows_and_columns(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, double* row_sums,
-                          int64_t row_stride, double* column_sums) {
-  memset(column_sums, 0, sizeof(double) * static_cast<size_t>(unit.column_end - unit.column_begin));
-  int64_t row = unit.row_begin;
-  for (; row + kRowsAtOnce <= unit.row_end; row += kRowsAtOnce, row_sums += kRowsAtOnce * row_stride) {
-    sum_some_rows<kRowsAtOnce>(tensor, multiplier, unit, row, row_sums, row_stride, column_sums);
+// Adds the squares of 16 numbers of a row to the sums of their row and of their columns.
+template <class Number>
+FUSEDOPT_FN void add_lanes(const Number* x, float multiplier, DoubleLanes& row, double* column_sums) {
+  for (int half = 0; half < kLanes; half += kHalfLanes) {
+    const Doubles values = widen(load_floats(x + half) * multiplier);
+    Doubles columns;
+    memcpy(&columns, column_sums + half, sizeof columns);
+    columns = add_square(columns, values);
+    memcpy(column_sums + half, &columns, sizeof columns);
+    Doubles& lanes = half == 0 ? row.low : row.high;
+    lanes = add_square(lanes, values);
   }
-  for (; row < unit.row_end; ++row, row_sums += row_stride) {
-    sum_some_rows<1>(tensor, multiplier, unit, row, row_sums, row_stride, column_sums);
+}
+
+template <class Number>
+FUSEDOPT_FN void add_row(const Number* x, float multiplier, int n, DoubleLanes& row, double* column_sums) {
+  DoubleLanes held = row;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_lanes(x + i, multiplier, held, column_sums + i);
+  if (i < n) {
+    Padded<double> columns(column_sums + i, n - i);
+    add_lanes(Padded<Number>(x + i, n - i).at, multiplier, held, columns.at);
+    memcpy(column_sums + i, columns.at, sizeof(double) * static_cast<size_t>(n - i));
   }
+  row = held;
+}
+
+// The sums of squares of a unit: of gradients along its rows, to row_sums[0], [row_stride], ..., and its columns, row by
+// row; and, if asked for, of weights, returned. Two streams of memory at once come in faster than one after the other.
+double sum_rows_and_columns(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, bool reads_weights,
+                            double* row_sums, int64_t row_stride, double* column_sums) {
+  alignas(64) float grad_tile[kTile], tile[kTile], spare[kTile];
+  const int64_t width = unit.column_end - unit.column_begin;
+  memset(column_sums, 0, sizeof(double) * static_cast<size_t>(width));
+  LaneSum weights;
+  for (int64_t row = unit.row_begin; row < unit.row_end; ++row, row_sums += row_stride) {
+    DoubleLanes lanes;
+    const int64_t begin = (unit.matrix_row + row) * tensor.factors.column_count + unit.column_begin;
+    for (int64_t at = 0; at < width; at += kTile) {
+      const int n = static_cast<int>(width - at < kTile ? width - at : kTile);
+      if (tensor.grad.dtype == DType::kBFloat16) {
+        add_row(fusedopt::at<uint16_t>(tensor.grad, begin + at), multiplier, n, lanes, column_sums + at);
+      } else {
+        add_row(load(tensor.grad, begin + at, n, grad_tile), multiplier, n, lanes, column_sums + at);
+      }
+      if (reads_weights) add_weights(tensor, begin + at, n, tile, spare, weights);
+    }
+    *row_sums = total_of(lanes);
+  }
+  return weights.total();
 }
 
 double sum(const float* x, int64_t n) {
-  DoubleLanes sums = {};
+  DoubleLanes sums;
   for (int64_t i = 0; i < n; i += kLanes) {
-    FloatLanes loaded = {};
-    memcpy(&loaded, x + i, sizeof(float) * static_cast<size_t>(n - i < kLanes ? n - i : kLanes));
-    sums += __builtin_convertvector(loaded, DoubleLanes);
+    const Padded<float> padded(x + i, static_cast<int>(n - i < kLanes ? n - i : kLanes));
+    sums.low += widen(load_floats(padded.at));
+    sums.high += widen(load_floats(padded.at + kHalfLanes));
   }
   return total_of(sums);
 }
@@ -77,7 +86,7 @@ double sum_weights(const TensorDesc& tensor, int64_t begin, int64_t length) {
   LaneSum sum;
   for (int64_t at = begin; at < begin + length; at += kTile) {
     const int n = static_cast<int>(begin + length - at < kTile ? begin + length - at : kTile);
-    sum.add_squares(load_param(tensor, at, n, tile, spare), n);
+    add_weights(tensor, at, n, tile, spare, sum);
   }
   return sum.total();
 }
@@ -139,18 +148,58 @@ void normalize_vector(const Moments& moments, float multiplier, const float* g, 
   }
 }
 
+// u of eight elements of a row, without a clamp.
+template <class Number>
+FUSEDOPT_FN Floats updates(const Number* g, float multiplier, float row, const float* columns) {
+  return (row * load_floats(columns)) * (load_floats(g) * multiplier);
+}
+
+// Adds u u of n elements of a row to 16 lanes: u is not stored in between.
+template <class Number>
+FUSEDOPT_FN void add_updates(const Number* g, float multiplier, float row, const float* columns, int n,
+                             DoubleLanes& sums) {
+  DoubleLanes held = sums;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    held.low = add_square(held.low, widen(updates(g + i, multiplier, row, columns + i)));
+    held.high = add_square(held.high, widen(updates(g + i + kHalfLanes, multiplier, row, columns + i + kHalfLanes)));
+  }
+  if (i < n) {
+    // Past the end there is 0, but not times a factor, which may be inf.
+    const Padded<Number> padded(g + i, n - i);
+    const Padded<float> factors(columns + i, n - i);
+    float u[kLanes];
+    for (int half = 0; half < kLanes; half += kHalfLanes) {
+      const Floats values = updates(padded.at + half, multiplier, row, factors.at + half);
+      memcpy(u + half, &values, sizeof values);
+    }
+    add_squares(held, Padded<float>(u, n - i).at);
+  }
+  sums = held;
+}
+
 // The sum of u u over a unit: lanes run through all of its rows.
 double sum_matrix_updates(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit) {
   alignas(64) float grad_tile[kTile], u[kTile];
-  const int64_t columns = tensor.factors.column_count;
+  const NormalizeScratch& scratch = *tensor.scratch;
+  const int64_t column_count = tensor.factors.column_count;
+  const float* factors = scratch.column_factors + unit.matrix_row / tensor.factors.row_count * column_count;
   LaneSum sum;
   for (int64_t row = unit.matrix_row + unit.row_begin; row < unit.matrix_row + unit.row_end; ++row) {
+    const float row_factor = scratch.row_factors[row];
     for (int64_t column = unit.column_begin; column < unit.column_end; column += kTile) {
       const int n = static_cast<int>(unit.column_end - column < kTile ? unit.column_end - column : kTile);
-      MatrixPlace place{row, column};
-      normalize_matrix(tensor, moments, multiplier, load(tensor.grad, row * columns + column, n, grad_tile),
-                       n, place, u);
-      sum.add_squares(u, n);
+      const int64_t begin = row * column_count + column;
+      const float* columns = factors + column;
+      if (moments.is_clamped) {
+        const float* g = load(tensor.grad, begin, n, grad_tile);
+        normalize_run<true>(g, multiplier, row_factor, columns, n, moments, u);
+        sum.add_squares(u, n);
+      } else if (tensor.grad.dtype == DType::kBFloat16) {
+        add_updates(at<uint16_t>(tensor.grad, begin), multiplier, row_factor, columns, n, sum.sums);
+      } else {
+        add_updates(load(tensor.grad, begin, n, grad_tile), multiplier, row_factor, columns, n, sum.sums);
+      }
     }
   }
   return sum.total();

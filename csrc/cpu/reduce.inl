@@ -5,26 +5,79 @@
 
 #include "cpu/formats.inl"
 #include "cpu/kernels.h"
+#include "cpu/lanes_avx512.inl"
 
 namespace fusedopt {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kHalfLanes = kLanes / 2;
 
-// Lanes as the compilers' own vectors, which they keep in registers; an array of sums stayed in memory
-// and the loop waited for it (measured: 4 x slower with AVX-512).
-typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef double DoubleLanes __attribute__((vector_size(kLanes * sizeof(double))));
+// Lanes as the compilers' own vectors, which they keep in registers as long as they fit into one; an array of sums
+// stayed in memory and the loop waited for it (measured: 4 x slower with AVX-512).
+typedef float Floats __attribute__((vector_size(kHalfLanes * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double))));
 
-FUSEDOPT_FN void add_squares(DoubleLanes& sums, const FloatLanes& loaded) {
-  const DoubleLanes values = __builtin_convertvector(loaded, DoubleLanes);
-  sums += values * values;
+struct DoubleLanes {
+  Doubles low = {}, high = {};
+};
+
+FUSEDOPT_FN Floats load_floats(const float* x) {
+  Floats loaded;
+  memcpy(&loaded, x, sizeof loaded);
+  return loaded;
+}
+FUSEDOPT_FN Floats load_floats(const uint16_t* bfloat16) {
+#if defined(__AVX512F__)  // GCC 12 converts vectors in pieces
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bfloat16));
+  return Floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(codes), 16));
+#else
+  typedef uint16_t Codes __attribute__((vector_size(kHalfLanes * sizeof(uint16_t))));
+  typedef uint32_t Words __attribute__((vector_size(kHalfLanes * sizeof(uint32_t))));
+  Codes codes;
+  memcpy(&codes, bfloat16, sizeof codes);
+  const Words words = __builtin_convertvector(codes, Words) << 16;
+  Floats loaded;
+  memcpy(&loaded, &words, sizeof loaded);
+  return loaded;
+#endif
+}
+
+// The first n of 16 numbers and zeros, whose squares change no sum.
+template <class Number>
+struct Padded {
+  Number at[kLanes] = {};
+  FUSEDOPT_FN Padded(const Number* x, int n) { memcpy(at, x, sizeof(Number) * static_cast<size_t>(n)); }
+};
+
+FUSEDOPT_FN Doubles widen(const Floats& x) {
+#if defined(__AVX512F__)
+  return Doubles(_mm512_cvtps_pd(__m256(x)));
+#else
+  return __builtin_convertvector(x, Doubles);
+#endif
+}
+
+// sum + x x, where x were floats: the product is exact in double, so adding it in the same instruction changes nothing.
+FUSEDOPT_FN Doubles add_square(const Doubles& sum, const Doubles& x) {
+#if defined(__AVX512F__)
+  return Doubles(_mm512_fmadd_pd(__m512d(x), __m512d(x), __m512d(sum)));
+#else
+  return sum + x * x;
+#endif
+}
+
+template <class Number>
+FUSEDOPT_FN void add_squares(DoubleLanes& sums, const Number* x) {
+  sums.low = add_square(sums.low, widen(load_floats(x)));
+  sums.high = add_square(sums.high, widen(load_floats(x + kHalfLanes)));
 }
 
 // The lanes' sums, added in pairs.
 FUSEDOPT_FN double total_of(const DoubleLanes& sums) {
   double lanes[kLanes];
-  memcpy(lanes, &sums, sizeof lanes);
+  memcpy(lanes, &sums.low, sizeof sums.low);
+  memcpy(lanes + kHalfLanes, &sums.high, sizeof sums.high);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] = lanes[2 * lane] + lanes[2 * lane + 1];
   }
@@ -33,35 +86,18 @@ FUSEDOPT_FN double total_of(const DoubleLanes& sums) {
 
 // Adds runs of numbers, each of which begins at lane 0.
 struct LaneSum {
-  DoubleLanes sums = {};
+  DoubleLanes sums;
 
-  FUSEDOPT_FN void add_squares(const float* x, int n) {
+  template <class Number>
+  FUSEDOPT_FN void add_squares(const Number* x, int n) {
     DoubleLanes held = sums;
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      FloatLanes loaded;
-      memcpy(&loaded, x + i, sizeof loaded);
-      fusedopt::add_squares(held, loaded);
-    }
-    if (i < n) {
-      FloatLanes loaded = {};  // zeros past the end: their squares change no sum
-      memcpy(&loaded, x + i, sizeof(float) * static_cast<size_t>(n - i));
-      fusedopt::add_squares(held, loaded);
-    }
+    for (; i + kLanes <= n; i += kLanes) fusedopt::add_squares(held, x + i);
+    if (i < n) fusedopt::add_squares(held, Padded<Number>(x + i, n - i).at);
     sums = held;
   }
   FUSEDOPT_FN double total() const { return total_of(sums); }
 };
-
-// Adds the squares of 16 numbers to the sums of their row and of their columns.
-FUSEDOPT_FN void add_row(const float* x, float multiplier, DoubleLanes& row, DoubleLanes& columns) {
-  FloatLanes loaded;
-  memcpy(&loaded, x, sizeof loaded);
-  const DoubleLanes values = __builtin_convertvector(loaded * multiplier, DoubleLanes);
-  const DoubleLanes squares = values * values;
-  row += squares;
-  columns += squares;
-}
 
 double square_sum(const Buffer& buffer, int64_t begin, int64_t length) {
   alignas(64) float tile[kTile];
@@ -69,7 +105,11 @@ double square_sum(const Buffer& buffer, int64_t begin, int64_t length) {
   for (int64_t at = begin; at < begin + length; at += kTile) {
     const int64_t left = begin + length - at;
     const int n = static_cast<int>(left < kTile ? left : kTile);
-    sum.add_squares(load(buffer, at, n, tile), n);
+    if (buffer.dtype == DType::kBFloat16) {
+      sum.add_squares(fusedopt::at<uint16_t>(buffer, at), n);
+    } else {
+      sum.add_squares(load(buffer, at, n, tile), n);
+    }
   }
   return sum.total();
 }

@@ -10,6 +10,7 @@
 
 #include "cpu/blockwise_avx512.inl"
 #include "cpu/kernels.h"
+#include "cpu/normalize.inl"
 #include "rules/normalize.h"
 #include "storage/blockwise8.h"
 #include "storage/random.h"
@@ -120,6 +121,63 @@ struct Split24Weights {
   }
 };
 
+// ---- what a rule gets for a gradient -----------------------------------------------------------
+
+struct PlainGradient {
+  float multiplier;
+  PlainGradient(const TensorDesc&, const StepContext& context, int64_t) : multiplier(context.grad_multiplier) {}
+  FUSEDOPT_FN Lanes of(Lanes g, int) const { return g * multiplier; }
+  FUSEDOPT_FN void next_strip() {}
+};
+
+// The quotient by a factored second moment, of rows of whole strips and without a clamp.
+struct FactoredGradient {
+  const TensorDesc& tensor;
+  float multiplier;
+  MatrixPlace place;
+  float row;
+  const float* columns;
+
+  FactoredGradient(const TensorDesc& t, const StepContext& context, int64_t at)
+      : tensor(t), multiplier(context.grad_multiplier), place(MatrixPlace::of(t.factors, at)) {
+    find_row();
+  }
+  FUSEDOPT_FN Lanes of(Lanes g, int i) const {
+    return (row * _mm512_loadu_ps(columns + place.column + i)) * (g * multiplier);
+  }
+  FUSEDOPT_FN void next_strip() {
+    place.column += kStrip;
+    if (place.column < tensor.factors.column_count) return;
+    place.column = 0;
+    ++place.row;
+    if (place.row < tensor.scratch->row_total) find_row();
+  }
+  void find_row() {
+    row = tensor.scratch->row_factors[place.row];
+    columns = tensor.scratch->column_factors + place.row / tensor.factors.row_count * tensor.factors.column_count;
+  }
+};
+
+template <class Rule, class = void>
+struct GradientOf {
+  using type = PlainGradient;
+};
+template <class Rule>
+struct GradientOf<Rule, std::enable_if_t<kIsNormalizing<Rule>>> {
+  using type = FactoredGradient;
+};
+
+// Whether the gradients of a tensor come as that.
+template <class Rule>
+bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
+  if constexpr (!kIsNormalizing<Rule>) {
+    return true;
+  } else {
+    const auto& hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
+    return Rule::kSecondMoment < 0 && !hyper.moments.is_clamped && tensor.factors.column_count % kStrip == 0;
+  }
+}
+
 // ---- states ------------------------------------------------------------------------------------
 
 struct Float32State {
@@ -206,27 +264,29 @@ template <class Rule, class Weights, class State, size_t... k>
 void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                  std::index_sequence<k...>) {
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
-  const float multiplier = context.grad_multiplier;
   const uint32_t lo = static_cast<uint32_t>(tensor.first_index + begin);
   Stream streams[] = {{context.stream_keys[0], lo}, {context.stream_keys[1], lo}};
   Stream param_stream(context.stream_keys[kParamStream], lo);
   const Weights weights(tensor, begin);
-  const State states[] = {State(tensor.states[k], begin)...};
+  typename GradientOf<Rule>::type gradient(tensor, context, begin);
+  // One more than there are states, since there may be none.
+  const State states[] = {State(tensor.states[k], begin)..., State(tensor.states[0], 0)};
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
   for (int64_t i = 0; i < length; i += kStrip) {
-    const float units[] = {states[k].unit(i)...};
-    LaneBlock decoded[sizeof...(k)], roots;
+    [[maybe_unused]] const float units[] = {states[k].unit(i)..., 0.0f};
+    [[maybe_unused]] LaneBlock decoded[sizeof...(k) + 1], roots;
     for (int j = 0; j < kVectors; ++j) {
       const int64_t at = i + kVector * j;
       Lanes p = weights.load(at);
-      Lanes s[] = {states[k].template decode<Rule::kSigned[k]>(at, units[k])...};
-      roots.at[j] = Rule::update(p, weights.gradient(at) * multiplier, s, hyper);
+      Lanes s[] = {states[k].template decode<Rule::kSigned[k]>(at, units[k])..., Lanes{}};
+      roots.at[j] = Rule::update(p, gradient.of(weights.gradient(at), kVector * j), s, hyper);
       weights.store(at, p, Weights::kDraws ? param_stream.next() : Bits{});
       ((decoded[k].at[j] = s[k]), ...);
     }
-    const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])...};
-    BitBlock random[(sizeof...(k) + 1) / 2] = {};
+    [[maybe_unused]] const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])..., {}};
+    [[maybe_unused]] BitBlock random[sizeof...(k) / 2 + 1] = {};
+    gradient.next_strip();
     if (draws) {
       for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) {
         for (int j = 0; j < kVectors; ++j) random[stream].at[j] = streams[stream].next();
@@ -262,7 +322,7 @@ void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_
 // Takes as much of a chunk as comes in strips of a layout that is known here; how many elements that were.
 template <class Rule>
 int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length) {
-  if constexpr (Rule::kStates == 0 || kIsNormalizing<Rule>) {
+  if constexpr (Rule::kStates == 0 && !kIsNormalizing<Rule>) {
     return 0;
   } else {
     const bool has_weights =
@@ -272,10 +332,12 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
           (tensor.master_format == Master::kNone || tensor.master_format == Master::kSplit24)));
     // The key of random bits changes where the upper half of an index does.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
-    if (!has_weights || length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
-    bool blocks = tensor.row == tensor.numel;  // rows of whole blocks
-    bool halves = true;
-    bool floats = tensor.param.dtype != DType::kFloat32;  // or there would be nothing to decode
+    if (!has_weights || !has_gradient_strips<Rule>(tensor, context)) return 0;
+    if (length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
+    bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks
+    bool halves = Rule::kStates > 0;
+    // float32 throughout would leave nothing to decode.
+    bool floats = tensor.param.dtype != DType::kFloat32 || kIsNormalizing<Rule>;
     for (int k = 0; k < Rule::kStates; ++k) {
       blocks &= tensor.states[k].is_blockwise() && tensor.states[k].is_signed == Rule::kSigned[k];
       halves &= tensor.states[k].dtype == DType::kBFloat16;

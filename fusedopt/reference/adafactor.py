@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arithmetic import root, rounded
 from .factored import column_sums, row_sums, unit_sums
-from .norm import pairwise_sum, square_sums
+from .norm import chunk_sums, pairwise_sum, square_sums
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,17 @@ def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
     Args:
         knobs: Hyperparameters.
         step: The step's number, from 1.
-        param: The weights before the step, in full precision.
+        param: The weights before the step, in full precision: (batch, rows, columns) of what is factored, else 1-D.
 
     Returns:
         What the update is multiplied by.
     """
     lr = relative_lr(knobs, step)
-    return _at_least(_rms(pairwise_sum(square_sums(param)), param), knobs.eps2) * lr if knobs.scale_parameter else lr
+    if not knobs.scale_parameter:
+        return lr
+    squares = param.double() * param.double()
+    sums = unit_sums(squares) if param.dim() > 1 else chunk_sums(squares)
+    return _at_least(_rms(pairwise_sum(sums), param), knobs.eps2) * lr
 
 
 def _rms(square_sum: Tensor, x: Tensor) -> float:
@@ -174,11 +178,13 @@ def adafactor_matrix(
     knobs = Knobs(**hyper)
     *first, row, col = states
     rows, cols = row.shape[-1], col.shape[-1]
+    matrices = (-1, rows, cols)
     update, sums, new_row, new_col = _matrix_update(
-        grad.reshape(-1, rows, cols), row.reshape(-1, rows), col.reshape(-1, cols), step, dtype, knobs
+        grad.reshape(matrices), row.reshape(-1, rows), col.reshape(-1, cols), step, dtype, knobs
     )
-    applied = _applied(param, update.reshape(param.shape), sums, first[0] if first else None, step, knobs)
-    return *applied, new_row.reshape(row.shape), new_col.reshape(col.shape)
+    exp_avg = first[0].reshape(matrices) if first else None
+    applied = _applied(param.reshape(matrices), update, sums, exp_avg, step, knobs)
+    return *(x.reshape(param.shape) for x in applied), new_row.reshape(row.shape), new_col.reshape(col.shape)
 
 
 def adafactor_vector(
@@ -190,4 +196,6 @@ def adafactor_vector(
     knobs = Knobs(**hyper)
     *first, average = states
     update, sums, average = _vector_update(grad, average, step, dtype, knobs)
-    return *_applied(param, update, sums, first[0] if first else None, step, knobs), average
+    exp_avg = first[0].reshape(-1) if first else None
+    applied = _applied(param.reshape(-1), update.reshape(-1), sums, exp_avg, step, knobs)
+    return *(x.reshape(param.shape) for x in applied), average
