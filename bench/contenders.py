@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fusedopt import AdamW, AdEMAMix, Lion
+from fusedopt import Adafactor, AdamW, AdEMAMix, Lion
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
@@ -98,6 +98,13 @@ CONTENDERS = (
     Contender("fusedopt Lion", OURS, _lion()),
     Contender("fusedopt Lion, 8-bit state", OURS, _lion(state_dtype="8bit"), workloads=("W2",)),
     Contender("fusedopt AdEMAMix", OURS, partial(AdEMAMix, lr=HYPER["lr"], weight_decay=HYPER["weight_decay"])),
+    Contender("fusedopt Adafactor", OURS, Adafactor, gradient_reads=3),
+    Contender(
+        "fusedopt Adafactor, lr given",
+        OURS,
+        partial(Adafactor, lr=HYPER["lr"], relative_step=False, scale_parameter=False),
+        gradient_reads=3,
+    ),
     Contender("fusedopt + clip", OURS, _ours(max_grad_norm=MAX_GRAD_NORM), dtypes=_UNSCALED, gradient_reads=2),
     Contender(
         "torch fused + clip",
@@ -107,11 +114,19 @@ CONTENDERS = (
         before_step=_clip,
         gradient_reads=2,
     ),
+    Contender("torch Adafactor", TORCH, partial(torch.optim.Adafactor, foreach=True)),
     Contender("torch foreach", TORCH, _torch(foreach=True)),
     Contender("torch for-loop", TORCH, _torch(foreach=False, fused=False)),
     Contender("DeepSpeed CPUAdam", PEER, _class("DeepSpeedCPUAdam", adamw_mode=True), module="deepspeed.ops.adam"),
     Contender("bitsandbytes AdamW8bit", PEER, _class("AdamW8bit"), module="bitsandbytes.optim"),
     Contender("torch-optimi AdamW", PEER, _class("AdamW"), module="optimi"),
+    Contender(
+        "transformers Adafactor",
+        PEER,
+        lambda module, params: module.Adafactor(params),
+        module="transformers.optimization",
+        gradient_reads=3,
+    ),
     Contender("torchao AdamW8bit", PEER, _class("AdamW8bit"), module="torchao.optim"),
 )
 

@@ -102,7 +102,9 @@ class Training:
         matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay}
         vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
         self.optimizer = make_optimizer([matrices, vectors], config)
-        self.scheduler = LambdaLR(self.optimizer, self.lr_factor)
+        # An optimizer that takes its learning rate from the step's number has none to schedule.
+        has_lr = self.optimizer.param_groups[0]["lr"] is not None
+        self.scheduler = LambdaLR(self.optimizer, self.lr_factor) if has_lr else None
         train_data, self.validation_data = load_text()
         self.batches = enumerate(batches(train_data, config))
         self.parameters = sum(p.numel() for p in parameters)
@@ -127,7 +129,8 @@ class Training:
         self.optimizer.step()
         self.optimizer_ms.append(1e3 * (time.perf_counter() - before))
         self.optimizer.zero_grad()
-        self.scheduler.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         if number % self.config.log_every == 0 or number == self.config.steps - 1:
             self.losses[number] = loss.item()
         self.seconds += time.perf_counter() - start

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.optimization import Adafactor as Transformers
 
 import fusedopt
 
@@ -18,9 +20,16 @@ from gpt import Config, Training
 SEEDS = (0, 1, 2)
 
 
+def trained(seed: int, make: Callable[[list[dict], Config], torch.optim.Optimizer]) -> Training:
+    """The demo's GPT after its 200 steps."""
+    training = Training(make, replace(Config(), seed=seed))
+    for _ in range(training.config.steps):
+        training.step()
+    return training
+
+
 def final_loss(seed: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> float:
-    """The validation loss of the demo's GPT after its 200 steps."""
-    config = replace(Config(), seed=seed)
+    """Its validation loss with AdamW."""
 
     def make(groups: list[dict], config: Config) -> fusedopt.FusedOptimizer:
         for group in groups:
@@ -28,9 +37,7 @@ def final_loss(seed: int, dtype: torch.dtype = torch.float32, **kwargs: object) 
                 param.data = param.data.to(dtype)
         return fusedopt.AdamW(groups, lr=config.lr, betas=config.betas, **kwargs)
 
-    training = Training(make, config)
-    for _ in range(config.steps):
-        training.step()
+    training = trained(seed, make)
     # Judged with float32 arithmetic and the full weights: what is left is what the optimizer did.
     weights = fusedopt.fp32_parameters(training.optimizer, training.model)
     training.model.float().load_state_dict(weights, strict=False)
@@ -57,3 +64,28 @@ def test_loss_of_the_demos_gpt(float32_losses: list[float], kwargs: dict, limit:
     for ours, reference in zip(losses, float32_losses):
         assert abs(ours / reference - 1) <= limit
     assert abs(statistics.fmean(losses) / statistics.fmean(float32_losses) - 1) <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"scale_parameter": True, "relative_step": True, "warmup_init": False},
+        {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False},
+    ],
+    ids=["relative_step", "external lr"],
+)
+def test_loss_with_adafactor_is_that_of_transformers(kwargs: dict) -> None:
+    """Within 2 %; a learning rate that is given follows the demo's schedule."""
+
+    def loss(cls: type[torch.optim.Optimizer], seed: int) -> float:
+        def make(groups: list[dict], config: Config) -> torch.optim.Optimizer:
+            return cls([{"params": group["params"]} for group in groups], **kwargs)
+
+        return trained(seed, make).validation_loss()
+
+    ours = [loss(fusedopt.Adafactor, seed) for seed in SEEDS]
+    theirs = [loss(Transformers, seed) for seed in SEEDS]
+    print(f"transformers {theirs}, ours {ours}")
+    for mine, reference in zip(ours, theirs):
+        assert abs(mine / reference - 1) <= 0.02

@@ -25,9 +25,9 @@ struct RuleInfo {
   const bool* is_signed;
   std::vector<RuleField> fields;
   void (*derive)(const void* config, int64_t step, const TensorSums& sums, void* hyper);  // most rules take no sums
-  bool normalizes = false;           // rules/normalize.h
-  int second_moment = -1;            // the state that holds it, if it is not factored
-  const char* row_name = nullptr;    // of factored second moments
+  bool normalizes = false;                                                                // rules/normalize.h
+  int second_moment = -1;          // the state that holds it, if it is not factored
+  const char* row_name = nullptr;  // of factored second moments
   const char* column_name = nullptr;
   bool (*reads_weights)(const void* config) = nullptr;
   const Moments& (*moments)(const void* hyper) = nullptr;

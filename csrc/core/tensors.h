@@ -80,12 +80,12 @@ struct TensorDesc {
   Master master_format = Master::kNone;
   Factors factors;
   const NormalizeScratch* scratch = nullptr;  // set within a step
-  float* step = nullptr;    // steps taken so far, on the host; the step increments it
-  int64_t numel = 0;        // elements held here
-  int64_t row = 0;          // blocks of codes do not cross multiples of this many elements
-  int64_t first_index = 0;  // index of the first of them in the global tensor, for random bits
-  int32_t group = 0;        // which GroupDesc steps it
-  int64_t position = 0;     // within its group: reductions go in list order
+  float* step = nullptr;                      // steps taken so far, on the host; the step increments it
+  int64_t numel = 0;                          // elements held here
+  int64_t row = 0;                            // blocks of codes do not cross multiples of this many elements
+  int64_t first_index = 0;                    // index of the first of them in the global tensor, for random bits
+  int32_t group = 0;                          // which GroupDesc steps it
+  int64_t position = 0;                       // within its group: reductions go in list order
 };
 
 }  // namespace fusedopt

@@ -48,11 +48,11 @@ FUSEDOPT_FN uint32_t largest_of(const LaneBlock& x) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(lane));
 }
 
-// The 64 codes of a block. `halves`: random bits, 16 of them and anything above. kRoots: whether `roots` holds the square
-// roots of x.
+// The 64 codes of a block. `halves`: random bits, 16 of them and anything above. kRoots: whether `roots` holds the
+// square roots of x.
 template <bool kSigned, bool kRoots>
-FUSEDOPT_FN Bits encode_block(const LaneBlock& x, const LaneBlock& roots, const BlockScale& scale,
-                              const Draw& draw, const BitBlock& halves) {
+FUSEDOPT_FN Bits encode_block(const LaneBlock& x, const LaneBlock& roots, const BlockScale& scale, const Draw& draw,
+                              const BitBlock& halves) {
   Bits q[kVectors];
   for (int j = 0; j < kVectors; ++j) {
     const Lanes size = lanes_of(magnitude_of(x.at[j]));

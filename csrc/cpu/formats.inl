@@ -13,7 +13,7 @@
 namespace fusedopt {
 namespace {
 
-constexpr int kTile = 256;       // elements; 512 measured 30 % slower for 16-bit formats
+constexpr int kTile = 256;  // elements; 512 measured 30 % slower for 16-bit formats
 template <class Number>
 FUSEDOPT_FN Number* at(const Buffer& buffer, int64_t begin) {
   return static_cast<Number*>(buffer.data) + begin;

@@ -259,8 +259,7 @@ struct Wave {
 }  // namespace
 
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
-                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
-                      HealthCounts* health) {
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
   static thread_local Workspace workspaces[2];
   // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish.
   const auto step_and_sum = [&](const Wave& last, const Wave& next) {

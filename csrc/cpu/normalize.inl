@@ -46,8 +46,9 @@ FUSEDOPT_FN void add_row(const Number* x, float multiplier, int n, DoubleLanes& 
   row = held;
 }
 
-// The sums of squares of a unit: of gradients along its rows, to row_sums[0], [row_stride], ..., and its columns, row by
-// row; and, if asked for, of weights, returned. Two streams of memory at once come in faster than one after the other.
+// The sums of squares of a unit: of gradients along its rows, to row_sums[0], [row_stride], ..., and its columns, row
+// by row; and, if asked for, of weights, returned. Two streams of memory at once come in faster than one after the
+// other.
 double sum_rows_and_columns(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, bool reads_weights,
                             double* row_sums, int64_t row_stride, double* column_sums) {
   alignas(64) float grad_tile[kTile], tile[kTile], spare[kTile];

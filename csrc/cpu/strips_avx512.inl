@@ -37,7 +37,8 @@ struct Stream {
     return h;
   }
 };
-// The finalizer's last operation, of which the upper half does not see anything. The lower one comes with bits above it.
+// The finalizer's last operation, of which the upper half does not see anything. The lower one comes with bits above
+// it.
 FUSEDOPT_FN Bits half_of(Bits h, int k) {
   const Bits upper = _mm512_srli_epi32(h, 16);
   return (k & 1) ? _mm512_xor_si512(h, upper) : upper;
@@ -214,8 +215,8 @@ struct BFloat16State {
     return {};
   }
   template <bool kSigned, bool kRoots>
-  FUSEDOPT_FN void encode(int64_t i, const LaneBlock& x, const LaneBlock&, const BlockScale&,
-                          const BitBlock& random, int k) const {
+  FUSEDOPT_FN void encode(int64_t i, const LaneBlock& x, const LaneBlock&, const BlockScale&, const BitBlock& random,
+                          int k) const {
     for (int j = 0; j < kVectors; ++j) {
       const Bits drawn = _mm512_and_si512(half_of(random.at[j], k), all(0xFFFFu));
       narrow(upper_half(x.at[j], nearest ? half_even(x.at[j]) : drawn), codes + i + kVector * j);
@@ -247,8 +248,8 @@ struct BlockState {
   }
 
   template <bool kSigned, bool kRoots>
-  FUSEDOPT_FN void encode(int64_t i, const LaneBlock& x, const LaneBlock& roots,
-                          const BlockScale& scale, const BitBlock& random, int k) const {
+  FUSEDOPT_FN void encode(int64_t i, const LaneBlock& x, const LaneBlock& roots, const BlockScale& scale,
+                          const BitBlock& random, int k) const {
     scales[i / kBlock] = static_cast<uint8_t>(scale.code);
     if (__builtin_expect(scale.is_special(), false)) {
       _mm512_storeu_si512(codes + i, _mm512_setzero_si512());
@@ -292,8 +293,8 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
         for (int j = 0; j < kVectors; ++j) random[stream].at[j] = streams[stream].next();
       }
     }
-    (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k],
-                                                                        random[k / 2], k & 1),
+    (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k], random[k / 2],
+                                                                     k & 1),
      ...);
   }
 }
@@ -325,11 +326,10 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
   if constexpr (Rule::kStates == 0 && !kIsNormalizing<Rule>) {
     return 0;
   } else {
-    const bool has_weights =
-        tensor.param.dtype == tensor.grad.dtype &&
-        (tensor.param.dtype == DType::kFloat32 ||
-         (tensor.param.dtype == DType::kBFloat16 &&
-          (tensor.master_format == Master::kNone || tensor.master_format == Master::kSplit24)));
+    const bool has_weights = tensor.param.dtype == tensor.grad.dtype &&
+                             (tensor.param.dtype == DType::kFloat32 ||
+                              (tensor.param.dtype == DType::kBFloat16 &&
+                               (tensor.master_format == Master::kNone || tensor.master_format == Master::kSplit24)));
     // The key of random bits changes where the upper half of an index does.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
     if (!has_weights || !has_gradient_strips<Rule>(tensor, context)) return 0;

@@ -72,8 +72,8 @@ void TensorTable::clear() {
 void TensorTable::forget() { records_.clear(); }
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
-                            const std::vector<int>& roundings, int rounding, int master,
-                            const std::string& master_key, int param_group, const std::vector<int64_t>& positions) {
+                            const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
+                            int param_group, const std::vector<int64_t>& positions) {
   Group group;
   group.desc.rule = find_rule(rule);
   group.desc.seed = seed;
@@ -174,7 +174,9 @@ bool TensorTable::append_factors(const Group& group, const Objects& objects, con
     if (known.object && known.still(objects.factors[i], known.numel)) continue;
     TensorView view;
     if (!read_tensor(objects.factors[i], view) || view.dtype != DType::kFloat32 || view.ndim < 1) return false;
-    known = {py::reinterpret_borrow<py::object>(objects.factors[i]), buffer_of(view), view.numel,
+    known = {py::reinterpret_borrow<py::object>(objects.factors[i]),
+             buffer_of(view),
+             view.numel,
              {objects.factors[i], view.shape}};
     (i == 0 ? shapes.row_count : shapes.column_count) = view.shape[view.ndim - 1];
   }
@@ -182,11 +184,12 @@ bool TensorTable::append_factors(const Group& group, const Objects& objects, con
   const int64_t rows = shapes.row_count, columns = shapes.column_count;
   const int64_t matrices = rows == 0 || columns == 0 ? 0 : param.numel / (rows * columns);
   if (matrices * rows * columns != param.numel) return false;
-  if (param.numel > 0 && (record.factors[0].numel != matrices * rows || record.factors[1].numel != matrices * columns)) {
+  if (param.numel > 0 &&
+      (record.factors[0].numel != matrices * rows || record.factors[1].numel != matrices * columns)) {
     return false;
   }
-  desc.factors = {static_cast<float*>(record.factors[0].buffer.data), static_cast<float*>(record.factors[1].buffer.data),
-                  rows, columns};
+  desc.factors = {static_cast<float*>(record.factors[0].buffer.data),
+                  static_cast<float*>(record.factors[1].buffer.data), rows, columns};
   return true;
 }
 

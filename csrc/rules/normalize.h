@@ -21,7 +21,7 @@ namespace fusedopt {
 // How second moments move, and what keeps them from zero: either eps is added to squares, or there are floors.
 struct Moments {
   float keep, take;
-  double eps;        // added to the square of a gradient, or to means of squares
+  double eps;  // added to the square of a gradient, or to means of squares
   bool is_clamped;
   float least_mean;  // floor of the mean of row averages
   float least;       // floor of a second moment under the root
