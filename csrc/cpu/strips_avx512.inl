@@ -6,6 +6,7 @@
 
 #if defined(__AVX512BW__)
 
+#include <tuple>
 #include <utility>
 
 #include "cpu/blockwise_avx512.inl"
@@ -36,6 +37,11 @@ struct Stream {
     h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 13)), all(0xC2B2AE35u));
     return h;
   }
+  FUSEDOPT_FN BitBlock next_block() {
+    BitBlock block;
+    for (Bits& bits : block.at) bits = next();
+    return block;
+  }
 };
 // The finalizer's last operation, of which the upper half does not see anything. The lower one comes with bits above
 // it.
@@ -51,35 +57,76 @@ FUSEDOPT_FN BitBlock halves_of(const BitBlock& h, int k) {
 
 // ---- parameters and gradients ------------------------------------------------------------------
 
-FUSEDOPT_FN Bits widen(const uint16_t* codes) {
-  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))), 16);
-}
-FUSEDOPT_FN void narrow(Bits x, uint16_t* codes) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_cvtepi32_epi16(x));
+// 64 codes of 16 bits as the upper halves of 64 words, zeros below.
+FUSEDOPT_FN BitBlock widen(const uint16_t* codes) {
+  const Bits first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 2 * kVector);
+  const Bits word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Bits lower = _mm512_slli_epi32(word, 16), upper = _mm512_add_epi32(lower, all(16u << 16));
+  constexpr __mmask32 kOdd = 0xAAAAAAAAu;
+  return {{_mm512_maskz_permutexvar_epi16(kOdd, lower, first), _mm512_maskz_permutexvar_epi16(kOdd, upper, first),
+           _mm512_maskz_permutexvar_epi16(kOdd, lower, second), _mm512_maskz_permutexvar_epi16(kOdd, upper, second)}};
 }
 
-// The upper half of x + added, but of NaN as BFloat16::keep_nan has it.
-FUSEDOPT_FN Bits upper_half(Lanes x, Bits added) {
-  const Bits rounded = _mm512_srli_epi32(_mm512_add_epi32(bits_of(x), added), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits_of(x), 16), all(0x40u));
+// The words of two vectors that are at 2 k, or at 2 k + 1.
+FUSEDOPT_FN Bits even_words(Bits a, Bits b, bool odd) {
+  const Bits word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Bits pair = _mm512_add_epi32(_mm512_slli_epi32(word, 2), _mm512_slli_epi32(word, 18));
+  const Bits first = _mm512_add_epi32(pair, all(0x00020000u + (odd ? 0x00010001u : 0u)));
+  return _mm512_permutex2var_epi16(a, first, b);
 }
+
+// Stores the upper halves of 64 words.
+FUSEDOPT_FN void narrow(const BitBlock& x, uint16_t* codes) {
+  _mm512_storeu_si512(codes, even_words(x.at[0], x.at[1], true));
+  _mm512_storeu_si512(codes + 2 * kVector, even_words(x.at[2], x.at[3], true));
+}
+
 // What rounding to nearest even adds.
 FUSEDOPT_FN Bits half_even(Lanes x) {
   const Bits odd = _mm512_and_si512(_mm512_srli_epi32(bits_of(x), 16), all(1u));
   return _mm512_add_epi32(odd, all(0x7FFFu));
 }
 
-// A parameter, or a gradient of the same dtype, is one of these. kDraws: whether it takes random bits.
+FUSEDOPT_FN bool has_nan(const LaneBlock& x) {
+  const __mmask16 first = _mm512_cmp_ps_mask(x.at[0], x.at[1], _CMP_UNORD_Q);
+  return (first | _mm512_cmp_ps_mask(x.at[2], x.at[3], _CMP_UNORD_Q)) != 0;
+}
+
+// Stores the upper halves of x + added, but of NaN as BFloat16::keep_nan has it.
+FUSEDOPT_FN void store_upper(const LaneBlock& x, const BitBlock& added, uint16_t* codes) {
+  BitBlock rounded;
+  for (int j = 0; j < kVectors; ++j) rounded.at[j] = _mm512_add_epi32(bits_of(x.at[j]), added.at[j]);
+  if (__builtin_expect(has_nan(x), false)) {
+    for (int j = 0; j < kVectors; ++j) {
+      const __mmask16 nan = _mm512_cmp_ps_mask(x.at[j], x.at[j], _CMP_UNORD_Q);
+      rounded.at[j] = _mm512_mask_or_epi32(rounded.at[j], nan, bits_of(x.at[j]), all(0x400000u));
+    }
+  }
+  narrow(rounded, codes);
+}
+
+// Where the vectors of a strip come from: loaded when they are used, or widened all at once.
+struct Loaded {
+  const float* x;
+  FUSEDOPT_FN Lanes at(int j) const { return _mm512_loadu_ps(x + kVector * j); }
+};
+struct Widened {
+  BitBlock x;
+  FUSEDOPT_FN Lanes at(int j) const { return lanes_of(x.at[j]); }
+};
+
+// A parameter, and a gradient of the same dtype, is one of these. kDraws: whether it takes random bits.
 struct Float32Weights {
   static constexpr bool kDraws = false;
   float* p;
   const float* g;
   Float32Weights(const TensorDesc& t, int64_t at)
       : p(static_cast<float*>(t.param.data) + at), g(static_cast<const float*>(t.grad.data) + at) {}
-  FUSEDOPT_FN Lanes load(int64_t i) const { return _mm512_loadu_ps(p + i); }
-  FUSEDOPT_FN Lanes gradient(int64_t i) const { return _mm512_loadu_ps(g + i); }
-  FUSEDOPT_FN void store(int64_t i, Lanes x, Bits) const { _mm512_storeu_ps(p + i, x); }
+  FUSEDOPT_FN Loaded load(int64_t i) const { return {p + i}; }
+  FUSEDOPT_FN Loaded gradient(int64_t i) const { return {g + i}; }
+  FUSEDOPT_FN void store(int64_t i, const LaneBlock& x, const BitBlock&) const {
+    for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(p + i + kVector * j, x.at[j]);
+  }
 };
 
 template <bool kStochastic>
@@ -89,10 +136,14 @@ struct BFloat16Weights {
   const uint16_t* g;
   BFloat16Weights(const TensorDesc& t, int64_t at)
       : p(static_cast<uint16_t*>(t.param.data) + at), g(static_cast<const uint16_t*>(t.grad.data) + at) {}
-  FUSEDOPT_FN Lanes load(int64_t i) const { return lanes_of(widen(p + i)); }
-  FUSEDOPT_FN Lanes gradient(int64_t i) const { return lanes_of(widen(g + i)); }
-  FUSEDOPT_FN void store(int64_t i, Lanes x, Bits random) const {
-    narrow(upper_half(x, kStochastic ? half_of(random, 0) : half_even(x)), p + i);
+  FUSEDOPT_FN Widened load(int64_t i) const { return {widen(p + i)}; }
+  FUSEDOPT_FN Widened gradient(int64_t i) const { return {widen(g + i)}; }
+  FUSEDOPT_FN void store(int64_t i, const LaneBlock& x, const BitBlock& random) const {
+    BitBlock added;
+    for (int j = 0; j < kVectors; ++j) {
+      added.at[j] = kStochastic ? half_of(random.at[j], 0) : half_even(x.at[j]);
+    }
+    store_upper(x, added, p + i);
   }
 };
 
@@ -106,19 +157,31 @@ struct Split24Weights {
       : p(static_cast<uint16_t*>(t.param.data) + at),
         g(static_cast<const uint16_t*>(t.grad.data) + at),
         low(static_cast<int8_t*>(t.master.data) + at) {}
-  FUSEDOPT_FN Lanes load(int64_t i) const {
-    const Bits rest = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + i)));
-    return lanes_of(_mm512_add_epi32(widen(p + i), _mm512_slli_epi32(rest, 8)));
-  }
-  FUSEDOPT_FN Lanes gradient(int64_t i) const { return lanes_of(widen(g + i)); }
-  FUSEDOPT_FN void store(int64_t i, Lanes x, Bits random) const {
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const Bits u = _mm512_mask_mov_epi32(bits_of(x), nan, all(0x7FC00000u));
-    const Bits added = kStochastic ? _mm512_srli_epi32(random, 24) : all(0x80u);
-    const Bits kept = _mm512_add_epi32(u, added);
-    // Rounded to nearest, ties away. What the lowest byte holds neither carries nor is looked at again.
-    narrow(_mm512_srli_epi32(_mm512_add_epi32(kept, all(0x8000u)), 16), p + i);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(kept, 8)));
+  struct Joined {
+    BitBlock high;
+    const int8_t* low;
+    FUSEDOPT_FN Lanes at(int j) const {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low + kVector * j));
+      return lanes_of(_mm512_add_epi32(high.at[j], _mm512_slli_epi32(_mm512_cvtepi8_epi32(bytes), 8)));
+    }
+  };
+  FUSEDOPT_FN Joined load(int64_t i) const { return {widen(p + i), low + i}; }
+  FUSEDOPT_FN Widened gradient(int64_t i) const { return {widen(g + i)}; }
+  FUSEDOPT_FN void store(int64_t i, const LaneBlock& x, const BitBlock& random) const {
+    BitBlock kept, high;
+    for (int j = 0; j < kVectors; ++j) {
+      const __mmask16 nan = _mm512_cmp_ps_mask(x.at[j], x.at[j], _CMP_UNORD_Q);
+      const Bits u = _mm512_mask_mov_epi32(bits_of(x.at[j]), nan, all(0x7FC00000u));
+      kept.at[j] = _mm512_add_epi32(u, kStochastic ? _mm512_srli_epi32(random.at[j], 24) : all(0x80u));
+      // Rounded to nearest, ties away. What the lowest byte holds neither carries nor is looked at again.
+      high.at[j] = _mm512_add_epi32(kept.at[j], all(0x8000u));
+    }
+    narrow(high, p + i);
+    // The second byte of each word: of the lower halves the upper bytes. Packing works within 128-bit lanes.
+    const Bits first = _mm512_srli_epi16(even_words(kept.at[0], kept.at[1], false), 8);
+    const Bits second = _mm512_srli_epi16(even_words(kept.at[2], kept.at[3], false), 8);
+    const Bits order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(low + i, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(first, second)));
   }
 };
 
@@ -184,10 +247,9 @@ bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
 struct Float32State {
   float* values;
   Float32State(const Buffer& state, int64_t at) : values(static_cast<float*>(state.data) + at) {}
-  FUSEDOPT_FN float unit(int64_t) const { return 1.0f; }
   template <bool kSigned>
-  FUSEDOPT_FN Lanes decode(int64_t i, float) const {
-    return _mm512_loadu_ps(values + i);
+  FUSEDOPT_FN Loaded decode(int64_t i) const {
+    return {values + i};
   }
   template <bool kSigned>
   FUSEDOPT_FN BlockScale scale_of(const LaneBlock&) const {
@@ -205,10 +267,9 @@ struct BFloat16State {
   bool nearest;
   BFloat16State(const Buffer& state, int64_t at)
       : codes(static_cast<uint16_t*>(state.data) + at), nearest(state.rounding == Rounding::kNearest) {}
-  FUSEDOPT_FN float unit(int64_t) const { return 1.0f; }
   template <bool kSigned>
-  FUSEDOPT_FN Lanes decode(int64_t i, float) const {
-    return lanes_of(widen(codes + i));
+  FUSEDOPT_FN Widened decode(int64_t i) const {
+    return {widen(codes + i)};
   }
   template <bool kSigned>
   FUSEDOPT_FN BlockScale scale_of(const LaneBlock&) const {
@@ -217,10 +278,12 @@ struct BFloat16State {
   template <bool kSigned, bool kRoots>
   FUSEDOPT_FN void encode(int64_t i, const LaneBlock& x, const LaneBlock&, const BlockScale&, const BitBlock& random,
                           int k) const {
+    BitBlock added;
     for (int j = 0; j < kVectors; ++j) {
       const Bits drawn = _mm512_and_si512(half_of(random.at[j], k), all(0xFFFFu));
-      narrow(upper_half(x.at[j], nearest ? half_even(x.at[j]) : drawn), codes + i + kVector * j);
+      added.at[j] = nearest ? half_even(x.at[j]) : drawn;
     }
+    store_upper(x, added, codes + i);
   }
 };
 
@@ -231,15 +294,21 @@ struct BlockState {
   BlockState(const Buffer& state, int64_t at)
       : codes(static_cast<uint8_t*>(state.data) + at), scales(state.scales + at / kBlock), draw(state.rounding) {}
 
-  FUSEDOPT_FN float unit(int64_t i) const { return Square8<true>::unit_of(scales[i / kBlock]); }
-
   template <bool kSigned>
-  FUSEDOPT_FN Lanes decode(int64_t i, float unit) const {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-    const Bits code = kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-    const Lanes q = _mm512_cvtepi32_ps(kSigned ? _mm512_and_si512(code, all(0x7Fu)) : code);
-    const Lanes size = q * q * unit;
-    return kSigned ? lanes_of(_mm512_ternarylogic_epi32(bits_of(size), code, all(kSignBit), 0xF8)) : size;
+  struct Decoded {
+    const uint8_t* codes;
+    float unit;
+    FUSEDOPT_FN Lanes at(int j) const {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + kVector * j));
+      const Bits code = kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+      const Lanes q = _mm512_cvtepi32_ps(kSigned ? _mm512_and_si512(code, all(0x7Fu)) : code);
+      const Lanes size = q * q * unit;
+      return kSigned ? lanes_of(_mm512_ternarylogic_epi32(bits_of(size), code, all(kSignBit), 0xF8)) : size;
+    }
+  };
+  template <bool kSigned>
+  FUSEDOPT_FN Decoded<kSigned> decode(int64_t i) const {
+    return {codes + i, Square8<kSigned>::unit_of(scales[i / kBlock])};
   }
 
   template <bool kSigned>
@@ -275,23 +344,22 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
   for (int64_t i = 0; i < length; i += kStrip) {
-    [[maybe_unused]] const float units[] = {states[k].unit(i)..., 0.0f};
-    [[maybe_unused]] LaneBlock decoded[sizeof...(k) + 1], roots;
+    const auto weight = weights.load(i);
+    const auto grad = weights.gradient(i);
+    [[maybe_unused]] const std::tuple held(states[k].template decode<Rule::kSigned[k]>(i)...);
+    [[maybe_unused]] LaneBlock p, roots, decoded[sizeof...(k) + 1];
     for (int j = 0; j < kVectors; ++j) {
-      const int64_t at = i + kVector * j;
-      Lanes p = weights.load(at);
-      Lanes s[] = {states[k].template decode<Rule::kSigned[k]>(at, units[k])..., Lanes{}};
-      roots.at[j] = Rule::update(p, gradient.of(weights.gradient(at), kVector * j), s, hyper);
-      weights.store(at, p, Weights::kDraws ? param_stream.next() : Bits{});
+      p.at[j] = weight.at(j);
+      Lanes s[] = {std::get<k>(held).at(j)..., Lanes{}};
+      roots.at[j] = Rule::update(p.at[j], gradient.of(grad.at(j), kVector * j), s, hyper);
       ((decoded[k].at[j] = s[k]), ...);
     }
+    weights.store(i, p, Weights::kDraws ? param_stream.next_block() : BitBlock{});
     [[maybe_unused]] const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])..., {}};
     [[maybe_unused]] BitBlock random[sizeof...(k) / 2 + 1] = {};
     gradient.next_strip();
     if (draws) {
-      for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) {
-        for (int j = 0; j < kVectors; ++j) random[stream].at[j] = streams[stream].next();
-      }
+      for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) random[stream] = streams[stream].next_block();
     }
     (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k], random[k / 2],
                                                                      k & 1),
