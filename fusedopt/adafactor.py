@@ -196,7 +196,7 @@ class Adafactor(FusedOptimizer):
         return {"matrix": (*first, *factors), "vector": (*first, _VECTOR)}
 
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
-        return "matrix" if param.dim() > 1 else "vector"
+        return "matrix" if param.ndim > 1 else "vector"
 
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         if param.is_complex():

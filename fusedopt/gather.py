@@ -70,7 +70,9 @@ class Gathered:
         left = []
         for part, (settings, positions) in enumerate(zip(self.groups, self.positions)):
             group = param_groups[settings.param_group]
-            params = group["params"] if positions is None else [group["params"][i] for i in positions]
+            params = group["params"]
+            if positions is not None and len(positions) < len(params):
+                params = [params[i] for i in positions]
             session = self.sessions[backends.candidates(group["backend"])[0].name]
             left += [self.member(part, entry) for entry in session.collect(part, params, state)]
         return sorted(left)

@@ -28,8 +28,11 @@ def parts(optimizer: FusedOptimizer) -> tuple[list[GroupStep], list[list[int] | 
         if len(layouts) == 1:  # nothing is asked of each parameter then
             positions.append(None)
         else:
-            found = [optimizer.layout_of(group, param) for param in group["params"]]
-            positions += [[i for i, name in enumerate(found) if name == layout] for layout in layouts]
+            found: dict[str, list[int]] = {layout: [] for layout in layouts}
+            layout_of = optimizer.layout_of  # looked up once: there may be thousands of parameters
+            for i, param in enumerate(group["params"]):
+                found[layout_of(group, param)].append(i)
+            positions += found.values()
     return groups, positions
 
 

@@ -38,10 +38,9 @@ struct Kernels {
   double (*sum_rows_and_columns)(const TensorDesc&, float multiplier, const MatrixUnit&, bool reads_weights,
                                  double* row_sums, int64_t row_stride, double* column_sums);
   double (*sum)(const float* x, int64_t n);
-  double (*sum_weights)(const TensorDesc&, int64_t begin, int64_t length);
   double (*sum_matrix_updates)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&);
   double (*sum_vector_updates)(const TensorDesc&, const Moments&, float multiplier, int state, int64_t begin,
-                               int64_t length);
+                               int64_t length, double* weights);
 };
 
 #if defined(__x86_64__)

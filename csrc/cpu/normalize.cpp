@@ -14,6 +14,7 @@ namespace {
 // Tensors are taken in waves of about as many elements: what a pass has read, the next one finds in cache.
 constexpr int64_t kWave = 1 << 20;
 constexpr int64_t kItem = 1 << 16;  // elements of a work item
+constexpr size_t kMembers = 512;    // of a wave, to begin with
 constexpr int64_t kMaxSlabs = 32;
 constexpr int64_t kMinSlabRows = 160;
 
@@ -120,9 +121,9 @@ class Member {
     const int64_t end = std::min((item + 1) * kItem, tensor_.numel);
     for (int64_t begin = item * kItem; begin < end; begin += kReductionChunk) {
       const int64_t chunk = begin / kReductionChunk, length = std::min(kReductionChunk, end - begin);
-      if (reads_weights_) doubles(param_sums_)[chunk] = kernels.sum_weights(tensor_, begin, length);
+      double* weights = reads_weights_ ? doubles(param_sums_) + chunk : nullptr;
       doubles(update_sums_)[chunk] =
-          kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_->second_moment, begin, length);
+          kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_->second_moment, begin, length, weights);
     }
   }
 
@@ -176,6 +177,20 @@ class Member {
     HealthCounts counts;
     step_chunk(tensor_, context_, begin, end - begin, &counts);
     add_counts(health[index_], counts);
+  }
+
+  // All passes at once, of a tensor of one item: by one thread, from its cache.
+  bool is_small() const { return tensor_.numel <= kItem; }
+  void take_whole(const Kernels& kernels, HealthCounts* health) {
+    if (is_matrix()) {
+      for (int64_t i = 0; i < parts_; ++i) sum_unit(kernels, i);
+      factor(kernels);
+      for (int64_t i = 0; i < parts_; ++i) sum_updates(kernels, i);
+    } else {
+      sum_elements(kernels, 0);
+    }
+    finish_sums();
+    step(kernels, 0, health);
   }
 
  private:
@@ -238,13 +253,17 @@ class Items {
 // Tensors that go through the passes together.
 struct Wave {
   std::vector<Member> members;
-  Items matrices, units, elements, steps;
+  Items small, matrices, units, elements, steps;  // small ones are in no other
 
   void settle(Workspace& workspace) {
     if (workspace.doubles.size() < workspace.double_count) workspace.doubles.resize(workspace.double_count);
     if (workspace.floats.size() < workspace.float_count) workspace.floats.resize(workspace.float_count);
     for (Member& member : members) {
       member.settle();
+      if (member.is_small()) {
+        small.add(member, 1);
+        continue;
+      }
       if (member.is_matrix()) {
         matrices.add(member, 1);
         units.add(member, member.units());
@@ -263,17 +282,19 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
   static thread_local Workspace workspaces[2];
   // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish.
   const auto step_and_sum = [&](const Wave& last, const Wave& next) {
-    const int64_t steps = last.steps.size(), units = next.units.size();
-    parallel_items(steps + units + next.elements.size(), threads, [&](int64_t i) {
+    const int64_t steps = last.steps.size(), units = next.units.size(), elements = next.elements.size();
+    parallel_items(steps + units + elements + next.small.size(), threads, [&](int64_t i) {
       if (i < steps) {
         const auto [member, item] = last.steps.at(i);
         member->step(kernels, item, health);
       } else if (i < steps + units) {
         const auto [member, unit] = next.units.at(i - steps);
         member->sum_unit(kernels, unit);
-      } else {
+      } else if (i < steps + units + elements) {
         const auto [member, item] = next.elements.at(i - steps - units);
         member->sum_elements(kernels, item);
+      } else {
+        next.small.at(i - steps - units - elements).first->take_whole(kernels, health);
       }
     });
   };
@@ -284,6 +305,7 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     Workspace& workspace = workspaces[turn];
     workspace.double_count = workspace.float_count = 0;
     Wave wave;
+    wave.members.reserve(std::min<size_t>(listed.size() - taken, kMembers));
     for (int64_t held = 0; taken < listed.size() && held < kWave; ++taken) {
       const TensorDesc& tensor = tensors[listed[taken]];
       if (tensor.numel == 0) continue;
@@ -298,7 +320,9 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
       member->sum_updates(kernels, unit);
     });
     const IeeeMode ieee;
-    for (Member& member : wave.members) member.finish_sums();
+    for (Member& member : wave.members) {
+      if (!member.is_small()) member.finish_sums();
+    }
     last = std::move(wave);
   }
 }

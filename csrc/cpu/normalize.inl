@@ -82,16 +82,6 @@ double sum(const float* x, int64_t n) {
   return total_of(sums);
 }
 
-double sum_weights(const TensorDesc& tensor, int64_t begin, int64_t length) {
-  alignas(64) float tile[kTile], spare[kTile];
-  LaneSum sum;
-  for (int64_t at = begin; at < begin + length; at += kTile) {
-    const int n = static_cast<int>(begin + length - at < kTile ? begin + length - at : kTile);
-    add_weights(tensor, at, n, tile, spare, sum);
-  }
-  return sum.total();
-}
-
 template <bool kClamped>
 FUSEDOPT_FN void normalize_run(const float* g, float multiplier, float row, const float* columns, int n,
                                const Moments& moments, float* u) {
@@ -206,11 +196,13 @@ double sum_matrix_updates(const TensorDesc& tensor, const Moments& moments, floa
   return sum.total();
 }
 
-// The same for elements with a second moment each, which is brought up to date on the way.
+// The same for elements with a second moment each, which is brought up to date on the way; and, where `weights` is not
+// null, the sum of their squares.
 double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, float multiplier, int state, int64_t begin,
-                          int64_t length) {
+                          int64_t length, double* weights) {
   alignas(64) float grad_tile[kTile], u[kTile];
-  LaneSum sum;
+  alignas(64) float tile[kTile], spare[kTile];
+  LaneSum sum, weight_sum;
   for (int64_t at = begin; at < begin + length; at += kTile) {
     const int n = static_cast<int>(begin + length - at < kTile ? begin + length - at : kTile);
     const float* g = load(tensor.grad, at, n, grad_tile);
@@ -224,7 +216,9 @@ double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, floa
     }
     normalize_vector(moments, multiplier, g, second, n, u);
     sum.add_squares(u, n);
+    if (weights != nullptr) add_weights(tensor, at, n, tile, spare, weight_sum);
   }
+  if (weights != nullptr) *weights = weight_sum.total();
   return sum.total();
 }
 

@@ -144,7 +144,6 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
       square_sum,                            \
       sum_rows_and_columns,                  \
       sum,                                   \
-      sum_weights,                           \
       sum_matrix_updates,                    \
       sum_vector_updates,                    \
   };                                         \
