@@ -92,7 +92,6 @@ class Member {
     for (uint32_t k = 0; k < 3; ++k) context_.stream_keys[k] = stream_key(group_->seed, step_, k);
   }
 
-  int64_t numel() const { return tensor_.numel; }
   bool is_matrix() const { return tensor_.factors.exist(); }
   int64_t units() const { return parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
@@ -279,6 +278,7 @@ struct Wave {
 
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
+  const IeeeMode ieee;  // scalars are derived here, too
   static thread_local Workspace workspaces[2];
   // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish.
   const auto step_and_sum = [&](const Wave& last, const Wave& next) {
@@ -319,7 +319,6 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
       const auto [member, unit] = wave.units.at(i);
       member->sum_updates(kernels, unit);
     });
-    const IeeeMode ieee;
     for (Member& member : wave.members) {
       if (!member.is_small()) member.finish_sums();
     }
