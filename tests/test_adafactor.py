@@ -143,13 +143,13 @@ def errors(
     ],
     ids=["relative", "warmup", "external"],
 )
-def test_error_is_at_most_half_more_than_transformers(how: dict, scale_parameter: bool, beta1: float | None) -> None:
+def test_error_is_that_of_transformers(how: dict, scale_parameter: bool, beta1: float | None) -> None:
     kwargs = {**how, "scale_parameter": scale_parameter, "beta1": beta1}
     params = make_params(SHAPES, torch.float32)
     theirs = Transformers(copied(params), **kwargs)
     formulas = [formula(shape, kwargs, momentum_has_lr=True) for shape in SHAPES]
     ours, others = errors(Adafactor(params, **kwargs, compat=True), theirs, formulas, 50)
-    assert 0 < ours <= 1.5 * others
+    assert 0 < ours <= 1.1 * others
 
 
 @pytest.mark.parametrize(
@@ -157,12 +157,12 @@ def test_error_is_at_most_half_more_than_transformers(how: dict, scale_parameter
     [{}, {"lr": 1e-3, "weight_decay": 0.1, "beta2_decay": -0.5, "d": 2.0}, {"lr": 0.5, "eps": (1e-2, 2.0)}],
     ids=["default", "knobs", "eps"],
 )
-def test_error_is_at_most_half_more_than_torchs(kwargs: dict) -> None:
+def test_error_is_that_of_torchs(kwargs: dict) -> None:
     params = make_params(SHAPES, torch.float32)
     theirs = torch.optim.Adafactor(copied(params), **kwargs, foreach=False)
     formulas = [torchs_formula(shape, kwargs) for shape in SHAPES]
     ours, others = errors(Adafactor(params, variant="torch", **kwargs), theirs, formulas, 50)
-    assert 0 < ours <= 1.5 * others
+    assert 0 < ours <= 1.1 * others
 
 
 @pytest.mark.parametrize("kwargs", [{"beta1": 0.9}, {"fold_conv": True}], ids=["momentum", "fold"])

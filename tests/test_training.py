@@ -76,7 +76,7 @@ def test_loss_of_the_demos_gpt(float32_losses: list[float], kwargs: dict, limit:
     ids=["relative_step", "external lr"],
 )
 def test_loss_with_adafactor_is_that_of_transformers(kwargs: dict) -> None:
-    """Within 2 %; a learning rate that is given follows the demo's schedule."""
+    """Nearly the same; a learning rate that is given follows the demo's schedule."""
 
     def loss(cls: type[torch.optim.Optimizer], seed: int) -> float:
         def make(groups: list[dict], config: Config) -> torch.optim.Optimizer:
@@ -88,4 +88,4 @@ def test_loss_with_adafactor_is_that_of_transformers(kwargs: dict) -> None:
     theirs = [loss(Transformers, seed) for seed in SEEDS]
     print(f"transformers {theirs}, ours {ours}")
     for mine, reference in zip(ours, theirs):
-        assert abs(mine / reference - 1) <= 0.02
+        assert abs(mine / reference - 1) <= 1e-3  # found: 7e-5
