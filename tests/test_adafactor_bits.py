@@ -17,7 +17,20 @@ THREADS = (2,) if SANITIZED else (1, 2, 5)
 STEPS = 2 if SANITIZED else 4
 
 # Rows of whole vectors and not, several slabs, several panels, both; stacks of matrices; what has fewer dimensions.
-SHAPES = [(700, 100), (7, 257), (3, 4, 400), (2, 9000), (330, 4100), (6, 0), (64, 8, 3, 3), (1, 1), (5, 1), (9000,), ()]
+SHAPES = [
+    (700, 100),
+    (7, 257),
+    (3, 4, 400),
+    (2, 9000),
+    (641, 4100),
+    (16, 3, 4100),
+    (6, 0),
+    (64, 8, 3, 3),
+    (1, 1),
+    (5, 1),
+    (9000,),
+    (),
+]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "relative": {},

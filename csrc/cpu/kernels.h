@@ -24,19 +24,31 @@ using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 constexpr int kMaxRules = 32;
 constexpr int64_t kReductionChunk = 4096;
 
-// What a slab of rows has of a panel of at most kReductionChunk columns.
+constexpr int kMaxPanels = 8;  // of a unit
+
+// What a slab of rows has of a panel of at most kReductionChunk columns; or whole rows of few panels.
 struct MatrixUnit {
   int64_t matrix_row;  // the first of its matrix, counted through all of them
   int64_t row_begin, row_end;
   int64_t column_begin, column_end;
+  bool has_whole_rows;
+};
+
+// What the first pass over a unit adds up.
+struct UnitSums {
+  double* columns;   // of squared gradients
+  double* weighted;  // of squared gradients divided by the average of their row; or null
+  double* weights;   // of squared weights, one for each panel, which are added to; or null
+  double* rows;      // of squared gradients, row_stride apart, if rows are not whole
+  int64_t row_stride;
 };
 
 struct Kernels {
   StepFn step[kMaxRules];  // in the order of rules/all.h
   SquareSumFn square_sum;  // of at most kReductionChunk elements
   // Of rules that normalize; see normalize.inl.
-  double (*sum_rows_and_columns)(const TensorDesc&, float multiplier, const MatrixUnit&, bool reads_weights,
-                                 double* row_sums, int64_t row_stride, double* column_sums);
+  void (*sum_unit)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&, const UnitSums&);
+  void (*sum_weighted)(const TensorDesc&, float multiplier, const MatrixUnit&, double* weighted);
   double (*sum)(const float* x, int64_t n);
   double (*sum_matrix_updates)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&);
   double (*sum_vector_updates)(const TensorDesc&, const Moments&, float multiplier, int state, int64_t begin,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/pairwise.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "rules/normalize.h"
@@ -15,24 +16,13 @@ namespace {
 constexpr int64_t kWave = 1 << 20;
 constexpr int64_t kItem = 1 << 16;  // elements of a work item
 constexpr size_t kMembers = 512;    // of a wave, to begin with
-constexpr int64_t kMaxSlabs = 32;
-constexpr int64_t kMinSlabRows = 160;
+constexpr int64_t kMaxSlabs = 64;
+constexpr int64_t kMinSlabRows = 320;
+constexpr int64_t kManySlabs = 16;  // of which units may be whole
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Adds numbers in pairs, an odd one out moving up; destroys them.
-double pairwise_sum(double* x, int64_t n) {
-  if (n == 0) return 0.0;
-  while (n > 1) {
-    const int64_t half = n / 2;
-    for (int64_t i = 0; i < half; ++i) x[i] = x[2 * i] + x[2 * i + 1];
-    if (n % 2 == 1) x[half] = x[n - 1];
-    n = half + n % 2;
-  }
-  return x[0];
-}
-
-// The same of rows of `width` numbers; the sums are left in the first.
+// Adds rows of `width` numbers in pairs; the sums are left in the first.
 void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
   while (n > 1) {
     const int64_t half = n / 2;
@@ -74,8 +64,11 @@ class Member {
       slabs_ = divided_up(factors.row_count, height_);
       panels_ = divided_up(factors.column_count, kReductionChunk);
       parts_ = matrices_ * slabs_ * panels_;
-      if (panels_ > 1) row_sums_ = workspace.want_doubles(rows() * panels_);
+      has_whole_rows_ = panels_ == 1 || (takes_weighted() && panels_ <= kMaxPanels && matrices_ * slabs_ >= kManySlabs);
+      if (!has_whole_rows_) row_sums_ = workspace.want_doubles(rows() * panels_);
       column_sums_ = workspace.want_doubles(matrices_ * slabs_ * factors.column_count);
+      if (takes_weighted()) weighted_sums_ = workspace.want_doubles(matrices_ * slabs_ * factors.column_count);
+      means_ = workspace.want_floats(matrices_);
       row_factors_ = workspace.want_floats(rows());
       column_factors_ = workspace.want_floats(matrices_ * factors.column_count);
     }
@@ -93,26 +86,22 @@ class Member {
   }
 
   bool is_matrix() const { return tensor_.factors.exist(); }
-  int64_t units() const { return parts_; }  // of a matrix
+  int64_t units() const { return has_whole_rows_ ? matrices_ * slabs_ : parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
-  // First pass, of a unit of a matrix: sums of gradients and weights.
+  // First pass, of a unit of a matrix.
   void sum_unit(const Kernels& kernels, int64_t i) {
     const MatrixUnit unit = unit_at(i);
-    double* columns = doubles(column_sums_) + i / panels_ * tensor_.factors.column_count + unit.column_begin;
-    double weights;
-    if (panels_ > 1) {
-      double* sums = doubles(row_sums_) + (unit.matrix_row + unit.row_begin) * panels_ + i % panels_;
-      weights = kernels.sum_rows_and_columns(tensor_, multiplier_, unit, reads_weights_, sums, panels_, columns);
-    } else {  // whole rows
-      std::vector<double> sums(unit.row_end - unit.row_begin);
-      weights = kernels.sum_rows_and_columns(tensor_, multiplier_, unit, reads_weights_, sums.data(), 1, columns);
-      float* averages = tensor_.factors.rows + unit.matrix_row + unit.row_begin;
-      for (size_t r = 0; r < sums.size(); ++r) {
-        averages[r] = average_of(averages[r], sums[r], tensor_.factors.column_count);
-      }
+    UnitSums sums{};
+    sums.columns = columns_of(column_sums_, unit);
+    if (takes_weighted() && unit.has_whole_rows) sums.weighted = columns_of(weighted_sums_, unit);
+    if (reads_weights_) sums.weights = doubles(param_sums_) + first_part(unit);
+    if (!unit.has_whole_rows) {
+      sums.rows =
+          doubles(row_sums_) + (unit.matrix_row + unit.row_begin) * panels_ + unit.column_begin / kReductionChunk;
+      sums.row_stride = panels_;
     }
-    if (reads_weights_) doubles(param_sums_)[i] = weights;
+    kernels.sum_unit(tensor_, moments(), multiplier_, unit, sums);
   }
 
   // Both passes before the step at once, of an item of elements that are no matrix: nothing hangs on all of them.
@@ -126,43 +115,48 @@ class Member {
     }
   }
 
-  // Between the passes: the averages of a matrix and its factors.
+  // Between the passes: the averages of matrices and their factors.
   void factor(const Kernels& kernels) {
     const Factors& factors = tensor_.factors;
-    for (int64_t r = 0; panels_ > 1 && r < rows(); ++r) {
-      factors.rows[r] =
-          average_of(factors.rows[r], pairwise_sum(doubles(row_sums_) + r * panels_, panels_), factors.column_count);
+    for (int64_t r = 0; !has_whole_rows_ && r < rows(); ++r) {
+      const double sum = pairwise_sum(doubles(row_sums_) + r * panels_, panels_);
+      factors.rows[r] = moved_average(factors.rows[r], sum, factors.column_count, moments());
     }
-    std::vector<double> chunks(divided_up(factors.row_count, kReductionChunk));
     for (int64_t matrix = 0; matrix < matrices_; ++matrix) {
       double* sums = doubles(column_sums_) + matrix * slabs_ * factors.column_count;
       pairwise_sum_rows(sums, slabs_, factors.column_count);
       float* columns = factors.columns + matrix * factors.column_count;
       float* column_factors = floats(column_factors_) + matrix * factors.column_count;
       for (int64_t c = 0; c < factors.column_count; ++c) {
-        columns[c] = average_of(columns[c], sums[c], factors.row_count);
+        columns[c] = moved_average(columns[c], sums[c], factors.row_count, moments());
         column_factors[c] = column_factor(columns[c], moments());
       }
+      const float mean = floats(means_)[matrix] = mean_of_rows(kernels, matrix);
       const float* averages = factors.rows + matrix * factors.row_count;
-      for (size_t i = 0; i < chunks.size(); ++i) {
-        const int64_t begin = static_cast<int64_t>(i) * kReductionChunk;
-        chunks[i] = kernels.sum(averages + begin, std::min(kReductionChunk, factors.row_count - begin));
-      }
-      const double total = pairwise_sum(chunks.data(), static_cast<int64_t>(chunks.size()));
-      const float mean = static_cast<float>(total / static_cast<double>(factors.row_count));
       float* row_factors = floats(row_factors_) + matrix * factors.row_count;
       for (int64_t r = 0; r < factors.row_count; ++r) row_factors[r] = row_factor(averages[r], mean, moments());
+      if (takes_weighted() && has_whole_rows_) finish_weighted(matrix);
     }
   }
 
-  // Second pass, of a unit of a matrix.
+  // Second pass, of a unit of a matrix, unless the first could do it.
+  bool needs_second_pass() const { return !takes_weighted() || !has_whole_rows_; }
   void sum_updates(const Kernels& kernels, int64_t i) {
-    doubles(update_sums_)[i] = kernels.sum_matrix_updates(tensor_, moments(), multiplier_, unit_at(i));
+    const MatrixUnit unit = unit_at(i);
+    if (takes_weighted()) {
+      kernels.sum_weighted(tensor_, multiplier_, unit, columns_of(weighted_sums_, unit));
+    } else {
+      doubles(update_sums_)[i] = kernels.sum_matrix_updates(tensor_, moments(), multiplier_, unit);
+    }
   }
 
+  // Sums of a tensor from those of its parts.
   void finish_sums() {
+    if (is_matrix() && takes_weighted() && !has_whole_rows_) {
+      for (int64_t matrix = 0; matrix < matrices_; ++matrix) finish_weighted(matrix);
+    }
     if (reads_weights_) sums_.param = pairwise_sum(doubles(param_sums_), parts_);
-    sums_.update = pairwise_sum(doubles(update_sums_), parts_);
+    sums_.update = pairwise_sum(doubles(update_sums_), is_matrix() && takes_weighted() ? matrices_ : parts_);
     derive();
   }
 
@@ -182,9 +176,9 @@ class Member {
   bool is_small() const { return tensor_.numel <= kItem; }
   void take_whole(const Kernels& kernels, HealthCounts* health) {
     if (is_matrix()) {
-      for (int64_t i = 0; i < parts_; ++i) sum_unit(kernels, i);
+      for (int64_t i = 0; i < units(); ++i) sum_unit(kernels, i);
       factor(kernels);
-      for (int64_t i = 0; i < parts_; ++i) sum_updates(kernels, i);
+      for (int64_t i = 0; needs_second_pass() && i < units(); ++i) sum_updates(kernels, i);
     } else {
       sum_elements(kernels, 0);
     }
@@ -199,17 +193,51 @@ class Member {
   void derive() { info_->derive(group_->config, step_, sums_, hyper_); }
   const Moments& moments() const { return info_->moments(hyper_); }
 
-  float average_of(float held, double square_sum, int64_t count) const {
-    const Moments& m = moments();
-    const double mean = square_sum / static_cast<double>(count);
-    return average(held, static_cast<float>(m.is_clamped ? mean : mean + m.eps), m);
-  }
+  bool takes_weighted() const { return !moments().is_clamped; }
 
   MatrixUnit unit_at(int64_t i) const {
     const Factors& factors = tensor_.factors;
-    const int64_t panel = i % panels_, slab = i / panels_ % slabs_, matrix = i / panels_ / slabs_;
-    return {matrix * factors.row_count, slab * height_, std::min((slab + 1) * height_, factors.row_count),
-            panel * kReductionChunk, std::min((panel + 1) * kReductionChunk, factors.column_count)};
+    const int64_t panels = has_whole_rows_ ? 1 : panels_;
+    const int64_t panel = i % panels, slab = i / panels % slabs_, matrix = i / panels / slabs_;
+    const int64_t width = has_whole_rows_ ? factors.column_count : kReductionChunk;
+    return {matrix * factors.row_count,
+            slab * height_,
+            std::min((slab + 1) * height_, factors.row_count),
+            panel * width,
+            std::min((panel + 1) * width, factors.column_count),
+            has_whole_rows_};
+  }
+
+  // Where sums of the columns of a unit lie.
+  double* columns_of(size_t sums, const MatrixUnit& unit) const {
+    return doubles(sums) + slab_of(unit) * tensor_.factors.column_count + unit.column_begin;
+  }
+  int64_t slab_of(const MatrixUnit& unit) const {
+    return unit.matrix_row / tensor_.factors.row_count * slabs_ + unit.row_begin / height_;
+  }
+  int64_t first_part(const MatrixUnit& unit) const {
+    return slab_of(unit) * panels_ + unit.column_begin / kReductionChunk;
+  }
+
+  float mean_of_rows(const Kernels& kernels, int64_t matrix) const {
+    const int64_t count = tensor_.factors.row_count;
+    const float* averages = tensor_.factors.rows + matrix * count;
+    std::vector<double> chunks;
+    for (int64_t begin = 0; begin < count; begin += kReductionChunk) {
+      chunks.push_back(kernels.sum(averages + begin, std::min(kReductionChunk, count - begin)));
+    }
+    const double total = pairwise_sum(chunks.data(), static_cast<int64_t>(chunks.size()));
+    return static_cast<float>(total / static_cast<double>(count));
+  }
+
+  // The sum of the squares of a matrix's update, from the weighted sums of its columns.
+  void finish_weighted(int64_t matrix) {
+    const int64_t count = tensor_.factors.column_count;
+    double* sums = doubles(weighted_sums_) + matrix * slabs_ * count;
+    pairwise_sum_rows(sums, slabs_, count);
+    const float* averages = tensor_.factors.columns + matrix * count;
+    for (int64_t c = 0; c < count; ++c) sums[c] = sums[c] / static_cast<double>(averages[c]);
+    doubles(update_sums_)[matrix] = pairwise_sum(sums, count) * static_cast<double>(floats(means_)[matrix]);
   }
 
   TensorDesc tensor_;
@@ -224,8 +252,9 @@ class Member {
   StepContext context_{};
   NormalizeScratch scratch_;
   int64_t matrices_ = 0, height_ = 1, slabs_ = 0, panels_ = 0, parts_;
-  size_t row_sums_ = 0, column_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // places in the workspace
-  size_t row_factors_ = 0, column_factors_ = 0;
+  bool has_whole_rows_ = false;  // units have; else panels of them
+  size_t row_sums_ = 0, column_sums_ = 0, weighted_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // in the workspace
+  size_t means_ = 0, row_factors_ = 0, column_factors_ = 0;
   alignas(16) unsigned char hyper_[kMaxHyperBytes];
 };
 
@@ -252,7 +281,7 @@ class Items {
 // Tensors that go through the passes together.
 struct Wave {
   std::vector<Member> members;
-  Items small, matrices, units, elements, steps;  // small ones are in no other
+  Items small, matrices, units, second, elements, steps;  // small ones are in no other
 
   void settle(Workspace& workspace) {
     if (workspace.doubles.size() < workspace.double_count) workspace.doubles.resize(workspace.double_count);
@@ -266,6 +295,7 @@ struct Wave {
       if (member.is_matrix()) {
         matrices.add(member, 1);
         units.add(member, member.units());
+        if (member.needs_second_pass()) second.add(member, member.units());
       } else {
         elements.add(member, member.items());
       }
@@ -315,8 +345,8 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     wave.settle(workspace);
     step_and_sum(last, wave);
     parallel_items(wave.matrices.size(), threads, [&](int64_t i) { wave.matrices.at(i).first->factor(kernels); });
-    parallel_items(wave.units.size(), threads, [&](int64_t i) {
-      const auto [member, unit] = wave.units.at(i);
+    parallel_items(wave.second.size(), threads, [&](int64_t i) {
+      const auto [member, unit] = wave.second.at(i);
       member->sum_updates(kernels, unit);
     });
     for (Member& member : wave.members) {

@@ -142,7 +142,8 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
   const Kernels name = {                     \
       {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)}, \
       square_sum,                            \
-      sum_rows_and_columns,                  \
+      sum_unit,                              \
+      sum_weighted,                          \
       sum,                                   \
       sum_matrix_updates,                    \
       sum_vector_updates,                    \

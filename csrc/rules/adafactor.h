@@ -6,7 +6,7 @@
 //   u    = (1/sqrt(R / mean R) * 1/sqrt(C)) g
 //   v    = k v + t (g g + eps1)         exp_avg_sq, of what is no matrix
 //   u    = g / sqrt(v)
-//   d    = max(1, RMS(u) / clip_threshold)
+//   d    = max(1, RMS(u) / clip_threshold)        of a matrix, sum of u u = mean R * sum of g g / (R C)
 //   a    = max(eps2, RMS(p)) (scale_parameter), times the relative step or lr
 //   m    = b1 m + (1 - b1) (u / d)      exp_avg (kMomentum); compat: of u a / d
 //   p    = p - (a wd) p - a/d u, or - a m, or - m

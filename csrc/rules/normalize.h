@@ -1,5 +1,5 @@
 // What rules share that divide a gradient by the root of its second moment before the update, and must know
-// the RMS of the quotient before they can take the step: two passes over a tensor instead of one.
+// the RMS of the quotient before they can take the step: sums over a tensor come first.
 //
 // Such a rule has, beyond rule.h,
 //
@@ -38,6 +38,12 @@ struct TensorSums {
 namespace {
 
 FUSEDOPT_FN float average(float held, float value, const Moments& m) { return m.keep * held + m.take * value; }
+
+// The average of a row or column of which this is the sum of squares.
+FUSEDOPT_FN float moved_average(float held, double square_sum, int64_t count, const Moments& m) {
+  const double mean = square_sum / static_cast<double>(count);
+  return average(held, static_cast<float>(m.is_clamped ? mean : mean + m.eps), m);
+}
 
 // The second moment of a single element.
 template <bool kClamped>

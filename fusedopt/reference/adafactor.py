@@ -94,7 +94,7 @@ def _torchs_eps(knobs: Knobs, dtype: torch.dtype) -> float:
 def _matrix_update(
     grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The update of (batch, rows, columns), the double sums of its squares by unit, and the new moments."""
+    """The update of (batch, rows, columns), double sums of its squares by unit or matrix, and the new moments."""
     rows, cols = grad.shape[-2:]
     squares = grad.double() * grad.double()
     row_mean, col_mean = row_sums(squares) / cols, column_sums(squares) / rows
@@ -108,10 +108,14 @@ def _matrix_update(
         mean = torch.maximum(mean, torch.full_like(mean, eps))
         estimate = (row / mean).unsqueeze(-1) * col.unsqueeze(-2)
         update = grad / root(torch.maximum(estimate, torch.full_like(estimate, eps * eps)))
+        sums = unit_sums(update.double() * update.double())
     else:
         row_factor, col_factor = 1.0 / root(row / mean), 1.0 / root(col)
         update = (row_factor.unsqueeze(-1) * col_factor.unsqueeze(-2)) * grad
-    return update, unit_sums(update.double() * update.double()), row, col
+        # mean R / (R C) g g, added up without another look at g: a row is weighed as soon as its average is known.
+        weighted = column_sums(squares * (1.0 / row.double()).unsqueeze(-1))
+        sums = pairwise_sum(weighted / col.double()) * mean.double().squeeze(-1)
+    return update, sums, row, col
 
 
 def _vector_update(

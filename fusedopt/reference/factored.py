@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .norm import CHUNK, chunk_sums, in_lanes, lane_total, ordered_sum, pairwise_sum
 
-_MAX_SLABS = 32
-_MIN_ROWS = 160  # of a slab, unless the matrix has fewer
+_MAX_SLABS = 64
+_MIN_ROWS = 320  # of a slab, unless the matrix has fewer
 
 
 def row_sums(values: Tensor) -> Tensor:
@@ -28,8 +28,8 @@ def column_sums(values: Tensor) -> Tensor:
 def unit_sums(values: Tensor) -> Tensor:
     """The sums of all units of float64 matrices (batch, rows, columns), one after the other: 1-D.
 
-    A unit is what a slab has of a panel. Its 16 lanes run through all of its rows, and are added in pairs. Of a
-    matrix, the panels of the first slab come first.
+    A unit is what a slab has of a panel. Each of its rows is summed as a chunk, and these in order. Of a matrix, the
+    panels of the first slab come first.
     """
     slabs = _slabs(values)
     columns = slabs.shape[-1]
@@ -39,8 +39,8 @@ def unit_sums(values: Tensor) -> Tensor:
         parts.append(slabs[..., :whole].reshape(*slabs.shape[:-1], whole // CHUNK, CHUNK).movedim(-2, 2))
     if whole < columns:
         parts.append(slabs[..., whole:].unsqueeze(2))
-    sums = [lane_total(ordered_sum(in_lanes(part).flatten(-3, -2))) for part in parts]
-    return torch.cat(sums, dim=-1).reshape(-1)
+    rows = [lane_total(ordered_sum(in_lanes(part))) for part in parts]
+    return torch.cat([ordered_sum(sums.unsqueeze(-1)).squeeze(-1) for sums in rows], dim=-1).reshape(-1)
 
 
 def _slabs(values: Tensor) -> Tensor:
