@@ -13,6 +13,7 @@ using fusedopt::TensorTable;
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled core of fusedopt: rules, formats and tile loops. It does not link torch.";
 
+  module.attr("layout") = fusedopt::layout_of_lists();  // fusedopt._cuda must have the same
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
              "exchange_api"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
@@ -39,7 +40,9 @@ PYBIND11_MODULE(_core, module) {
       py::kw_only(), "data"_a, "bytes"_a, "threads"_a);
 
   py::class_<TensorTable>(module, "TensorTable")
-      .def(py::init<>())
+      .def(py::init(
+               [](int device_type, int device_id) { return TensorTable(fusedopt::Device{device_type, device_id}); }),
+           py::kw_only(), "device_type"_a = 1, "device_id"_a = 0)
       .def("__len__", &TensorTable::size)
       .def("clear", &TensorTable::clear)
       .def("forget", &TensorTable::forget)
@@ -48,6 +51,7 @@ PYBIND11_MODULE(_core, module) {
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a)
+      .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);

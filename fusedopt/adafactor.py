@@ -89,6 +89,7 @@ class Adafactor(FusedOptimizer):
         "adafactor_momentum_matrix": adafactor_matrix,
         "adafactor_momentum_vector": adafactor_vector,
     }
+    derives_on_device = False  # which lr it has decides what else it may have
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
     def __init__(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, GroupStep, candidates
-from .gather import Gathered, Member, clip
+from .backends import BACKENDS, GroupStep, Scaling, candidates
+from .gather import Gathered, Member
 from .state import StateSpec
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _library.define(  # type: ignore[no-untyped-call]
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] lrs, "
     "Tensor(d!)? grad_norm, *, int[] sizes, int[] param_groups, str[] rules, str[] layouts, str[] hyper_names, "
     "float[] hyper_values, str[] specs, str[] state_keys, str[] roundings, int[] seeds, bool[] maximize, "
-    "str[] param_roundings, str[] masters, str[] backends, float? max_grad_norm) -> ()"
+    "str[] param_roundings, str[] masters, str[] backends, bool derives_on_device, float? max_grad_norm) -> ()"
 )
 
 
@@ -52,13 +52,18 @@ def _step(
     param_roundings: Sequence[str],
     masters: Sequence[str],
     backends: Sequence[str],
+    derives_on_device: bool,
     max_grad_norm: float | None,
 ) -> None:
     values, held = iter(hyper_values), iter(states)
     groups = []
     for i, rule in enumerate(rules):
-        lr = float(lrs[param_groups[i]].item())
-        hyper = {"lr": lr, **{name: next(values) for name in hyper_names[i].split(",")}}
+        lr = lrs[param_groups[i]]
+        on_device = derives_on_device and lr.device.type == "cuda"
+        hyper = {
+            "lr": 1.0 if on_device else float(lr.item()),
+            **{name: next(values) for name in hyper_names[i].split(",")},
+        }
         groups.append(
             GroupStep(
                 rule=rule,
@@ -71,6 +76,7 @@ def _step(
                 master=masters[i] or None,
                 layout=layouts[i],
                 param_group=param_groups[i],
+                lr=lr if on_device else None,
             )
         )
     parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
@@ -85,12 +91,10 @@ def _step(
             state = {**{key: next(held) for key in _words(keys)}, "step": step}
             member = Member(i, position, parts[i, layout], position)
             gathered.add(member, param, grad, state, candidates(backends[i]))
-    multiplier = 1.0
-    if max_grad_norm is not None and grad_norm is not None:
-        multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
-        grad_norm.fill_(norm)
-    gathered.step(multiplier)
+    _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), grads)
     gathered.write_back()
+    if norm is not None and grad_norm is not None:
+        grad_norm.copy_(norm)
 
 
 def _spec_text(spec: StateSpec) -> str:
@@ -171,5 +175,6 @@ def step(optimizer: FusedOptimizer) -> None:
         param_roundings=[setting.rounding for setting in settings],
         masters=[setting.master or "" for setting in settings],
         backends=[group["backend"] for group in optimizer.param_groups],
+        derives_on_device=optimizer.derives_on_device,
         max_grad_norm=optimizer._max_grad_norm(),
     )

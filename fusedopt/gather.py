@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, sharding
-from .backends import GroupStep, ParamStep, Session
+from .backends import CudaSession, GroupStep, ParamStep, Scaling, Session
 from .backends.base import Health
 from .masters import KEYS, SIXTEEN_BIT
 from .reference.norm import pairwise_sum, square_sums
@@ -73,7 +73,7 @@ class Gathered:
             params = group["params"]
             if positions is not None and len(positions) < len(params):
                 params = [params[i] for i in positions]
-            session = self.sessions[backends.candidates(group["backend"])[0].name]
+            session = self.sessions[backends.first(group["backend"], params).name]
             left += [self.member(part, entry) for entry in session.collect(part, params, state)]
         return sorted(left)
 
@@ -130,22 +130,42 @@ class Gathered:
     def square_sum(self, grads: Iterable[Tensor]) -> float:
         """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
         active = [session for session in self.sessions.values() if len(session) > 0]
-        if len(active) == 1:
+        if len(active) == 1 and not (isinstance(active[0], CudaSession) and active[0].device() is None):
             sums = active[0].square_sums()
         else:  # list order runs across backends: the reference takes them all
             parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
             sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
         return float(pairwise_sum(sums).item())
 
-    def step(self, grad_multiplier: float, *, counts_health: bool = False) -> Health:
-        """Steps everything, the gradients times the multiplier and negated where a group maximizes."""
-        multipliers = [-grad_multiplier if group.maximize else grad_multiplier for group in self.groups]
-        health: Health = {}
-        for session in self.sessions.values():
-            if len(session) > 0:
-                counted = session.step(multipliers, counts_health=counts_health)
-                health.update({self.member(*place)[:2]: counts for place, counts in counted.items()})
-        return health
+    def step(
+        self, scaling: Scaling, grads: Iterable[Tensor], *, counts_health: bool = False
+    ) -> tuple[Health, Tensor | None]:
+        """Steps everything, negating gradients where a group maximizes.
+
+        Args:
+            scaling: What gradients are multiplied by.
+            grads: All of them, in list order.
+            counts_health: Whether to count what goes wrong.
+
+        Returns:
+            What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
+            nothing has changed.
+        """
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
+        norm = None
+        if len(active) == 1 and isinstance(active[0], CudaSession) and active[0].device() is not None:
+            counted, norm = active[0].step_scaled(signs, scaling, counts_health=counts_health)  # waits for nothing
+            found = [counted]
+        else:
+            if scaling.found_inf is not None and scaling.found_inf.item():
+                return {}, None
+            multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
+            if scaling.max_grad_norm is not None:
+                multiplier, value = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
+                norm = torch.tensor(value, dtype=torch.float32)
+            found = [session.step([s * multiplier for s in signs], counts_health=counts_health) for session in active]
+        return {self.member(*place)[:2]: counts for part in found for place, counts in part.items()}, norm
 
     def write_back(self) -> None:
         for tensor, copy in self._copies:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, checks, compiled, masters, members, names, reports
-from .backends import GroupStep, Session
-from .gather import Gathered, clip
+from .backends import GroupStep, Scaling, Session
+from .gather import Gathered
 from .options import spell_out
 from .state import (
     StateSpec,
@@ -70,6 +70,9 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     last_grad_norm: Tensor | None = None
+
+    # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
+    derives_on_device: ClassVar[bool] = True
 
     _health: reports.HealthRecord | None = None
     _has_warned = False  # that nothing is quantized
@@ -245,25 +248,30 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
-        if self._found_inf():
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._max_grad_norm())
+        if scaling.found_inf is not None and scaling.found_inf.device.type == "cpu" and scaling.found_inf.item():
             return
         try:
             gathered = self._gather()
-            counts = gathered.step(self._grad_multiplier(gathered), counts_health=self._health is not None)
+            grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+            counts, norm = gathered.step(scaling, grads, counts_health=self._health is not None)
             gathered.write_back()
+            if norm is not None:
+                self.last_grad_norm = norm
             if self._health is not None:
                 self._health.add(counts)
         finally:  # let go of the gradients: zero_grad is to free them
             for session in self._sessions().values():
                 session.begin((), ())
 
-    def _found_inf(self) -> bool:
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf.item())
-
     def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
         """What backends need of a param group, the one of an index, and of its parameters of a layout."""
         specs = tuple(self.layouts(group)[layout])
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and self.derives_on_device and lr.device.type == "cuda":
+            group = {**group, "lr": 1.0}
+        else:
+            lr = None  # as a number
         return GroupStep(
             rule=f"{self.rule(group)}_{layout}" if layout else self.rule(group),
             hyper=self.hyper(group),
@@ -275,6 +283,7 @@ class FusedOptimizer(Optimizer):
             master=group["master_weights"],
             layout=layout,
             param_group=index,
+            lr=lr,
         )
 
     def _sessions(self) -> dict[str, Session]:
@@ -311,17 +320,6 @@ class FusedOptimizer(Optimizer):
     def backends_of(self, group: int) -> list[backends.Backend]:
         """The backends that a group may be stepped by, the best first."""
         return backends.candidates(self.param_groups[group]["backend"])
-
-    def _grad_multiplier(self, gathered: Gathered) -> float:
-        """Inverse loss scale x clip coefficient."""
-        grad_scale = getattr(self, "grad_scale", None)
-        multiplier = 1.0 if grad_scale is None else 1.0 / float(grad_scale.item())
-        max_grad_norm = self._max_grad_norm()
-        if max_grad_norm is not None:
-            grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-            multiplier, norm = clip(gathered.square_sum(grads), multiplier, max_grad_norm)
-            self.last_grad_norm = torch.tensor(norm, dtype=torch.float32)
-        return multiplier
 
     def _init_group(
         self,

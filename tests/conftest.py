@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import emulated as emulated  # a fixture
 
 from fusedopt import _core
 

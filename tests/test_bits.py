@@ -280,10 +280,10 @@ def test_unknown_isa_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reading_tensors_without_dlpack() -> None:
     """The way taken with a torch that has no C exchange table finds the same tensors."""
-    from fusedopt.backends import cpu
+    from fusedopt.backends import table
 
     expected = train(CASES[0].ours(offset_params(torch.bfloat16, [(n,) for n in ODD_SIZES]), state_dtype="bfloat16"), 3)
-    cpu.bind_torch(exchange=False)
+    table.bind_torch(exchange=False)
     try:
         plain = train(
             CASES[0].ours(
@@ -292,5 +292,5 @@ def test_reading_tensors_without_dlpack() -> None:
             3,
         )
     finally:
-        cpu.bind_torch()
+        table.bind_torch()
     assert_same_run(plain, expected)

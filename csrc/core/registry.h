@@ -44,4 +44,16 @@ struct GroupDesc {
   alignas(8) unsigned char config[kMaxConfigBytes] = {};
 };
 
+// The tensors of a step as modules hand them to each other, by address: they must come from one build.
+struct StepLists {
+  std::vector<TensorDesc> tensors;
+  std::vector<GroupDesc> groups;
+};
+
+// The same number in modules that agree on how these lie in memory.
+inline int64_t layout_of_lists() {
+  return static_cast<int64_t>(sizeof(TensorDesc)) << 32 | static_cast<int64_t>(sizeof(GroupDesc)) << 8 |
+         static_cast<int64_t>(rules().size());
+}
+
 }  // namespace fusedopt

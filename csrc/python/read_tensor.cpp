@@ -13,9 +13,6 @@ namespace dlpack {
 struct Version {
   uint32_t major, minor;
 };
-struct Device {
-  int32_t type, id;
-};
 struct DataType {
   uint8_t code, bits;
   uint16_t lanes;
@@ -38,7 +35,7 @@ struct ExchangeApi {
   int (*tensor_from_py_object)(void* object, Tensor* out);
   void* current_work_stream;
 };
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 
 }  // namespace dlpack
@@ -74,7 +71,8 @@ bool read_through_exchange(PyObject* object, TensorView& view) {
     PyErr_Clear();
     return false;
   }
-  if (tensor.device.type != dlpack::kCpu || tensor.dtype.lanes != 1 || !is_contiguous(tensor)) return false;
+  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCuda) return false;
+  if (tensor.dtype.lanes != 1 || !is_contiguous(tensor)) return false;
   const auto is = [&](uint8_t code, int bits) { return tensor.dtype.code == code && tensor.dtype.bits == bits; };
   if (is(dlpack::kFloat, 32)) {
     view.dtype = DType::kFloat32;
@@ -92,6 +90,7 @@ bool read_through_exchange(PyObject* object, TensorView& view) {
     return false;
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.device = tensor.device;
   view.ndim = tensor.ndim;
   view.shape = tensor.shape;
   return true;
@@ -101,7 +100,9 @@ bool read_through_attributes(PyObject* object, TensorView& view) {
   TorchNames& names = torch_names();
   const py::handle tensor(object);
   try {
-    if (!tensor.attr("is_cpu").cast<bool>() || tensor.attr("is_sparse").cast<bool>()) return false;
+    const bool is_cuda = tensor.attr("is_cuda").cast<bool>();
+    if ((!is_cuda && !tensor.attr("is_cpu").cast<bool>()) || tensor.attr("is_sparse").cast<bool>()) return false;
+    view.device = {is_cuda ? dlpack::kCuda : dlpack::kCpu, is_cuda ? tensor.attr("get_device")().cast<int32_t>() : 0};
     PyObject* dtype = PyDict_GetItem(names.dtypes, tensor.attr("dtype").ptr());
     if (dtype == nullptr || !tensor.attr("is_contiguous")().cast<bool>()) return false;
     view.dtype = static_cast<DType>(PyLong_AsLong(dtype));

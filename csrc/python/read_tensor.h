@@ -11,8 +11,16 @@
 
 namespace fusedopt {
 
+// A kind of device and which of them, as DLPack numbers them: 1 the CPU, 2 CUDA.
+struct Device {
+  int32_t type = 1, id = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
+};
+
 struct TensorView {
   void* data = nullptr;
+  Device device;
   DType dtype = DType::kFloat32;
   int64_t numel = 0;
   int ndim = 0;
@@ -29,7 +37,7 @@ struct TensorView {
 void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg, pybind11::object data_ptr,
                 pybind11::object exchange_api);
 
-// Fills `view` and returns true if `object` is a plain, contiguous CPU tensor of a DType, aligned to
+// Fills `view` and returns true if `object` is a plain, contiguous CPU or CUDA tensor of a DType, aligned to
 // its element size. Returns false for everything else, with no Python error set.
 bool read_tensor(PyObject* object, TensorView& view);
 

@@ -64,7 +64,7 @@ bool is_master_dtype(Master master, DType dtype) {
 
 void TensorTable::clear() {
   groups_.clear();
-  tensors_.clear();
+  lists_.tensors.clear();
   alive_.clear();
   is_sorted_ = true;
 }
@@ -125,10 +125,10 @@ void TensorTable::Record::prefetch(size_t state_count) const {
 }
 
 bool TensorTable::append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param,
-                               Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer) {
+                               Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer) const {
   TensorView view;
   if (!known.still(object, param.numel)) {
-    if (!read_tensor(object, view) || !same_shape(view, param)) return false;
+    if (!read(object, view) || !same_shape(view, param)) return false;
     if (scales == nullptr ? !is_float(view.dtype) : view.dtype != DType::kUInt8) return false;
     known = {py::reinterpret_borrow<py::object>(object), buffer_of(view), view.numel, {object, view.shape}};
   }
@@ -140,7 +140,7 @@ bool TensorTable::append_state(const State& state, PyObject* object, PyObject* s
   const int64_t row = row_of(param);
   const int64_t blocks = row == 0 ? 0 : param.shape[0] * ((row + kBlock - 1) / kBlock);
   if (!known_scales.still(scales, blocks)) {
-    if (!read_tensor(scales, view) || !is_scales_of(view, param)) return false;
+    if (!read(scales, view) || !is_scales_of(view, param)) return false;
     known_scales = {py::reinterpret_borrow<py::object>(scales), buffer_of(view), view.numel, {scales, view.shape}};
   }
   buffer.scales = static_cast<uint8_t*>(known_scales.buffer.data);
@@ -149,14 +149,14 @@ bool TensorTable::append_state(const State& state, PyObject* object, PyObject* s
 }
 
 bool TensorTable::append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
-                                TensorDesc& desc) {
+                                TensorDesc& desc) const {
   const bool wanted = group.master != Master::kNone && param.dtype != DType::kFloat32;
   if (!wanted) return true;
   if (object == nullptr) return false;
   if (param.dtype != DType::kBFloat16 && group.master != Master::kFloat32) return false;
   if (!known.still(object, param.numel)) {
     TensorView view;
-    if (!read_tensor(object, view) || !same_shape(view, param)) return false;
+    if (!read(object, view) || !same_shape(view, param)) return false;
     if (!is_master_dtype(group.master, view.dtype)) return false;
     known = {py::reinterpret_borrow<py::object>(object), buffer_of(view), view.numel, {object, view.shape}};
   }
@@ -166,14 +166,14 @@ bool TensorTable::append_master(const Group& group, PyObject* object, const Tens
 }
 
 bool TensorTable::append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
-                                 TensorDesc& desc) {
+                                 TensorDesc& desc) const {
   if (!group.factor_keys[0]) return true;
   Factors& shapes = record.shapes;
   for (int i = 0; i < 2; ++i) {
     Known& known = record.factors[i];
     if (known.object && known.still(objects.factors[i], known.numel)) continue;
     TensorView view;
-    if (!read_tensor(objects.factors[i], view) || view.dtype != DType::kFloat32 || view.ndim < 1) return false;
+    if (!read(objects.factors[i], view) || view.dtype != DType::kFloat32 || view.ndim < 1) return false;
     known = {py::reinterpret_borrow<py::object>(objects.factors[i]),
              buffer_of(view),
              view.numel,
@@ -198,13 +198,13 @@ bool TensorTable::append(int group_index, int64_t position, const Objects& objec
   const Group& group = groups_[group_index];
   TensorView param, view;
   TensorDesc desc;
-  if (!read_tensor(objects.param, param) || !is_float(param.dtype)) return false;
+  if (!read(objects.param, param) || !is_float(param.dtype)) return false;
   desc.param = buffer_of(param);
   if (param.dtype != DType::kFloat32) desc.param.rounding = group.rounding;
   // A lazily negated parameter is a rarity, and looked for when a parameter is first met only.
   if (record.param.object != objects.param && is_negated(objects.param)) return false;
   record.param = {objects.param, param.shape};
-  if (!read_tensor(objects.grad, view) || is_negated(objects.grad)) return false;
+  if (!read(objects.grad, view) || is_negated(objects.grad)) return false;
   if (!is_float(view.dtype) || !same_shape(view, param)) return false;
   desc.grad = buffer_of(view);
   record.grad = {objects.grad, view.shape};
@@ -219,7 +219,7 @@ bool TensorTable::append(int group_index, int64_t position, const Objects& objec
   if (!append_factors(group, objects, param, record, desc)) return false;
   if (!append_master(group, objects.master, param, record.master, desc)) return false;
   if (!record.step.still(objects.step, 1)) {
-    if (!read_tensor(objects.step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
+    if (!read(objects.step, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
     record.step = {py::reinterpret_borrow<py::object>(objects.step), buffer_of(view), 1, {objects.step, view.shape}};
   }
   desc.step = static_cast<float*>(record.step.buffer.data);
@@ -227,7 +227,7 @@ bool TensorTable::append(int group_index, int64_t position, const Objects& objec
   desc.first_index = first_index;
   desc.group = group_index;
   desc.position = position;
-  tensors_.push_back(desc);
+  lists_.tensors.push_back(desc);
   return true;
 }
 
@@ -363,22 +363,36 @@ void TensorTable::sort() {
     const Group& group = groups_[tensor.group];
     return std::pair(group.param_group, group.positions.empty() ? tensor.position : group.positions[tensor.position]);
   };
-  std::sort(tensors_.begin(), tensors_.end(),
+  std::sort(lists_.tensors.begin(), lists_.tensors.end(),
             [&](const TensorDesc& a, const TensorDesc& b) { return listed(a) < listed(b); });
   is_sorted_ = true;
 }
 
-py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) const {
+bool TensorTable::read(PyObject* object, TensorView& view) const {
+  return read_tensor(object, view) && view.device == device_;
+}
+
+void TensorTable::list_groups(const std::vector<double>& grad_multipliers) {
   if (grad_multipliers.size() != groups_.size()) throw py::value_error("one gradient multiplier is needed per group");
-  std::vector<GroupDesc> groups;
+  lists_.groups.clear();
   for (size_t i = 0; i < groups_.size(); ++i) {
-    groups.push_back(groups_[i].desc);
-    groups.back().grad_multiplier = grad_multipliers[i];
+    lists_.groups.push_back(groups_[i].desc);
+    lists_.groups.back().grad_multiplier = grad_multipliers[i];
   }
-  std::vector<HealthCounts> health(counts_health ? tensors_.size() : 0);
+}
+
+uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {
+  list_groups(grad_multipliers);
+  sort();
+  return reinterpret_cast<uintptr_t>(&lists_);
+}
+
+py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) {
+  list_groups(grad_multipliers);
+  std::vector<HealthCounts> health(counts_health ? lists_.tensors.size() : 0);
   {
     const py::gil_scoped_release released;
-    cpu::step(tensors_, groups, threads, counts_health ? health.data() : nullptr);
+    cpu::step(lists_.tensors, lists_.groups, threads, counts_health ? health.data() : nullptr);
   }
   py::dict found;
   for (size_t i = 0; i < health.size(); ++i) {
@@ -388,17 +402,17 @@ py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int thre
     counts["codes"] = health[i].codes;
     counts["saturated_codes"] = health[i].saturated_codes;
     counts["nonfinite_blocks"] = health[i].nonfinite_blocks;
-    found[py::make_tuple(tensors_[i].group, tensors_[i].position)] = counts;
+    found[py::make_tuple(lists_.tensors[i].group, lists_.tensors[i].position)] = counts;
   }
   return found;
 }
 
-int64_t TensorTable::count_square_sums() const { return cpu::count_square_sums(tensors_); }
+int64_t TensorTable::count_square_sums() const { return cpu::count_square_sums(lists_.tensors); }
 
 void TensorTable::square_sums(uintptr_t sums, int threads) {
   sort();
   const py::gil_scoped_release released;
-  cpu::square_sums(tensors_, reinterpret_cast<double*>(sums), threads);
+  cpu::square_sums(lists_.tensors, reinterpret_cast<double*>(sums), threads);
 }
 
 }  // namespace fusedopt

@@ -20,6 +20,8 @@ namespace fusedopt {
 
 class TensorTable {
  public:
+  explicit TensorTable(Device device) : device_(device) {}
+
   // Starts a new step.
   void clear();
 
@@ -44,11 +46,14 @@ class TensorTable {
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
            pybind11::handle master, pybind11::handle step, int64_t first_index);
 
-  // Steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
-  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) const;
+  // Where the step's lists lie, in list order: a StepLists, for as long as nothing is added or cleared.
+  uintptr_t batch(const std::vector<double>& grad_multipliers);
+
+  // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
+  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
   int64_t count_square_sums() const;
   void square_sums(uintptr_t sums, int threads);
-  size_t size() const { return tensors_.size(); }
+  size_t size() const { return lists_.tensors.size(); }
 
  private:
   // A state tensor as it was read some step ago.
@@ -96,18 +101,21 @@ class TensorTable {
   // Finds a parameter's state in its dict; false if something is missing.
   static bool find_state(const Group& group, PyObject* held, Objects& objects);
   bool append(int group, int64_t position, const Objects& objects, int64_t first_index, Record& record);
-  static bool append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param,
-                           Known& known, Known& known_scales, TensorDesc& desc, Buffer& buffer);
-  static bool append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
-                            TensorDesc& desc);
-  static bool append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
-                             TensorDesc& desc);
+  bool append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param, Known& known,
+                    Known& known_scales, TensorDesc& desc, Buffer& buffer) const;
+  bool append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
+                     TensorDesc& desc) const;
+  bool append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
+                      TensorDesc& desc) const;
+  bool read(PyObject* object, TensorView& view) const;  // false, too, if it lies on another device
+  void list_groups(const std::vector<double>& grad_multipliers);
   void sort();
 
   std::vector<Group> groups_;
-  std::vector<TensorDesc> tensors_;
-  bool is_sorted_ = true;                     // tensors_, by group and position
-  std::vector<pybind11::object> alive_;       // what `tensors_` points into and nothing else may hold
+  Device device_;                             // where tensors must lie to be taken
+  StepLists lists_;                           // its groups are filled by `batch`
+  bool is_sorted_ = true;                     // the tensors, by group and position
+  std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold
   std::vector<std::vector<Record>> records_;  // of each group, by position
 };
 

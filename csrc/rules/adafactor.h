@@ -63,20 +63,24 @@ struct AdafactorRule {
     float scale, lr, beta1, one_minus_beta1;
   };
 
-  static bool reads_weights(const Config& c) { return c.scale_parameter != 0.0; }
+  static FUSEDOPT_FN bool reads_weights(const Config& c) { return c.scale_parameter != 0.0; }
 
-  static double at_least(double least, double value) { return value < least ? least : value; }  // NaN stays NaN
+  static FUSEDOPT_FN double at_least(double least, double value) {
+    return value < least ? least : value;
+  }  // NaN stays NaN
 
-  static double rms(double square_sum, int64_t numel) { return root(square_sum / static_cast<double>(numel)); }
+  static FUSEDOPT_FN double rms(double square_sum, int64_t numel) {
+    return root(square_sum / static_cast<double>(numel));
+  }
 
-  static double relative_lr(const Config& c, int64_t step) {
+  static FUSEDOPT_FN double relative_lr(const Config& c, int64_t step) {
     const double shrinking = 1.0 / root(static_cast<double>(step));
     if (c.is_torch != 0.0) return std::min(c.lr, shrinking);
     if (c.relative_step == 0.0) return c.lr;
     return std::min(c.warmup_init != 0.0 ? 1e-6 * static_cast<double>(step) : 1e-2, shrinking);
   }
 
-  static Hyper derive(const Config& c, int64_t step, const TensorSums& sums) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step, const TensorSums& sums) {
     Hyper h{};
     const double take = std::pow(static_cast<double>(step), c.decay_rate);
     h.moments.keep = static_cast<float>(1.0 - take);

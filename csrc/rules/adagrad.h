@@ -33,7 +33,7 @@ struct Adagrad {
     float lr, eps, weight_decay;
   };
 
-  static Hyper derive(const Config& c, int64_t step) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step) {
     return {
         static_cast<float>(c.lr / (1.0 + static_cast<double>(step - 1) * c.lr_decay)),
         static_cast<float>(c.eps),

@@ -45,7 +45,7 @@ struct Adam {
     float step_size, sqrt_bias2, eps;
   };
 
-  static Hyper derive(const Config& c, int64_t step) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step) {
     const double bias1 = 1.0 - power(c.beta1, step);
     const double bias2 = 1.0 - power(c.beta2, step);
     return {

@@ -48,11 +48,11 @@ struct AdEMAMix {
     float alpha, inverse_bias1, sqrt_bias2, eps;
   };
 
-  static double alpha_at(const Config& c, int64_t step) {
+  static FUSEDOPT_FN double alpha_at(const Config& c, int64_t step) {
     return c.t_alpha > 0.0 ? std::min(c.alpha, c.alpha * static_cast<double>(step) / c.t_alpha) : c.alpha;
   }
 
-  static double beta3_at(const Config& c, int64_t step) {
+  static FUSEDOPT_FN double beta3_at(const Config& c, int64_t step) {
     const double part = c.t_beta3 > 0.0 ? static_cast<double>(step) / c.t_beta3 : 1.0;
     if (part >= 1.0 || c.beta3 <= c.beta1) return c.beta3;
     const double log3 = std::log(c.beta3);
@@ -61,7 +61,7 @@ struct AdEMAMix {
     return std::min(c.beta3, std::exp(log1 * log3 / ((1.0 - part) * log3 + part * log1)));
   }
 
-  static Hyper derive(const Config& c, int64_t step) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step) {
     const double beta3 = beta3_at(c, step);
     return {
         static_cast<float>(c.lr),

@@ -35,7 +35,7 @@ struct Lion {
     float beta2, one_minus_beta2;
   };
 
-  static Hyper derive(const Config& c, int64_t) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t) {
     return {
         static_cast<float>(c.lr),    static_cast<float>(1.0 - c.lr * c.weight_decay),
         static_cast<float>(c.beta1), static_cast<float>(1.0 - c.beta1),

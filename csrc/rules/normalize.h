@@ -7,8 +7,8 @@
 //   static constexpr int kSecondMoment;          the state that holds the second moment, float32; or -1:
 //   static constexpr const char *kRowName, *kColumnName;  it is factored into averages over rows and columns
 //   Moments Hyper::moments;
-//   static bool reads_weights(const Config&);    whether derive needs TensorSums::param
-//   static Hyper derive(const Config&, int64_t step, const TensorSums&);
+//   static FUSEDOPT_FN bool reads_weights(const Config&);    whether derive needs TensorSums::param
+//   static FUSEDOPT_FN Hyper derive(const Config&, int64_t step, const TensorSums&);
 //                                                called again when sums are known; moments hang on none
 #pragma once
 

@@ -42,7 +42,7 @@ struct RMSpropRule {
     float lr, alpha, one_minus_alpha, eps, weight_decay, momentum;
   };
 
-  static Hyper derive(const Config& c, int64_t) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t) {
     return {
         static_cast<float>(c.lr),  static_cast<float>(c.alpha),        static_cast<float>(1.0 - c.alpha),
         static_cast<float>(c.eps), static_cast<float>(c.weight_decay), static_cast<float>(c.momentum),

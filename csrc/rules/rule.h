@@ -8,7 +8,7 @@
 //   struct Config { double ...; };       hyperparameters of one param group, as the user gave them
 //   static constexpr ConfigField kFields[];             Config's members by name
 //   struct Hyper { float ...; };         what the equation needs, derived once per step
-//   static Hyper derive(const Config&, int64_t step);   step counts from 1
+//   static FUSEDOPT_FN Hyper derive(const Config&, int64_t step);   step counts from 1
 //   static constexpr int kRooted;        a state whose square root update has at hand, or -1
 //   template <class F> static F update(F& p, F g, F* s, const Hyper&);
 //                                        returns that root, of the new state; 0 if there is none.
@@ -36,8 +36,13 @@ struct ConfigField {
 };
 
 // IEEE square root: the builtin compiles to the instruction because errno is off.
+#if defined(__CUDA_ARCH__)
+FUSEDOPT_FN float root(float x) { return __fsqrt_rn(x); }
+FUSEDOPT_FN double root(double x) { return __dsqrt_rn(x); }
+#else
 FUSEDOPT_FN float root(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_FN double root(double x) { return __builtin_sqrt(x); }
+#endif
 
 // -1, 1, or x itself where it is zero or NaN.
 FUSEDOPT_FN float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }

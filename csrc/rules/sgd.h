@@ -35,7 +35,7 @@ struct SGDRule {
     float lr, momentum, one_minus_dampening, weight_decay;
   };
 
-  static Hyper derive(const Config& c, int64_t step) {
+  static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step) {
     return {
         static_cast<float>(c.lr),
         static_cast<float>(c.momentum),

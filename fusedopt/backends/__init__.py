@@ -5,13 +5,27 @@
 
 from __future__ import annotations
 
-from .base import Backend, GroupStep, ParamStep, Session
+from torch import Tensor
+
+from .base import Backend, GroupStep, ParamStep, Scaling, Session
 from .cpu import CpuBackend
+from .cuda import CudaBackend, CudaSession
 from .eager import EagerBackend
 
-__all__ = ["BACKENDS", "Backend", "GroupStep", "ParamStep", "Session", "candidates", "names"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CudaSession",
+    "GroupStep",
+    "ParamStep",
+    "Scaling",
+    "Session",
+    "candidates",
+    "first",
+    "names",
+]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), EagerBackend())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), CudaBackend(), EagerBackend())}
 
 
 def names() -> list[str]:
@@ -22,3 +36,9 @@ def names() -> list[str]:
 def candidates(name: str) -> list[Backend]:
     """The backends to try for a name that `names` lists, the best first."""
     return list(BACKENDS.values()) if name == "auto" else [BACKENDS[name]]
+
+
+def first(name: str, params: list[Tensor]) -> Backend:
+    """The one that takes a group's parameters as they lie, judged by the first of them; others are looked at singly."""
+    options = candidates(name)
+    return next((b for b in options if params and b.refusal(params[0]) is None), options[0])

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..masters import KEYS
 from ..state import StateSpec
 
 # reference(param, grad, *states, step=, **hyper) -> (param, *states), all in the precision it computes in.
@@ -37,6 +38,7 @@ class GroupStep:
         master: What they keep beside them: None, or one of masters.KEYS.
         layout: Name of the layout; empty if all parameters have the same.
         param_group: Index of the param group.
+        lr: The learning rate, where it is a tensor on the parameters' device; `hyper` has 1 in its place.
     """
 
     rule: str
@@ -49,6 +51,27 @@ class GroupStep:
     master: str | None = None
     layout: str = ""
     param_group: int = 0
+    lr: Tensor | None = None
+
+    @property
+    def master_key(self) -> str:
+        """What parameters' state calls their masters; empty if there are none."""
+        return "" if self.master is None else KEYS[self.master]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What all gradients of a step are multiplied by, as tensors that need not be waited for.
+
+    Attributes:
+        grad_scale: Gradients are this many times too large.
+        found_inf: Not 0 if one is not finite, and the step must not be taken.
+        max_grad_norm: Clip to this norm; None does not.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)

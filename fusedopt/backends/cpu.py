@@ -9,28 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..masters import KEYS
-from ..state import ROUNDINGS
 from .base import GroupStep, Health, ParamStep
-
-# DType and Master in csrc/core/tensors.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
-MASTERS: dict[str | None, int] = {kind: i for i, kind in enumerate([None, *KEYS])}
-_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def bind_torch(*, exchange: bool = True) -> None:
-    """Tells the core how to read tensors; ``exchange=False`` leaves DLPack's C table unused."""
-    _core.bind_torch(
-        tensor_types=(torch.Tensor, torch.nn.Parameter),
-        dtypes=DTYPES,
-        is_neg=torch.Tensor.is_neg,
-        data_ptr=torch.Tensor.data_ptr,
-        exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) if exchange else None,
-    )
-
-
-bind_torch()
+from .table import PARAM_DTYPES, add_groups
 
 
 class CpuSession:
@@ -38,26 +18,21 @@ class CpuSession:
 
     def __init__(self) -> None:
         self._table = _core.TensorTable()
+        self._waits: set[int] = set()  # groups whose learning rate is on another device: left to the reference
 
     def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
         self._table.clear()
-        for group, places in zip(groups, positions):
-            self._table.add_group(
-                rule=group.rule,
-                config=group.hyper,
-                seed=group.seed,
-                roundings=[ROUNDINGS.index(rounding) for rounding in group.roundings],
-                rounding=ROUNDINGS.index(group.rounding),
-                master=MASTERS[group.master],
-                master_key="" if group.master is None else KEYS[group.master],
-                param_group=group.param_group,
-                positions=places or [],
-            )
+        add_groups(self._table, groups, positions)
+        self._waits = {i for i, group in enumerate(groups) if group.lr is not None}
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+        if group in self._waits:
+            return [i for i, param in enumerate(params) if param.grad is not None]
         return self._table.collect(group=group, params=params, state=state)
 
     def add(self, entry: ParamStep) -> bool:
+        if entry.group in self._waits:
+            return False
         return self._table.add(
             group=entry.group,
             position=entry.position,
@@ -94,7 +69,7 @@ class CpuBackend:
     def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":
             return f"it is on {param.device}"
-        if param.dtype not in _PARAM_DTYPES:
+        if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
         return None
 

@@ -32,12 +32,13 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
         shape, device = entry.param.shape, entry.param.device
         return random_bits(shape, device, seed=group.seed, step=step, first_index=entry.first_index, state=state)
 
-    param = _weights(group, entry)
+    param = weights(group, entry)
     grad = _numbers(entry.grad, entry.param).to(param.dtype)
     multiplier = rounded(grad_multiplier, param)
     states = (_state(spec, held, entry.param) for spec, held in zip(group.states, entry.states))
     told: dict[str, Any] = {"dtype": entry.param.dtype} if group.layout else {}
-    results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **group.hyper)
+    hyper = group.hyper if group.lr is None else {**group.hyper, "lr": float(group.lr.item())}
+    results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
     for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
         _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
     _write_weights(group, entry, results[0], bits(group.rounding, _PARAM_STREAM, entry.param.dtype))
@@ -51,7 +52,8 @@ def _numbers(x: Tensor, param: Tensor) -> Tensor:
     return x if keeps_own_precision(param) else x.float()
 
 
-def _weights(group: GroupStep, entry: ParamStep) -> Tensor:
+def weights(group: GroupStep, entry: ParamStep) -> Tensor:
+    """A parameter in full precision."""
     if group.master is None or entry.master is None:
         return _numbers(entry.param, entry.param)
     return masters.join(group.master, entry.param, entry.master)
@@ -86,10 +88,10 @@ def _write(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
     (torch.view_as_real(target) if target.is_complex() else target).copy_(value)
 
 
-def _count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:
+def count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:
     """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it."""
     grad = _numbers(entry.grad, entry.param)
-    unmoved = _same_bits(before, _weights(group, entry)) & (grad != 0)
+    unmoved = _same_bits(before, weights(group, entry)) & (grad != 0)
     counts = {
         "stalled": int(unmoved.sum()),
         "nonfinite_grads": int((~grad.isfinite()).sum()),
@@ -139,10 +141,10 @@ class EagerSession:
         health: Health = {}
         for entry in self._entries:
             group = self._groups[entry.group]
-            before = _weights(group, entry).clone() if counts_health else None
+            before = weights(group, entry).clone() if counts_health else None
             step_param(group, entry, grad_multipliers[entry.group])
             if before is not None:
-                health[entry.group, entry.position] = _count_health(group, entry, before)
+                health[entry.group, entry.position] = count_health(group, entry, before)
         self._entries = []
         return health
 

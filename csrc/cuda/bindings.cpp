@@ -1,0 +1,81 @@
+// fusedopt._cuda: registration only. Streams, tensors and a step's list (fusedopt._core's TensorTable.batch) come as
+// addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using fusedopt::cuda::Batch;
+using fusedopt::cuda::DeviceLr;
+using fusedopt::cuda::Scaling;
+
+Batch batch_at(uintptr_t address) {
+  const auto& lists = *reinterpret_cast<const fusedopt::StepLists*>(address);
+  return {lists.tensors, lists.groups};
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "The CUDA kernels of fusedopt. It does not link torch.";
+  // Both modules see the same lists: they must come from the same build.
+  module.attr("layout") = fusedopt::layout_of_lists();
+#if defined(CUDART_VERSION)
+  module.attr("toolkit") = CUDART_VERSION;
+#else
+  module.attr("toolkit") = py::none();
+#endif
+#if defined(FUSEDOPT_ARCHITECTURES)
+  module.attr("architectures") = FUSEDOPT_ARCHITECTURES;
+#else
+  module.attr("architectures") = "";
+#endif
+
+#if defined(CUDA_ON_CPU)
+  module.def("set_order", &cuda_on_cpu::set_order, "seed"_a);
+#endif
+
+  module.def(
+      "workspace_bytes",
+      [](uintptr_t batch, bool clips) { return fusedopt::cuda::workspace_bytes(batch_at(batch), clips); },
+      py::kw_only(), "batch"_a, "clips"_a);
+  module.def(
+      "step",
+      [](uintptr_t batch, const std::vector<std::pair<uintptr_t, bool>>& lrs, uintptr_t grad_scale, uintptr_t found_inf,
+         std::optional<double> max_grad_norm, uintptr_t grad_norm, uintptr_t workspace, uintptr_t stream) {
+        std::vector<DeviceLr> rates;
+        for (const auto& [data, is_double] : lrs) rates.push_back({pointer<void>(data), is_double});
+        Scaling scaling;
+        scaling.grad_scale = pointer<float>(grad_scale);
+        scaling.found_inf = pointer<float>(found_inf);
+        scaling.max_grad_norm = max_grad_norm.value_or(0.0);
+        scaling.grad_norm = pointer<float>(grad_norm);
+        const py::gil_scoped_release released;
+        fusedopt::cuda::step(batch_at(batch), rates, scaling, max_grad_norm.has_value(), pointer<void>(workspace),
+                             reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::kw_only(), "batch"_a, "lrs"_a, "grad_scale"_a, "found_inf"_a, "max_grad_norm"_a, "grad_norm"_a, "workspace"_a,
+      "stream"_a);
+  module.def(
+      "count_square_sums", [](uintptr_t batch) { return fusedopt::cuda::count_square_sums(batch_at(batch)); },
+      py::kw_only(), "batch"_a);
+  module.def(
+      "square_sums",
+      [](uintptr_t batch, uintptr_t sums, uintptr_t stream) {
+        const py::gil_scoped_release released;
+        fusedopt::cuda::square_sums(batch_at(batch), pointer<double>(sums), reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::kw_only(), "batch"_a, "sums"_a, "stream"_a);
+}

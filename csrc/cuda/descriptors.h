@@ -1,0 +1,75 @@
+// What crosses from the host to the kernels: tensors of one launch, by value, and what a step derives on the device.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensors.h"
+#include "rules/normalize.h"
+
+namespace fusedopt::cuda {
+
+constexpr int kTile = 256;     // elements, of one warp
+constexpr int kLane = 8;       // of them, one lane's
+constexpr int kWarps = 4;      // of a block
+constexpr int kTilesEach = 4;  // of a warp
+constexpr int kBlockTiles = kWarps * kTilesEach;
+constexpr int kThreads = kWarps * 32;
+
+// Kernel parameters may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
+#if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
+constexpr int kParameterBytes = 32000;
+#else
+constexpr int kParameterBytes = 3800;
+#endif
+
+// Formats of a tensor's buffers in one word.
+struct Formats {
+  uint32_t param : 3, grad : 3, master : 3;  // DType
+  uint32_t master_format : 3;                // Master
+  uint32_t rounds_param : 1;                 // stochastically
+  uint32_t is_aligned : 1;                   // whole tiles lie on multiples of 16 bytes in every buffer
+  uint32_t is_split : 1;                     // a lane takes two runs of four elements, half a tile apart
+  uint32_t states : 12;                      // 3 bits each, DType
+  uint32_t rounds_states : 4;                // 1 bit each, stochastically
+};
+
+// Where second moments are factored, what a row and a column multiply (rules/normalize.h).
+template <bool kFactored>
+struct DeviceFactors {
+  const float *row_factors, *column_factors;
+  int64_t row_count, column_count;  // of one matrix
+};
+template <>
+struct DeviceFactors<false> {};
+
+template <class Rule>
+constexpr bool is_factored() {
+  if constexpr (kIsNormalizing<Rule>) return Rule::kSecondMoment < 0;
+  return false;
+}
+
+template <class Rule, bool kQuantized>
+struct DeviceTensor : DeviceFactors<is_factored<Rule>()> {
+  static constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // C++ has no empty arrays
+
+  void* param;
+  const void* grad;
+  void* states[kSlots];
+  uint8_t* scales[kQuantized ? kSlots : 1];  // of codes
+  void* master;
+  int64_t numel, row, first_index;  // blocks of codes do not cross rows; where there are none, all elements are one
+  uint32_t first_block;             // of this tensor, in the launch
+  int32_t index;                    // in the step, of what is derived for it
+  Formats formats;
+};
+
+// What is the same for all elements of a tensor in one step; derived by one thread.
+template <class Rule>
+struct Derived {
+  typename Rule::Hyper hyper;
+  float grad_multiplier;
+  uint32_t stream_keys[3];
+  int32_t skips;  // 1: gradients were not finite, nothing changes
+};
+
+}  // namespace fusedopt::cuda

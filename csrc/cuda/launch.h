@@ -1,0 +1,38 @@
+// Steps on a CUDA device: plans launches and makes them. Nothing here waits for the device or reads from it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/registry.h"
+#include "core/tensors.h"
+#include "cuda/prepare.h"
+
+namespace fusedopt::cuda {
+
+// A step's tensors and groups. `index` says which tensors of the list a call is about.
+struct Batch {
+  const std::vector<TensorDesc>& tensors;
+  const std::vector<GroupDesc>& groups;
+};
+
+// The learning rate of a group where it is on the device: float32 or float64.
+struct DeviceLr {
+  const void* data = nullptr;
+  bool is_double = false;
+};
+
+// Bytes of device memory that `step` and `square_sum` need beside the tensors; aligned to 256.
+int64_t workspace_bytes(const Batch& batch, bool clips);
+
+// Steps everything. `scaling.square_sum` is set here if it clips.
+void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, void* workspace,
+          cudaStream_t stream);
+
+// Sums of squares of gradients by chunk, in list order, as cpu::square_sums.
+int64_t count_square_sums(const Batch& batch);
+void square_sums(const Batch& batch, double* sums, cudaStream_t stream);
+
+}  // namespace fusedopt::cuda

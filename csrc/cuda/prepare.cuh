@@ -1,0 +1,93 @@
+// What a step derives before it begins, on the device, so that neither step counts nor learning rates nor the gradient
+// norm are waited for: one thread a tensor. It also counts the step.
+#pragma once
+
+#include "cuda/descriptors.h"
+#include "cuda/lane.cuh"
+#include "cuda/prepare.h"
+#include "rules/all.h"
+
+namespace fusedopt::cuda {
+
+struct PreparedTensor {
+  float* step;
+  const TensorSums* sums;  // of rules that normalize: squares of weights and of updates
+  int32_t group;           // of the launch
+};
+
+constexpr int kPrepareThreads = 64;
+
+template <class Rule>
+struct PreparedGroup {
+  typename Rule::Config config;
+  const void* lr;  // on the device, or null
+  int32_t lr_is_double;
+  uint32_t seed;
+  double grad_multiplier;
+};
+
+constexpr int kPreparedGroups = kParameterBytes > 4096 ? 32 : 4;
+
+template <class Rule>
+struct PrepareParams {
+  static constexpr int kCapacity = static_cast<int>(
+      (kParameterBytes - 128 - kPreparedGroups * sizeof(PreparedGroup<Rule>)) / sizeof(PreparedTensor));
+  Scaling scaling;
+  Derived<Rule>* derived;  // of the first tensor
+  int32_t count;
+  int32_t counts;  // the step; 0 when hyperparameters are derived once more
+  PreparedGroup<Rule> groups[kPreparedGroups];
+  PreparedTensor tensors[kCapacity];
+};
+
+namespace {
+
+template <class Rule>
+FUSEDOPT_DEVICE typename Rule::Config config_of(const PreparedGroup<Rule>& group) {
+  typename Rule::Config config = group.config;
+  if (group.lr != nullptr) {
+    config.lr = group.lr_is_double ? *static_cast<const double*>(group.lr)
+                                   : static_cast<double>(*static_cast<const float*>(group.lr));
+  }
+  return config;
+}
+
+template <class Rule>
+FUSEDOPT_DEVICE typename Rule::Hyper derive(const typename Rule::Config& config, int64_t step,
+                                            const PreparedTensor& tensor) {
+  if constexpr (kIsNormalizing<Rule>) {
+    return Rule::derive(config, step, *tensor.sums);
+  } else {
+    return Rule::derive(config, step);
+  }
+}
+
+// Inverse loss scale x clip coefficient, by the operations of fusedopt/gather.py.
+FUSEDOPT_DEVICE double multiplier_of(const Scaling& scaling, float* grad_norm) {
+  double multiplier = scaling.grad_scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*scaling.grad_scale);
+  if (scaling.square_sum == nullptr) return multiplier;
+  const double norm = root(*scaling.square_sum) * multiplier;
+  if (grad_norm != nullptr) *grad_norm = static_cast<float>(norm);
+  const double coefficient = scaling.max_grad_norm / (norm + kClipEps);
+  return multiplier * (coefficient > 1.0 ? 1.0 : coefficient);  // NaN stays NaN
+}
+
+template <class Rule>
+__global__ void prepare_kernel(const __grid_constant__ PrepareParams<Rule> params) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= params.count) return;
+  const PreparedTensor& tensor = params.tensors[i];
+  const PreparedGroup<Rule>& group = params.groups[tensor.group];
+  Derived<Rule>& derived = params.derived[i];
+  derived.skips = params.scaling.found_inf != nullptr && *params.scaling.found_inf != 0.0f;
+  if (derived.skips) return;
+  const double multiplier = multiplier_of(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
+  const int64_t step = static_cast<int64_t>(*tensor.step) + params.counts;
+  derived.hyper = derive<Rule>(config_of(group), step, tensor);
+  derived.grad_multiplier = static_cast<float>(group.grad_multiplier * multiplier);
+  for (uint32_t k = 0; k < 3; ++k) derived.stream_keys[k] = stream_key(group.seed, step, k);
+  if (params.counts) *tensor.step += 1.0f;
+}
+
+}  // namespace
+}  // namespace fusedopt::cuda

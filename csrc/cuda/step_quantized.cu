@@ -1,0 +1,8 @@
+#include "cuda/launch_step.cuh"
+
+namespace fusedopt::cuda {
+
+#define FUSEDOPT_STEPS(name, type) launch_steps<type, true>,
+const StepFn kStepQuantized[] = {FUSEDOPT_RULES(FUSEDOPT_STEPS)};
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,47 @@
+"""What compiled backends tell the core of a step's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import _core
+from ..masters import KEYS
+from ..state import ROUNDINGS
+from .base import GroupStep
+
+# DType and Master in csrc/core/tensors.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
+MASTERS: dict[str | None, int] = {kind: i for i, kind in enumerate([None, *KEYS])}
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bind_torch(*, exchange: bool = True) -> None:
+    """Tells the core how to read tensors; ``exchange=False`` leaves DLPack's C table unused."""
+    _core.bind_torch(
+        tensor_types=(torch.Tensor, torch.nn.Parameter),
+        dtypes=DTYPES,
+        is_neg=torch.Tensor.is_neg,
+        data_ptr=torch.Tensor.data_ptr,
+        exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) if exchange else None,
+    )
+
+
+bind_torch()
+
+
+def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
+    """Adds a step's groups to a table that has none."""
+    for group, places in zip(groups, positions):
+        table.add_group(
+            rule=group.rule,
+            config=group.hyper,
+            seed=group.seed,
+            roundings=[ROUNDINGS.index(rounding) for rounding in group.roundings],
+            rounding=ROUNDINGS.index(group.rounding),
+            master=MASTERS[group.master],
+            master_key=group.master_key,
+            param_group=group.param_group,
+            positions=places or [],
+        )

@@ -1,0 +1,64 @@
+"""The CUDA kernels on the CPU: the backend as it is, but for the kernels' module and where tensors lie."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedopt import _core, backends
+from fusedopt.backends.cuda import CudaBackend
+from fusedopt.backends.table import PARAM_DTYPES
+
+FOLDER = os.environ.get("FUSEDOPT_EMULATED", "")  # where `make` built them (CMake's FUSEDOPT_CUDA_ON_CPU)
+
+
+@functools.cache
+def module() -> ModuleType:
+    (path,) = Path(FOLDER).rglob("_cuda*.so")
+    spec = importlib.util.spec_from_loader(
+        "fusedopt._cuda", importlib.machinery.ExtensionFileLoader("fusedopt._cuda", str(path))
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert loaded.layout == _core.layout
+    return loaded
+
+
+class EmulatedBackend(CudaBackend):
+    device_type = 1
+
+    def module(self) -> ModuleType:
+        return module()
+
+    def index_of(self, tensor: Tensor) -> int:
+        return 0
+
+    def device(self, index: int) -> torch.device:
+        return torch.device("cpu")
+
+    @contextmanager
+    def guard(self, device: torch.device) -> Iterator[int]:  # type: ignore[override]
+        yield 0
+
+    def refusal(self, param: Tensor) -> str | None:
+        return None if param.dtype in PARAM_DTYPES else f"its dtype is {param.dtype}"
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="cuda" steps CPU tensors by the kernels."""
+    if not FOLDER:
+        pytest.skip("FUSEDOPT_EMULATED does not say where the kernels for the CPU are; `make test` builds them")
+    monkeypatch.setitem(backends.BACKENDS, "cuda", EmulatedBackend())
