@@ -345,7 +345,7 @@ class FusedOptimizer(Optimizer):
             members.check_param(self, index, position, group["max_grad_norm"])
         members.make_state(self, ((index, group["params"][position]) for position in positions))
         if group["max_grad_norm"] is not None and self.last_grad_norm is None:
-            self.last_grad_norm = torch.zeros(())  # for the traced operator to write to
+            self.last_grad_norm = torch.zeros((), device=group["params"][0].device)  # for the operator to write to
         for position in positions:
             param = group["params"][position]
             params.append(param)

@@ -79,9 +79,9 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Rule> param
   const PreparedTensor& tensor = params.tensors[i];
   const PreparedGroup<Rule>& group = params.groups[tensor.group];
   Derived<Rule>& derived = params.derived[i];
+  const double multiplier = multiplier_of(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
   derived.skips = params.scaling.found_inf != nullptr && *params.scaling.found_inf != 0.0f;
   if (derived.skips) return;
-  const double multiplier = multiplier_of(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
   const int64_t step = static_cast<int64_t>(*tensor.step) + params.counts;
   derived.hyper = derive<Rule>(config_of(group), step, tensor);
   derived.grad_multiplier = static_cast<float>(group.grad_multiplier * multiplier);

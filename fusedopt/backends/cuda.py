@@ -141,7 +141,7 @@ class CudaSession:
         with self._backend.guard(device) as stream:
             # New memory in every step: the allocator knows streams and graphs, and keeps it as long as they need it.
             workspace = torch.empty(module.workspace_bytes(batch=batch, clips=clips), dtype=torch.uint8, device=device)
-            norm = torch.zeros((), dtype=torch.float32, device=device) if clips else None
+            norm = torch.empty((), dtype=torch.float32, device=device) if clips else None
             module.step(
                 batch=batch,
                 lrs=[(0 if lr is None else lr.data_ptr(), lr is not None and lr.dtype == torch.float64) for lr in lrs],
