@@ -51,7 +51,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
     "cosine": [{"num_cycles": n} for n in (0.0, 0.25, 0.5, 0.75, 1, 2.5, 7)],
     "cosine_with_restarts": [{"num_cycles": n} for n in (1, 2, 3, 6, 7, 2.5)],
-    "polynomial": [{"power": p, "lr_end": e} for p in (0.0, 0.5, 1.0, 2, 2.7) for e in (0.0, 1e-7, 0.01)],
+    "polynomial": [{"power": p, "lr_end": e} for p in (0.1, 0.5, 1.0, 2, 2.7) for e in (0.0, 1e-7, 0.01)],
     "inverse_sqrt": [{}, {"timescale": 1}, {"timescale": 33}, {"timescale": 10_000}],
     "cosine_with_min_lr": [
         {"num_cycles": n, **low} for n in (0.5, 1.25) for low in ({"min_lr": 0.003}, {"min_lr_rate": 0.3})
@@ -184,7 +184,7 @@ def test_min_lr_is_that_of_every_group() -> None:
 
 def test_polynomial_and_min_lr_with_a_tensor_lr() -> None:
     lr = torch.tensor(LR, dtype=torch.float64)
-    theirs = optimization.get_scheduler("polynomial", make_optimizer(lr.clone()), 2, 10)
+    theirs = optimization.get_scheduler("polynomial", make_optimizer(lr.clone()), 1, 10)
     assert any(math.isnan(value) for value in lrs_of(theirs, 10))
     for name, kwargs in (("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 1e-3})):
         optimizer = make_optimizer(lr.clone())
@@ -218,9 +218,9 @@ def test_constant_says_that_it_has_no_warmup() -> None:
 
 def test_greedy_guards_against_an_lr_below_its_minimum() -> None:
     theirs = optimization.get_scheduler("greedy", make_optimizer(1e-4), scheduler_specific_kwargs={"patience": 0})
-    for loss in (1.0, 2.0, 3.0):
-        theirs.step(loss)
-    assert theirs.get_last_lr() == [1e-4]  # the loss grows and the lr cannot fall
+    for loss in range(100):
+        theirs.step(float(loss))
+    assert theirs.get_last_lr()[0] > 1e-4  # the loss has grown a hundred times, and so has the lr
     with pytest.raises(ValueError, match=r"min_lr=0.001 is above the lr 0.0001 of param group 0"):
         get_scheduler("greedy", make_optimizer(1e-4))
 
@@ -231,7 +231,6 @@ def test_greedy_keeps_a_tensor_lr() -> None:
         kept = optimizer.param_groups[0]["lr"]
         scheduler = get("greedy", optimizer, scheduler_specific_kwargs={"patience": 0})
         scheduler.step(1.0)
-        scheduler.step(2.0)
         assert (optimizer.param_groups[0]["lr"] is not kept) == replaced
         assert float(optimizer.param_groups[0]["lr"]) != float(torch.tensor(0.1))
 

@@ -9,7 +9,7 @@ from .. import checks
 from . import lengths, shapes
 from .curve import AnyCurve, Flat, Phase, ProductCurve, Ramp
 from .lengths import Length
-from .schedule import Schedule, checked_total
+from .schedule import Schedule, checked_total, fill
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Constant(Schedule):
     value: float | None = None
 
     def __post_init__(self) -> None:
-        _set(self, steps=lengths.optional_length("steps", self.steps), value=_level("value", self.value))
+        fill(self, steps=lengths.optional_length("steps", self.steps), value=_level("value", self.value))
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         level = _first(self.value, before, 1.0)
@@ -62,7 +62,7 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         checks.one_of("shape", self.shape, shapes.RISES)
-        _set(
+        fill(
             self,
             steps=lengths.length("steps", self.steps),
             end=_level("end", self.end),
@@ -101,7 +101,7 @@ class Decay(Schedule):
         end: The lowest multiplier; where it arrives, but for cosines of other than half a cycle.
         start: The multiplier it starts from; where the schedule before it ended by default, or 1 if it is the first.
         num_cycles: Of the two cosines only: 0.5 and 1 by default.
-        power: Of the polynomial only, which needs it.
+        power: Of the polynomial only, which needs it, above 0.
     """
 
     name: ClassVar[str] = "decay"
@@ -122,11 +122,11 @@ class Decay(Schedule):
             raise ValueError(f"num_cycles={cycles!r} means nothing to shape={self.shape!r}; leave it out")
         if self.shape == "polynomial":
             if power is None:
-                raise ValueError("shape='polynomial' lacks its power; pass power, a number >= 0")
-            power = checks.nonnegative("power", power)
+                raise ValueError("shape='polynomial' lacks its power; pass power, a number above 0")
+            power = checks.positive("power", power)
         elif power is not None:
             raise ValueError(f"power={power!r} means nothing to shape={self.shape!r}; leave it out")
-        _set(
+        fill(
             self,
             steps=lengths.length("steps", self.steps),
             end=_level("end", self.end),
@@ -190,7 +190,7 @@ class Sequence(Schedule):
         flat: list[Schedule] = []
         for part in _schedules("parts", self.parts):
             flat += part.parts if isinstance(part, Sequence) else [part]
-        _set(self, parts=tuple(flat))
+        fill(self, parts=tuple(flat))
         open_ones = [part for part in flat[:-1] if part.is_resolved and part.length is None]
         if len(open_ones) > 1 or any(not isinstance(part, Constant) for part in open_ones):
             raise ValueError(
@@ -256,7 +256,7 @@ class Product(Schedule):
         flat: list[Schedule] = []
         for factor in _schedules("factors", self.factors):
             flat += factor.factors if isinstance(factor, Product) else [factor]
-        _set(self, factors=tuple(flat))
+        fill(self, factors=tuple(flat))
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         lengths_ = [factor.length for factor in self.factors if not isinstance(factor, Constant)] or [0]
@@ -299,11 +299,6 @@ def _resolved_steps(schedule: Any, total: int) -> Any:
     return replace(schedule, steps=lengths.resolved(schedule.steps, total))
 
 
-def _set(schedule: Schedule, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(schedule, name, value)  # the dataclass is frozen, and being constructed
-
-
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
@@ -322,12 +317,12 @@ def _schedules(name: str, values: Any) -> tuple[Schedule, ...]:
 
 
 def constant(steps: Length | None = None, value: float | None = None) -> Constant:
-    """`Constant`, in lower case to compose with."""
+    """The class `Constant`, by a name that reads well between arrows."""
     return Constant(steps, value)
 
 
 def warmup(steps: Length, shape: str = "linear", *, end: float = 1.0, start: float | None = None) -> Warmup:
-    """`Warmup`, in lower case to compose with."""
+    """The class `Warmup`, by a name that reads well between arrows."""
     return Warmup(steps, shape, end, start)
 
 
@@ -340,5 +335,5 @@ def decay(
     num_cycles: float | None = None,
     power: float | None = None,
 ) -> Decay:
-    """`Decay`, in lower case to compose with."""
+    """The class `Decay`, by a name that reads well between arrows."""
     return Decay(shape, steps, end, start, num_cycles, power)

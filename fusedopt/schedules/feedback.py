@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .. import checks
-from .compose import Constant, _set
-from .schedule import Schedule, Value
+from .compose import Constant
+from .schedule import Schedule, Value, construct, fill
 
 State = dict[str, Any]
 RULES: dict[str, type[Feedback]] = {}
@@ -72,8 +72,6 @@ class Feedback(Value):
     @staticmethod
     def from_dict(description: dict[str, Any]) -> Feedback:
         """The rule that `to_dict` described."""
-        from .schedule import construct
-
         cls = RULES.get(description.get("name", ""))
         if cls is None:
             raise ValueError(f"{description!r} describes no rule; there are {', '.join(sorted(RULES))}")
@@ -174,9 +172,9 @@ class _Watching(Feedback):
             raise ValueError(f"factor={factor!r} is outside (0, 1); pass what to multiply the lr by, such as 0.5")
         for name in ("patience", "cooldown"):
             checks.whole(name, getattr(self, name))
-        checks.nonnegative("threshold", self.threshold)
-        checks.nonnegative("eps", self.eps)
-        _set(self, mode=mode, factor=factor, min_lr=_lr_bounds("min_lr", self.min_lr), **values)  # type: ignore
+        for name in ("threshold", "eps"):
+            values[name] = checks.nonnegative(name, getattr(self, name))
+        fill(self, mode=mode, factor=factor, min_lr=_lr_bounds("min_lr", self.min_lr), **values)
 
     def _is_better(self, value: float, best: float) -> bool:
         sign = 1.0 if self.mode == "max" else -1.0

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
-from .compose import _set
 from .feedback import Feedback, State
+from .schedule import fill
 
 
 class _OfGradients(Feedback):
@@ -38,10 +38,10 @@ class _OfGradients(Feedback):
         raise NotImplementedError
 
     def _check(self, **values: Any) -> None:
-        checks.fraction("beta", self.beta)
-        if not 0 < checks.number("min_scale", self.min_scale) <= 1:
-            raise ValueError(f"min_scale={self.min_scale!r} is outside (0, 1]; pass the smallest multiplier of the lr")
-        _set(self, **values)  # type: ignore[arg-type]
+        min_scale = checks.positive("min_scale", self.min_scale)
+        if min_scale > 1:
+            raise ValueError(f"min_scale={min_scale!r} is above 1; pass the smallest multiplier of the lr")
+        fill(self, beta=checks.fraction("beta", self.beta), min_scale=min_scale, **values)
 
     def _apply(self, state: State, scale: float, base_lrs: list[float]) -> None:
         state["scale"] = scale
@@ -80,12 +80,10 @@ class GradientNorm(_OfGradients):
     min_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        checks.fraction("recovery", self.recovery)
-        if checks.number("threshold", self.threshold) <= 1:
-            raise ValueError(
-                f"threshold={self.threshold!r} would make every norm a spike; pass a number above 1, such as 2"
-            )
-        self._check()
+        threshold = checks.number("threshold", self.threshold)
+        if threshold <= 1:
+            raise ValueError(f"threshold={threshold!r} would make every norm a spike; pass a number above 1, such as 2")
+        self._check(threshold=threshold, recovery=checks.fraction("recovery", self.recovery))
 
     def start(self, base_lrs: list[float]) -> State:
         return {"lrs": list(base_lrs), "scale": 1.0, "average": None}
@@ -144,14 +142,13 @@ class GradientSparsity(_OfGradients):
     max_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.number("power", self.power)
-        if self.reference is not None and not 0 < checks.number("reference", self.reference) <= 1:
-            raise ValueError(
-                f"reference={self.reference!r} is outside (0, 1]; pass a fraction of elements that are not zero"
-            )
-        if checks.number("max_scale", self.max_scale) < 1:
-            raise ValueError(f"max_scale={self.max_scale!r} is below 1; pass the largest multiplier of the lr")
-        self._check()
+        reference = None if self.reference is None else checks.positive("reference", self.reference)
+        if reference is not None and reference > 1:
+            raise ValueError(f"reference={reference!r} is above 1; pass a fraction of elements that are not zero")
+        max_scale = checks.number("max_scale", self.max_scale)
+        if max_scale < 1:
+            raise ValueError(f"max_scale={max_scale!r} is below 1; pass the largest multiplier of the lr")
+        self._check(power=checks.number("power", self.power), reference=reference, max_scale=max_scale)
 
     def start(self, base_lrs: list[float]) -> State:
         return {"lrs": list(base_lrs), "scale": 1.0, "average": None, "reference": self.reference}

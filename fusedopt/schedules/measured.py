@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,13 +12,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
 from .feedback import Feedback, Guided
-from .scheduler import ScheduleLR
+from .scheduler import ScheduleLR, base_lrs_of
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 class _MeasuredLR(ScheduleLR):
     """Sets each group's lr to what a rule says times a schedule of the step."""
-
-    _is_ready = False  # while the constructor sets the first lr
 
     def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
         if isinstance(guided, Feedback):
@@ -26,11 +27,14 @@ class _MeasuredLR(ScheduleLR):
         if not isinstance(guided, Guided):
             raise TypeError(f"guided={guided!r} is a {type(guided).__name__}; pass a rule, or a schedule >> a rule")
         self._take(guided)
-        if isinstance(optimizer, Optimizer):
-            bases = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-            self.state = self.rule.start([float("nan") if lr is None else float(lr) for lr in bases])
+        self.state = self.rule.start(base_lrs_of(optimizer))
         super().__init__(optimizer, guided.schedule)
-        self._is_ready = True
+
+    def _initial_step(self) -> None:
+        """Sets the first lr, before anything can be measured."""
+        self._is_ready = False
+        super()._initial_step()
+        self._is_ready, self._has_stepped = True, False
 
     def _take(self, guided: Guided) -> None:
         lead = guided.schedule.length if guided.leads else 0
@@ -43,6 +47,7 @@ class _MeasuredLR(ScheduleLR):
     _get_closed_form_lr = get_lr
 
     def _measure(self, value: float) -> None:
+        self._check_groups()
         before = self.state["lrs"]
         bases = [float(lr) for lr in self.base_lrs]
         self.rule.update(self.state, value, bases, counts=self.last_epoch >= self._lead)
@@ -51,7 +56,12 @@ class _MeasuredLR(ScheduleLR):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the schedule, the rule and what it has measured."""
-        return {**super().state_dict(), "guided": self.guided.to_dict(), "measured": copy.deepcopy(self.state)}
+        return {
+            **super().state_dict(),
+            "guided": self.guided.to_dict(),
+            "measured": copy.deepcopy(self.state),
+            "has_stepped": self._has_stepped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where a scheduler was when `state_dict` was called, and sets the lr that it had.
@@ -68,7 +78,7 @@ class _MeasuredLR(ScheduleLR):
             raise ValueError(f"the state_dict is of {what}, not of one with {self.rule!r}; make that scheduler")
         super().load_state_dict(state_dict)
         self._take(guided)
-        self.state = copy.deepcopy(state_dict["measured"])
+        self.state, self._has_stepped = copy.deepcopy(state_dict["measured"]), state_dict["has_stepped"]
         self._set(self.get_last_lr())
 
 
@@ -129,12 +139,43 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
 
         Args:
             metrics: The metric, a number or a one-element tensor. Without it this is a step of the schedule alone: a
-                warmup goes on, and the rule sees nothing.
+                warmup goes on, and the rule sees nothing. A measurement after such steps is no step of its own, so
+                that evaluations between training steps do not count as more of those.
             epoch: The step to go to instead.
         """
+        follows = False
         if metrics is not None:
+            follows = self._has_stepped and epoch is None
             self._measure(float(metrics))
-        super().step(epoch)
+        self._has_stepped = metrics is None
+        if follows:
+            self._set(self.get_lr())
+        else:
+            super().step(epoch)
+
+    def trainer_callback(self) -> TrainerCallback:
+        """A callback for the Trainer of transformers, which steps this scheduler after evaluations only.
+
+        With it a warmup, or a schedule that the rule is multiplied with, goes on with every training step. Without a
+        schedule there is no need of it.
+
+        Returns:
+            What to pass as one of the Trainer's ``callbacks``.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        try:
+            from transformers import TrainerCallback
+        except ImportError as error:
+            raise ImportError("a Trainer needs transformers; install it with: pip install transformers") from error
+        scheduler = self
+
+        class StepCallback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                scheduler.step()
+
+        return StepCallback()
 
     @property
     def best(self) -> float:  # type: ignore[override]
@@ -187,9 +228,6 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
             "guided": replace(self.guided, rule=rule).to_dict(),
             "measured": state,
         }
-
-
-SchedulerOfRule = GradientLR | MetricLR
 
 
 def scheduler_of(optimizer: Optimizer, guided: Guided | Feedback) -> LRScheduler:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from .. import checks
 from . import lengths, shapes
-from .compose import _set, falling
+from .compose import falling
 from .curve import Flat, InverseRoot, Phase, Ramp
 from .lengths import Length
-from .schedule import Schedule, checked_total
+from .schedule import Schedule, checked_total, fill
 
 
 class _Warmed(Schedule):
@@ -34,7 +34,7 @@ class _Warmed(Schedule):
         if self._needs_total and self.num_training_steps is not None:
             total = values["num_training_steps"] = lengths.steps("num_training_steps", self.num_training_steps)
             values.update(self._in_steps(total, values))
-        _set(self, **values)
+        fill(self, **values)
 
     def _in_steps(self, total: int, values: dict[str, Any]) -> dict[str, Any]:
         """The lengths in steps, of all in `_lengths` that are given."""
@@ -161,7 +161,7 @@ class Polynomial(_Warmed):
         num_warmup_steps: Steps, or a ratio of the total.
         num_training_steps: Steps in all.
         lr_end: The lr that every group ends at, below that of all of them; a group whose lr is 0 stays at 0.
-        power: Of the polynomial.
+        power: Of the polynomial, above 0.
     """
 
     name: ClassVar[str] = "polynomial"
@@ -173,7 +173,7 @@ class Polynomial(_Warmed):
     def __post_init__(self) -> None:
         self._check(
             lr_end=checks.nonnegative("lr_end", self.lr_end),
-            power=checks.nonnegative("power", self.power),
+            power=checks.positive("power", self.power),
         )
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
@@ -201,10 +201,7 @@ class InverseSqrt(_Warmed):
     timescale: float | None = None
 
     def __post_init__(self) -> None:
-        timescale = None if self.timescale is None else checks.number("timescale", self.timescale)
-        if timescale is not None and timescale <= 0:
-            raise ValueError(f"timescale={timescale!r} is not positive; pass a number of steps above 0")
-        self._check(timescale=timescale)
+        self._check(timescale=None if self.timescale is None else checks.positive("timescale", self.timescale))
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         timescale = self.timescale or self.num_warmup_steps or 10_000

@@ -24,7 +24,7 @@ AnySchedule = Schedule | Feedback | Guided
 
 
 def scheduler_names() -> list[str]:
-    """Every name that `get_scheduler` takes."""
+    """Every name that `get_scheduler` takes, sorted."""
     return sorted([*training_schedules(), *RULES])
 
 

@@ -47,7 +47,7 @@ def create_schedule(name: str, **parameters: Any) -> Schedule:
 
 
 def schedule_names() -> list[str]:
-    """Every name that `create_schedule` takes."""
+    """Every name that `create_schedule` takes, sorted."""
     return sorted(SCHEDULES)
 
 
@@ -75,6 +75,12 @@ class Value:
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict())
+
+
+def fill(target: Any, /, **values: Any) -> None:
+    """Sets the fields of a frozen dataclass that is being constructed."""
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
 
 
 def _plain(value: Any) -> Any:
@@ -116,10 +122,10 @@ class Schedule(Value):
             total: Number of steps of the whole training.
 
         Returns:
-            This schedule if nothing is open, else one with ratios and open lengths filled in.
+            An equal schedule if nothing is open, else one with ratios and open lengths filled in.
 
         Raises:
-            ValueError: The lengths do not fit into the total.
+            ValueError: A sequence is longer than the total, or the phases of warmup_stable_decay are.
         """
         raise NotImplementedError
 

@@ -38,11 +38,9 @@ class ScheduleLR(LRScheduler):
     _checks_order = True
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule | Sequence[Schedule], last_epoch: int = -1) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch optimizer")
-        groups = optimizer.param_groups
-        self.schedules = _one_for_each(schedule, len(groups))
-        self._curves = _curves(self.schedules, [group.get("initial_lr", group["lr"]) for group in groups])
+        base_lrs = base_lrs_of(optimizer)
+        self.schedules = _one_for_each(schedule, len(base_lrs))
+        self._curves = _curves(self.schedules, base_lrs)
         # Named, because a subclass may have another scheduler of torch between this class and the base.
         LRScheduler.__init__(self, optimizer, last_epoch)
 
@@ -64,18 +62,21 @@ class ScheduleLR(LRScheduler):
         Args:
             epoch: The step to go to instead; torch warns that this is deprecated.
         """
+        self._check_groups()
         if epoch is not None or (self._step_count <= 1 and self._checks_order):
             LRScheduler.step(self, epoch)
             return
         # What the base class does, without the detours that take it three times as long.
         self._step_count += 1
         self.last_epoch += 1
+        self._set(self.get_lr())
+
+    def _check_groups(self) -> None:
         if len(self.optimizer.param_groups) != len(self.base_lrs):
             raise ValueError(
                 f"the optimizer has {len(self.optimizer.param_groups)} param groups, and had {len(self.base_lrs)} when "
                 "its scheduler was made; make a new scheduler after adding groups"
             )
-        self._set(self.get_lr())
 
     def _set(self, lrs: list[float | Tensor]) -> None:
         last: list[float | Tensor] = []
@@ -132,6 +133,18 @@ class ScheduleLR(LRScheduler):
         self._last_lr = _copies(state_dict["_last_lr"])
 
 
+def base_lrs_of(optimizer: Any) -> list[float]:
+    """What a new scheduler of the optimizer multiplies: what an earlier one left as "initial_lr", or the lr."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch optimizer")
+    lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if None in lrs:
+        raise ValueError(
+            f"param group {lrs.index(None)} has lr=None, which leaves nothing to schedule; give the optimizer an lr"
+        )
+    return [float(lr) for lr in lrs]
+
+
 def _copies(lrs: Sequence[Any]) -> list[Any]:
     return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
@@ -149,9 +162,4 @@ def _one_for_each(schedule: Any, groups: int) -> list[Schedule]:
 
 
 def _curves(schedules: list[Schedule], lrs: list[Any]) -> list[AnyCurve]:
-    for i, lr in enumerate(lrs):
-        if lr is None:
-            raise ValueError(
-                f"param group {i} has lr=None, which leaves nothing to schedule; give the optimizer a learning rate"
-            )
     return [schedule.curve(float(lr)) for schedule, lr in zip(schedules, lrs)]
