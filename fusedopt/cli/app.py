@@ -6,9 +6,7 @@ import typer
 
 from . import schedule
 
-app = typer.Typer(
-    name="fusedopt", help="Optimizers and schedules for PyTorch.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,111 +17,104 @@ from rich.console import Console
 from ..schedules import Schedule, create_schedule, picture
 from ..schedules.names import training_schedules
 
-app = typer.Typer(help="Look at learning rate schedules.", no_args_is_help=True)
+app = typer.Typer(help="Look at learning rate schedules.", no_args_is_help=True, rich_markup_mode=None)
 
-Name = Annotated[str, typer.Argument(help="A schedule's name, or a .json file that to_json() wrote.")]
-Names = Annotated[list[str], typer.Argument(help="Schedules' names, or .json files that to_json() wrote.")]
+_NAME = (
+    "A name that `fusedopt schedule list` knows, with parameters if need be: cosine or "
+    "warmup_stable_decay:num_decay_steps=0.2,decay_type=1-sqrt; or a .json file that to_json() wrote."
+)
+Name = Annotated[str, typer.Argument(metavar="NAME[:KEY=VALUE,...]", help=_NAME)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME[:KEY=VALUE,...]...", help=_NAME)]
 Steps = Annotated[int, typer.Option("--steps", help="Training steps in all.")]
-Warmup = Annotated[float | None, typer.Option("--warmup", help="Warmup steps, or a ratio of all in [0, 1).")]
+Warmup = Annotated[float, typer.Option("--warmup", help="Warmup steps, or a ratio of all in [0, 1).")]
 Lr = Annotated[float | None, typer.Option("--lr", help="The learning rate that is multiplied.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-p", metavar="KEY=VALUE", help="A parameter, such as num_cycles=2; may be repeated."),
-]
+Png = Annotated[Path | None, typer.Option("--png", help="File for a picture; without it the terminal gets a sketch.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="File to write; without it the standard output.")]
 
 
 @app.command("list")
 def list_schedules() -> None:
-    """Lists the schedules that have names, with their parameters and defaults."""
-    console = Console()
+    """Lists the schedules with their parameters and defaults."""
+    console = Console(highlight=False, soft_wrap=True)
     for name, cls in training_schedules().items():
-        console.print(f"[bold]{name}[/bold]  {_summary(cls)}", highlight=False, soft_wrap=True)
+        parameters = inspect.signature(cls).parameters.values()
+        shown = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+        console.print(f"[bold]{name}[/bold]  {shown}")
 
 
 @app.command()
-def plot(
-    names: Names,
-    steps: Steps = 1_000,
-    warmup: Warmup = None,
-    lr: Lr = None,
-    parameters: Set = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture to this file; else sketch in the terminal.")] = None,
-) -> None:
+def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, png: Png = None) -> None:
     """Draws schedules: into a picture with --png, else with characters."""
-    with _Sentences():
-        schedules = [_schedule(name, steps, warmup, lr, parameters or []) for name in names]
-        if png is None:
-            console = Console(highlight=False)
-            for name, schedule in zip(names, schedules):
-                sketch = picture.sketch(schedule, steps=steps, base_lr=lr, width=min(100, max(30, console.width)))
-                console.print(f"[bold]{name}[/bold]\n{sketch}")
-        else:
-            labels = [Path(name).stem for name in names]
-            axes = picture.plot(schedules, steps=steps, base_lr=lr, labels=labels)
-            figure = axes.get_figure(root=True)
-            assert figure is not None
-            figure.savefig(png, dpi=150)
+    with _sentences():
+        schedules = [_schedule(name, steps, warmup, lr) for name in names]
+        if png is not None:
+            labels = [name.replace(":", "\n", 1).replace(",", ", ") for name in names]
+            picture.save(picture.plot(schedules, steps=steps, base_lr=lr, labels=labels), png)
+            return
+        console = Console(highlight=False)
+        for name, schedule in zip(names, schedules):
+            console.print(f"[bold]{name}[/bold]")
+            print(picture.sketch(schedule, steps=steps, base_lr=lr, width=min(100, max(30, console.width))))
 
 
 @app.command()
-def dump(
-    name: Name,
-    steps: Steps = 1_000,
-    warmup: Warmup = None,
-    lr: Lr = None,
-    parameters: Set = None,
-    csv: Annotated[Path | None, typer.Option(help="File to write; else the standard output.")] = None,
-) -> None:
+def dump(name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, csv: Csv = None) -> None:
     """Writes step, multiplier and, with --lr, the learning rate of every step as CSV."""
-    with _Sentences():
-        schedule = _schedule(name, steps, warmup, lr, parameters or [])
-        multipliers = schedule(np.arange(steps), lr)
+    with _sentences():
+        multipliers = _schedule(name, steps, warmup, lr)(np.arange(steps), lr)
         columns = {"step": range(steps), "multiplier": multipliers.tolist()}
         if lr is not None:
             columns["lr"] = (multipliers * lr).tolist()
-        lines = [",".join(columns), *(",".join(map(repr, row)) for row in zip(*columns.values()))]
-        text = "\n".join(lines) + "\n"
+        rows = (",".join(map(repr, row)) for row in zip(*columns.values()))
+        text = "\n".join([",".join(columns), *rows, ""])
         if csv is None:
             sys.stdout.write(text)
         else:
             csv.write_text(text)
 
 
-class _Sentences:
-    """Shows the sentence of an error instead of its traceback."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
-            raise SystemExit(str(error)) from error
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Ends with the sentence of an error instead of its traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SystemExit(str(error)) from error
 
 
-def _schedule(name: str, steps: int, warmup: float | None, lr: float | None, parameters: list[str]) -> Schedule:
-    if name.endswith(".json"):
-        if warmup is not None or parameters:
-            raise ValueError(f"{name} has its own warmup and parameters; leave --warmup and --set out")
-        return _checked(Schedule.from_json(Path(name).read_text()).resolve(steps), lr)
-    given: dict[str, Any] = {} if warmup is None else {"num_warmup_steps": warmup}
-    for parameter in parameters:
-        key, equals, value = parameter.partition("=")
-        if not equals:
-            raise ValueError(f"--set {parameter!r} has no value; write KEY=VALUE")
-        try:
-            given[key] = json.loads(value)
-        except json.JSONDecodeError:
-            given[key] = value
-    return _checked(create_schedule(name, **given).resolve(steps), lr)
-
-
-def _checked(schedule: Schedule, lr: float | None) -> Schedule:
+def _schedule(spec: str, steps: int, warmup: float, lr: float | None) -> Schedule:
+    if spec.endswith(".json"):
+        if warmup:
+            raise ValueError(f"--warmup {warmup!r} is for a name; {spec} has its own warmup, so leave it out")
+        schedule = _read(Path(spec))
+    else:
+        name, _, given = spec.partition(":")
+        parameters = dict(map(_parameter, given.split(","))) if given else {}
+        takes = inspect.signature(training_schedules().get(name, Schedule)).parameters
+        if "num_warmup_steps" in takes:
+            parameters.setdefault("num_warmup_steps", warmup)
+        elif warmup:
+            raise ValueError(f"--warmup {warmup!r} means nothing to {name!r}; leave it out")
+        schedule = create_schedule(name, **parameters)
+    schedule = schedule.resolve(steps)
     if lr is None and schedule.needs_base_lr:
-        raise ValueError(f"{schedule.name} ends at an absolute learning rate; pass --lr, the one that it begins at")
+        raise ValueError(f"{spec!r} ends at an absolute learning rate; pass --lr, the one that it begins at")
     return schedule
 
 
-def _summary(cls: type) -> str:
-    """The parameters that --set takes, with their defaults."""
-    parameters = inspect.signature(cls).parameters.values()
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+def _parameter(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} has no value; write KEY=VALUE, with commas between")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _read(path: Path) -> Schedule:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); pass a file that to_json() wrote") from error
+    return Schedule.from_dict(description)

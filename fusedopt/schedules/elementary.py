@@ -9,7 +9,7 @@ one that was interrupted.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,11 @@ _LN2_LOW = 1.90821492927058770002e-10
 # sin(pi w / 2) / w in powers of w^2; w <= 1/2, so nine terms leave less than 1e-19.
 _SINE = [(-1) ** i * (math.pi / 2) ** (2 * i + 1) / math.factorial(2 * i + 1) for i in range(9)][::-1]
 _EXP = [1 / math.factorial(i) for i in range(14)][::-1]  # |r| <= ln(2)/2 leaves less than 1e-17
-_ATANH = [2 / (2 * i + 1) for i in range(12)][::-1]  # |z| <= 0.172 leaves less than 1e-19
+_ATANH = [2 / (2 * i + 1) for i in range(11)][::-1]  # |z| <= 0.172 leaves less than 1e-18
 
 
 def _polynomial(coefficients: list[float], x: Real) -> Real:
-    result = coefficients[0] + 0.0 * x
+    result: Any = coefficients[0]
     for coefficient in coefficients[1:]:
         result = result * x + coefficient
     return result

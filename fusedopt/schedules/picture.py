@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POINTS = 2_000  # more than a picture has columns
+_STYLES = ("-", "--", "-.", ":")
 _ENDLESS = 1_000  # steps drawn of a schedule that has no end
 
 
@@ -47,24 +49,31 @@ def plot(
         raise ImportError("plotting a schedule needs matplotlib; install it with: pip install matplotlib") from error
     last = _last(schedules, steps)
     if ax is None:
-        ax = plt.subplots(figsize=(7.0, 3.6), layout="constrained")[1]
+        ax = plt.subplots(figsize=(7.0, 3.6 + 0.2 * len(schedules)), layout="constrained")[1]
     at = np.unique(np.linspace(0, last, _POINTS).astype(np.int64))
     names = [schedule.name for schedule in schedules] if labels is None else labels
-    for schedule, name in zip(schedules, names):
-        ax.plot(at, _values(schedule, at, base_lr), label=name, linewidth=1.8)
+    for i, (schedule, name) in enumerate(zip(schedules, names)):
+        # Dashed, so that what runs under another is seen.
+        ax.plot(at, _values(schedule, at, base_lr), label=name, linewidth=1.8, linestyle=_STYLES[i % len(_STYLES)])
     ax.set_xlabel("step")
     ax.set_ylabel("multiplier of the lr" if base_lr is None else "learning rate")
     ax.set_xlim(0, max(1, last))
     ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(True, alpha=0.3)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     if len(schedules) == 1:
-        ax.set_title(names[0], loc="left")
+        ax.set_title(names[0], fontsize="medium")
     else:
-        # Beside the axes: wherever it lay inside, some schedule would pass under it.
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        # Below the axes: wherever it lay inside, some schedule would pass under it.
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False)
     return ax
+
+
+def save(axes: Axes, path: str | Path) -> None:
+    """Writes the picture that axes belong to, at 150 dots per inch."""
+    axes.figure.savefig(path, dpi=150)  # type: ignore[union-attr]  # of a SubFigure, which we do not make
 
 
 def sketch(
