@@ -98,6 +98,8 @@ def test_elementary_functions_are_accurate_and_equal_for_numbers_and_arrays() ->
     for function in (half_wave, exp, lambda v: power(v, 0.37)):
         inside = -random if function is exp else random
         assert function(inside).tolist() == [function(v) for v in inside.tolist()]
+    steep = -np.linspace(0, 800, 3_000)  # through subnormal numbers to 0
+    assert exp(steep).tolist() == [exp(v) for v in steep.tolist()]
     # Relatively, too, for as long as numbers are normal: small multipliers are as exact as large ones.
     tiny = -np.linspace(0, 700, 1_000)
     assert np.abs(exp(tiny) / [math.exp(v) for v in tiny.tolist()] - 1).max() <= 2**-51
@@ -168,6 +170,7 @@ def test_warmup_shapes_by_hand() -> None:
 def test_decay_shapes_by_hand() -> None:
     assert Decay("polynomial", 4, power=2)(2) == 0.25
     assert Decay("linear", 4, end=0.2, start=0.6)(1) == pytest.approx(0.5, rel=1e-15)  # 0.2 + 0.4 * 0.75, rounded
+    assert Decay("exponential", 4)(1) == pytest.approx(1 - (1 - math.exp(-1.25)) / (1 - math.exp(-5)), rel=1e-15)
     assert Decay("cosine", 4, num_cycles=1)(2) == 0
     assert Decay("cosine", 4, num_cycles=1)(4) == 1
     for shape in ("linear", "exponential", "cosine", "1-sqrt"):

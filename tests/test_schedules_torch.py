@@ -46,8 +46,10 @@ def train(scheduler: LRScheduler, steps: int) -> list[list[float]]:
 
 def test_sets_base_lr_times_the_schedule() -> None:
     schedule = Cosine(5, 20)
-    seen = train(ScheduleLR(make_optimizer(0.5, 0.01), schedule), 25)
-    assert seen == [[0.5 * schedule(s), 0.01 * schedule(s)] for s in range(25)]
+    scheduler = ScheduleLR(make_optimizer(0.5, 0.01), schedule)
+    assert train(scheduler, 25) == [[0.5 * schedule(s), 0.01 * schedule(s)] for s in range(25)]
+    assert (scheduler.last_epoch, scheduler._step_count) == (25, 26)
+    assert scheduler.get_last_lr() == scheduler.get_lr() == [0.5 * schedule(25), 0.01 * schedule(25)]
 
 
 def test_one_schedule_for_each_group() -> None:

@@ -50,7 +50,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "constant_with_warmup": [{}],
     "linear": [{}],
     "cosine": [{"num_cycles": n} for n in (0.0, 0.25, 0.5, 0.75, 1, 2.5, 7)],
-    "cosine_with_restarts": [{"num_cycles": n} for n in (1, 2, 3, 6, 7, 2.5)],
+    "cosine_with_restarts": [{"num_cycles": n} for n in (1, 2, 3, 6, 7, 2.5, 49)],
     "polynomial": [{"power": p, "lr_end": e} for p in (0.1, 0.5, 1.0, 2, 2.7) for e in (0.0, 1e-7, 0.01)],
     "inverse_sqrt": [{}, {"timescale": 1}, {"timescale": 33}, {"timescale": 10_000}],
     "cosine_with_min_lr": [
@@ -68,7 +68,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         for cycles in ([{}, {"num_cycles": 1.3}] if down == "cosine" else [{}])
     ],
 }
-LENGTHS = [(0, 40), (1, 40), (7, 40), (13, 29), (0, 1), (3, 1_000)]
+# 49 (1 / 49) rounds to less than 1, so in the restarts 49 cycles of 49 steps show where the remainder is taken.
+LENGTHS = [(0, 40), (1, 40), (0, 49), (7, 40), (13, 29), (0, 1), (3, 1_000)]
 GRID = [(name, w, total, kwargs) for name, all_ in SETTINGS.items() for kwargs in all_ for w, total in LENGTHS]
 GRID = [row for row in GRID if row[1] + row[3].get("num_decay_steps", 0) <= row[2]]
 

@@ -12,9 +12,8 @@ import math
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Real = TypeVar("Real", float, Array)
 
 _LN2 = math.log(2.0)
