@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -119,6 +120,7 @@ def test_round_trip_equality_and_hash(schedule: Schedule) -> None:
     assert (again(steps, LR) == schedule(steps, LR)).all()
     for copied in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
         assert copied == schedule
+        assert vars(copied).keys() == {field.name for field in dataclasses.fields(schedule)}
         assert (copied(steps, LR) == schedule(steps, LR)).all()
 
 

@@ -62,9 +62,9 @@ class GradientNorm(_OfGradients):
     exceeds that. Afterwards what is missing shrinks by the factor `recovery` a step. A spike enters the average
     clipped, so that the next one is still seen. A norm that is not finite scales by min_scale and leaves the average.
 
-    Comparing the norm with an average of clipped norms is how AdaGC (Wang et al., arXiv:2502.11034) and ZClip (Kumar et
-    al., arXiv:2504.02507) find spikes. They scale that step's gradient; a scheduler, which comes after the step, can
-    scale the lr of those that follow. Use `max_grad_norm` for the step itself.
+    Comparing the norm with an average of clipped norms is how AdaGC (Wang et al., arXiv:2502.11034) finds spikes; ZClip
+    (Kumar et al., arXiv:2504.02507) takes a z-score. Both scale that step's gradient; a scheduler, which comes after
+    the step, can scale the lr of those that follow. Use `max_grad_norm` for the step itself.
 
     Args:
         beta: Of the average, in [0, 1).

@@ -98,6 +98,10 @@ class Schedule(Value):
     Lengths are steps (an int) or ratios of a total (a float in [0, 1), rounded up), which `resolve` makes steps.
     """
 
+    # Beside the fields: what copies, or LambdaLR's state_dict, see of a schedule is its parameters.
+    __slots__ = ("_curves",)
+    _curves: dict[float | None, AnyCurve]
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
@@ -163,7 +167,11 @@ class Schedule(Value):
             base_lr = None
         elif base_lr is None:
             raise ValueError(f"{self!r} ends at an absolute lr; pass base_lr, the lr that it multiplies")
-        known: dict[float | None, AnyCurve] = self.__dict__.setdefault("_curves", {})
+        try:
+            known = self._curves
+        except AttributeError:
+            known = {}
+            fill(self, _curves=known)
         if base_lr not in known:
             if len(known) >= _KEPT:
                 known.clear()
@@ -217,7 +225,7 @@ class Schedule(Value):
     __rmul__ = __mul__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_curves"}
+        return dict(self.__dict__)
 
     @staticmethod
     def from_dict(description: dict[str, Any]) -> Schedule:
