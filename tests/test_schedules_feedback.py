@@ -234,6 +234,7 @@ def test_gradient_sparsity_by_hand() -> None:
     for zeros, scale in ((0.0, 1.0), (0.2, 1.25), (0.9, 1.5), (1.0, 1.5)):
         opposite.step(zeros)
         assert opposite.state["scale"] == scale
+    assert GradientSparsity(power=-500, max_scale=2)._scale(1e-3) == 2  # beyond the largest double
 
 
 def test_measurements_are_taken_from_the_optimizer() -> None:
@@ -290,6 +291,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: constant() >> Plateau(), ValueError, "no end"),
     (lambda: get_scheduler("gradient_norm", make_optimizer()).step(-1.0), ValueError, "norm -1.0"),
     (lambda: get_scheduler("gradient_sparsity", make_optimizer()).step(1.5), ValueError, "sparsity 1.5"),
+    (lambda: get_scheduler("greedy", make_optimizer()).step(), ValueError, "lacks its measurement"),
     (lambda: MetricLR(make_optimizer(), 3), TypeError, "guided=3"),
     (lambda: Guided.from_dict({"name": "cosine"}), ValueError, "guided"),
     (lambda: Guided(3, Plateau()), TypeError, "schedule=3"),

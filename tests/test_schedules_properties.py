@@ -216,6 +216,46 @@ def test_invalid_numbers_raise_and_name_the_argument(cls: type, name: str, data:
         cls(**{**NEEDED.get(cls, {}), name: value})
 
 
+norms = st.lists(st.floats(min_value=0, allow_nan=False) | st.just(float("nan")), max_size=50)
+
+
+@given(norms, st.floats(0, 0.999), st.floats(1.001, 1e6), st.floats(0, 0.999), st.floats(0.001, 1))
+@settings(max_examples=200, deadline=None)
+def test_gradient_norms_of_any_size_keep_the_scale_in_its_bounds(
+    values: list[float], beta: float, threshold: float, recovery: float, min_scale: float
+) -> None:
+    rule = GradientNorm(beta, threshold, recovery, min_scale)
+    state = rule.start([LR])
+    for value in values:
+        rule.update(state, value, [LR])
+        assert min_scale <= state["scale"] <= 1
+        assert state["average"] is None or np.isfinite(state["average"])
+        assert state["lrs"] == [LR * state["scale"]]
+
+
+@given(st.lists(unit, max_size=50), st.floats(0, 0.999), st.floats(-1e3, 1e3), st.floats(0.001, 1), st.floats(1, 1e6))
+@settings(max_examples=200, deadline=None)
+def test_sparsities_of_any_size_keep_the_scale_in_its_bounds(
+    values: list[float], beta: float, power: float, min_scale: float, max_scale: float
+) -> None:
+    rule = GradientSparsity(beta, power, None, min_scale, max_scale)
+    state = rule.start([LR])
+    for value in values:
+        rule.update(state, value, [LR])
+        assert min_scale <= state["scale"] <= max_scale
+
+
+@given(st.lists(st.floats(), max_size=80), st.booleans(), st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_metrics_of_any_size_keep_the_lr_in_its_bounds(values: list[float], smooth: bool, patience: int) -> None:
+    for rule in (Greedy(patience=patience, min_lr=LR / 10, max_lr=2 * LR, smooth=smooth, factor=0.5), Plateau("max")):
+        state = rule.start([LR])
+        for value in values:
+            rule.update(state, value, [LR])
+            assert 0 < state["lrs"][0] <= 2 * LR
+            assert rule.name != "greedy" or state["lrs"][0] >= LR / 10
+
+
 @given(st.floats() | st.integers())
 @settings(max_examples=200, deadline=None)
 def test_lengths_are_whole_or_ratios(value: float) -> None:

@@ -167,10 +167,10 @@ class GradientSparsity(_OfGradients):
             self._apply(state, self._scale(average / state["reference"]), base_lrs)
 
     def _scale(self, ratio: float) -> float:
-        if ratio == 0:
-            scale = 0.0 if self.power > 0 else self.max_scale if self.power < 0 else 1.0
-        else:
+        try:
             scale = ratio**self.power
+        except (OverflowError, ZeroDivisionError):  # a negative power of next to nothing
+            scale = math.inf
         return min(self.max_scale, max(self.min_scale, scale))
 
     def measure(self, optimizer: Optimizer) -> float:

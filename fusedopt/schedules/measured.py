@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
+from .compose import Constant
 from .feedback import Feedback, Guided
 from .scheduler import ScheduleLR, base_lrs_of
 
@@ -142,7 +143,12 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
                 warmup goes on, and the rule sees nothing. A measurement after such steps is no step of its own, so
                 that evaluations between training steps do not count as more of those.
             epoch: The step to go to instead.
+
+        Raises:
+            ValueError: There is no measurement and the rule is alone, so that nothing would happen.
         """
+        if metrics is None and self._is_ready and isinstance(self.guided.schedule, Constant):
+            raise ValueError(f"{self.rule!r} lacks its measurement, and no schedule goes on; call step(metrics)")
         follows = False
         if metrics is not None:
             follows = self._has_stepped and epoch is None
@@ -156,8 +162,8 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     def trainer_callback(self) -> TrainerCallback:
         """A callback for the Trainer of transformers, which steps this scheduler after evaluations only.
 
-        With it a warmup, or a schedule that the rule is multiplied with, goes on with every training step. Without a
-        schedule there is no need of it.
+        With it a warmup, or a schedule that the rule is multiplied with, goes on with every training step. A rule alone
+        has nothing that would, and needs none.
 
         Returns:
             What to pass as one of the Trainer's ``callbacks``.

@@ -229,9 +229,10 @@ class CosineWithMinLR(Cosine):
 
     def _minimum(self) -> dict[str, Any]:
         if (self.min_lr is None) == (self.min_lr_rate is None):
+            given = "not" if self.min_lr is None else "both"
             raise ValueError(
-                f"min_lr={self.min_lr!r} and min_lr_rate={self.min_lr_rate!r} are {'both' if self.min_lr else 'not'} "
-                "given; pass one of them, an lr or a ratio of the group's lr"
+                f"min_lr={self.min_lr!r} and min_lr_rate={self.min_lr_rate!r} are {given} given; "
+                "pass one of them, an lr or a ratio of the group's lr"
             )
         return {
             "num_cycles": checks.nonnegative("num_cycles", self.num_cycles),
