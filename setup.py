@@ -56,7 +56,7 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[CMakeExtension("fusedopt._core")],
     cmdclass={"build_ext": CMakeBuild},
-    packages=["fusedopt", "fusedopt.backends", "fusedopt.reference"],
+    packages=["fusedopt", "fusedopt.backends", "fusedopt.cli", "fusedopt.reference", "fusedopt.schedules"],
     package_dir={"fusedopt": "fusedopt"},
     package_data={"fusedopt": ["py.typed", "*.pyi"]},
 )

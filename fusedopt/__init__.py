@@ -4,6 +4,7 @@ import fusedopt
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, state_dtype="8bit", max_grad_norm=1.0)
 """
 
+from . import schedules
 from .adafactor import Adafactor, AdafactorSchedule, recommended_adafactor
 from .adagrad import Adagrad
 from .adamw import Adam, AdamW
@@ -21,6 +22,7 @@ from .lion import Lion
 from .names import create_optimizer, optimizer_names
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
+from .schedules import get_scheduler
 from .sgd import SGD
 from .weights import fp32_parameters, load_fp32_parameters
 
@@ -42,10 +44,12 @@ __all__ = [
     "fp32_parameters",
     "from_bitsandbytes",
     "from_torchao",
+    "get_scheduler",
     "load_fp32_parameters",
     "optimizer_names",
     "param_groups",
     "recommended_adafactor",
+    "schedules",
     "to_bitsandbytes",
     "to_torch_state_dict",
     "to_torchao",

@@ -34,6 +34,14 @@ def nonnegative(name: str, value: Any) -> float:
     return result
 
 
+def positive(name: str, value: Any) -> float:
+    """A finite number > 0."""
+    result = number(name, value)
+    if result <= 0:
+        raise ValueError(f"{name}={result!r} is not positive; pass a number above 0")
+    return result
+
+
 def fraction(name: str, value: Any) -> float:
     """A number in [0, 1)."""
     result = number(name, value)

@@ -1,0 +1,15 @@
+"""The list of subcommands."""
+
+from __future__ import annotations
+
+import typer
+
+from . import schedule
+
+app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.add_typer(schedule.app, name="schedule")
+
+
+@app.callback()
+def _root() -> None:
+    """Optimizers and schedules for PyTorch."""

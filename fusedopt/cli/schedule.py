@@ -1,0 +1,120 @@
+"""``fusedopt schedule list | plot | dump``: looks at schedules without training."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from ..schedules import Schedule, create_schedule, picture
+from ..schedules.names import training_schedules
+
+app = typer.Typer(help="Look at learning rate schedules.", no_args_is_help=True, rich_markup_mode=None)
+
+_NAME = (
+    "A name that `fusedopt schedule list` knows, with parameters if need be: cosine or "
+    "warmup_stable_decay:num_decay_steps=0.2,decay_type=1-sqrt; or a .json file that to_json() wrote."
+)
+Name = Annotated[str, typer.Argument(metavar="NAME[:KEY=VALUE,...]", help=_NAME)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME[:KEY=VALUE,...]...", help=_NAME)]
+Steps = Annotated[int, typer.Option("--steps", help="Training steps in all.")]
+Warmup = Annotated[float, typer.Option("--warmup", help="Warmup steps, or a ratio of all in [0, 1).")]
+Lr = Annotated[float | None, typer.Option("--lr", help="The learning rate that is multiplied.")]
+Png = Annotated[Path | None, typer.Option("--png", help="File for a picture; without it the terminal gets a sketch.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="File to write; without it the standard output.")]
+
+
+@app.command("list")
+def list_schedules() -> None:
+    """Lists the schedules with their parameters and defaults."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name, cls in training_schedules().items():
+        parameters = inspect.signature(cls).parameters.values()
+        shown = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+        console.print(f"[bold]{name}[/bold]  {shown}")
+
+
+@app.command()
+def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, png: Png = None) -> None:
+    """Draws schedules: into a picture with --png, else with characters."""
+    with _sentences():
+        schedules = [_schedule(name, steps, warmup, lr) for name in names]
+        if png is not None:
+            labels = [name.replace(":", "\n", 1).replace(",", ", ") for name in names]
+            picture.save(picture.plot(schedules, steps=steps, base_lr=lr, labels=labels), png)
+            return
+        console = Console(highlight=False)
+        for name, schedule in zip(names, schedules):
+            console.print(f"[bold]{name}[/bold]")
+            print(picture.sketch(schedule, steps=steps, base_lr=lr, width=min(100, max(30, console.width))))
+
+
+@app.command()
+def dump(name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, csv: Csv = None) -> None:
+    """Writes step, multiplier and, with --lr, the learning rate of every step as CSV."""
+    with _sentences():
+        multipliers = _schedule(name, steps, warmup, lr)(np.arange(steps), lr)
+        columns = {"step": range(steps), "multiplier": multipliers.tolist()}
+        if lr is not None:
+            columns["lr"] = (multipliers * lr).tolist()
+        rows = (",".join(map(repr, row)) for row in zip(*columns.values()))
+        text = "\n".join([",".join(columns), *rows, ""])
+        if csv is None:
+            sys.stdout.write(text)
+        else:
+            csv.write_text(text)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Ends with the sentence of an error instead of its traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def _schedule(spec: str, steps: int, warmup: float, lr: float | None) -> Schedule:
+    if spec.endswith(".json"):
+        if warmup:
+            raise ValueError(f"--warmup {warmup!r} is for a name; {spec} has its own warmup, so leave it out")
+        schedule = _read(Path(spec))
+    else:
+        name, _, given = spec.partition(":")
+        parameters = dict(map(_parameter, given.split(","))) if given else {}
+        takes = inspect.signature(training_schedules().get(name, Schedule)).parameters
+        if "num_warmup_steps" in takes:
+            parameters.setdefault("num_warmup_steps", warmup)
+        elif warmup:
+            raise ValueError(f"--warmup {warmup!r} means nothing to {name!r}; leave it out")
+        schedule = create_schedule(name, **parameters)
+    schedule = schedule.resolve(steps)
+    if lr is None and schedule.needs_base_lr:
+        raise ValueError(f"{spec!r} ends at an absolute learning rate; pass --lr, the one that it begins at")
+    return schedule
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} has no value; write KEY=VALUE, with commas between")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _read(path: Path) -> Schedule:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); pass a file that to_json() wrote") from error
+    return Schedule.from_dict(description)

@@ -1,0 +1,242 @@
+"""Rules that are driven by measurements as torch learning rate schedulers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from .. import checks
+from .compose import Constant
+from .feedback import Feedback, Guided
+from .scheduler import ScheduleLR, base_lrs_of
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class _MeasuredLR(ScheduleLR):
+    """Sets each group's lr to what a rule says times a schedule of the step."""
+
+    def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
+        if isinstance(guided, Feedback):
+            guided = Guided.of(guided)
+        if not isinstance(guided, Guided):
+            raise TypeError(f"guided={guided!r} is a {type(guided).__name__}; pass a rule, or a schedule >> a rule")
+        self._take(guided)
+        self.state = self.rule.start(base_lrs_of(optimizer))
+        super().__init__(optimizer, guided.schedule)
+
+    def _initial_step(self) -> None:
+        """Sets the first lr, before anything can be measured."""
+        self._is_ready = False
+        super()._initial_step()
+        self._is_ready, self._has_stepped = True, False
+
+    def _take(self, guided: Guided) -> None:
+        lead = guided.schedule.length if guided.leads else 0
+        self.guided, self.rule, self._lead = guided, guided.rule, lead or 0
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The lr of each group at `last_epoch`, after what has been measured."""
+        return [lr * curve(self.last_epoch) for lr, curve in zip(self.state["lrs"], self._curves)]
+
+    _get_closed_form_lr = get_lr
+
+    def _measure(self, value: float) -> None:
+        self._check_groups()
+        before = self.state["lrs"]
+        bases = [float(lr) for lr in self.base_lrs]
+        self.rule.update(self.state, value, bases, counts=self.last_epoch >= self._lead)
+        if getattr(self.rule, "verbose", False) and self.state["lrs"] != before:
+            print(f"step {self.last_epoch + 1}: the lr goes from {before} to {self.state['lrs']}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the schedule, the rule and what it has measured."""
+        return {
+            **super().state_dict(),
+            "guided": self.guided.to_dict(),
+            "measured": copy.deepcopy(self.state),
+            "has_stepped": self._has_stepped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where a scheduler was when `state_dict` was called, and sets the lr that it had.
+
+        Args:
+            state_dict: Of a scheduler like this one, whose schedule and rule replace those given.
+
+        Raises:
+            ValueError: It is of another kind of scheduler or for another number of groups.
+        """
+        guided = Guided.from_dict(state_dict["guided"]) if "guided" in state_dict else None
+        if guided is None or type(guided.rule) is not type(self.rule):
+            what = "another kind of scheduler" if guided is None else f"a scheduler with {guided.rule!r}"
+            raise ValueError(f"the state_dict is of {what}, not of one with {self.rule!r}; make that scheduler")
+        super().load_state_dict(state_dict)
+        self._take(guided)
+        self.state, self._has_stepped = copy.deepcopy(state_dict["measured"]), state_dict["has_stepped"]
+        self._set(self.get_last_lr())
+
+
+class GradientLR(_MeasuredLR):
+    """A schedule that is driven by the gradients: `GradientNorm` or `GradientSparsity`.
+
+    Args:
+        optimizer: Whose lr to set.
+        guided: The rule, or a schedule with one: ``warmup(200) >> GradientNorm()``, ``Cosine(...) * GradientNorm()``.
+
+    Attributes:
+        state: What has been measured.
+    """
+
+    def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
+        rule = guided.rule if isinstance(guided, Guided) else guided
+        if isinstance(rule, Feedback) and not rule.measures_gradients:
+            raise TypeError(f"{rule!r} needs a metric; use MetricLR, or get_scheduler, which chooses")
+        super().__init__(optimizer, guided)
+
+    def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Measures and goes on by one step. Call it after the optimizer's step, before `zero_grad`.
+
+        Args:
+            metrics: The measurement: the norm, or the fraction of zeros. By default it is taken from the optimizer's
+                `last_grad_norm` or from the gradients.
+            epoch: The step to go to instead; torch warns that this is deprecated.
+        """
+        if self._is_ready and epoch is None:
+            self._measure(self.rule.measure(self.optimizer) if metrics is None else float(metrics))  # type: ignore
+        super().step(epoch)
+
+
+class MetricLR(_MeasuredLR, ReduceLROnPlateau):
+    """A schedule that is driven by a metric: `Plateau` or `Greedy`.
+
+    It is a ReduceLROnPlateau to those that ask: the Trainer of transformers steps it after each evaluation with the
+    metric, Lightning with what it is told to monitor.
+
+    Args:
+        optimizer: Whose lr to set.
+        guided: The rule, or a schedule with one: ``warmup(200) >> Plateau()``, ``Cosine(...) * Plateau()``.
+
+    Attributes:
+        state: What has been measured.
+    """
+
+    _checks_order = False  # a metric may be measured before the first step
+
+    def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
+        rule = guided.rule if isinstance(guided, Guided) else guided
+        if isinstance(rule, Feedback) and rule.measures_gradients:
+            raise TypeError(f"{rule!r} is driven by gradients; use GradientLR, or get_scheduler, which chooses")
+        super().__init__(optimizer, guided)
+
+    def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Goes on by one step, and takes a measurement if there is one.
+
+        Args:
+            metrics: The metric, a number or a one-element tensor. Without it this is a step of the schedule alone: a
+                warmup goes on, and the rule sees nothing. A measurement after such steps is no step of its own, so
+                that evaluations between training steps do not count as more of those.
+            epoch: The step to go to instead.
+
+        Raises:
+            ValueError: There is no measurement and the rule is alone, so that nothing would happen.
+        """
+        if metrics is None and self._is_ready and isinstance(self.guided.schedule, Constant):
+            raise ValueError(f"{self.rule!r} lacks its measurement, and no schedule goes on; call step(metrics)")
+        follows = False
+        if metrics is not None:
+            follows = self._has_stepped and epoch is None
+            self._measure(float(metrics))
+        self._has_stepped = metrics is None
+        if follows:
+            self._set(self.get_lr())
+        else:
+            super().step(epoch)
+
+    def trainer_callback(self) -> TrainerCallback:
+        """A callback for the Trainer of transformers, which steps this scheduler after evaluations only.
+
+        With it a warmup, or a schedule that the rule is multiplied with, goes on with every training step. A rule alone
+        has nothing that would, and needs none.
+
+        Returns:
+            What to pass as one of the Trainer's ``callbacks``.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        try:
+            from transformers import TrainerCallback
+        except ImportError as error:
+            raise ImportError("a Trainer needs transformers; install it with: pip install transformers") from error
+        scheduler = self
+
+        class StepCallback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                scheduler.step()
+
+        return StepCallback()
+
+    @property
+    def best(self) -> float:  # type: ignore[override]
+        """The best measurement so far."""
+        return self.state["best"]
+
+    @property
+    def num_bad_epochs(self) -> int:  # type: ignore[override]
+        """Bad measurements in a row."""
+        return self.state["num_bad_epochs"]
+
+    @property
+    def cooldown_counter(self) -> int:  # type: ignore[override]
+        """Measurements that will not count as bad."""
+        return self.state["cooldown_counter"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where a scheduler was when `state_dict` was called, and sets the lr that it had.
+
+        Args:
+            state_dict: Of a scheduler like this one, whose schedule and rule replace those given; or of torch's
+                ReduceLROnPlateau or transformers' GreedyLR, whichever this is like.
+
+        Raises:
+            ValueError: It is of another kind of scheduler or for another number of groups.
+        """
+        if "guided" not in state_dict and "num_bad_epochs" in state_dict:
+            state_dict = self._translated(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _translated(self, theirs: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict of torch's or transformers' scheduler as one of ours."""
+        if ("num_good_epochs" in theirs) != ("num_good_epochs" in self.state):
+            raise ValueError(f"the state_dict is of another kind of scheduler than {self.rule!r}; make that one")
+        names = {field.name for field in fields(self.rule)}  # type: ignore[arg-type]
+        given = {name: theirs[name] for name in names if name in theirs}
+        given.update({name[:-1]: tuple(theirs[name]) for name in ("min_lrs", "max_lrs") if name in theirs})
+        given.pop("reset_start", None)  # where the countdown stands; where it starts has another name
+        if "reset_start_original" in theirs:
+            given["reset_start"] = theirs["reset_start_original"]
+        rule = replace(self.rule, **given)  # type: ignore[type-var]
+        lrs = [float(lr) for lr in theirs["_last_lr"]]
+        state = {**self.state, **{key: theirs[key] for key in self.state if key in theirs}, "lrs": lrs}
+        state.update({key: value for key, value in theirs.get("_streaming_avg", {}).items() if key in state})
+        return {
+            **self.state_dict(),
+            "last_epoch": checks.whole("last_epoch", theirs["last_epoch"]),
+            "_step_count": theirs["last_epoch"] + 1,
+            "_last_lr": theirs["_last_lr"],
+            "guided": replace(self.guided, rule=rule).to_dict(),
+            "measured": state,
+        }
+
+
+def scheduler_of(optimizer: Optimizer, guided: Guided | Feedback) -> LRScheduler:
+    """The scheduler that a rule needs."""
+    rule = guided.rule if isinstance(guided, Guided) else guided
+    return (GradientLR if rule.measures_gradients else MetricLR)(optimizer, guided)
