@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,15 @@ import torch
 from torch import Tensor
 
 import fusedopt
+from fusedopt import _core
+
+# Under sanitizers what is looked for is wrong memory accesses, and two steps make them all.
+SANITIZED = "FUSEDOPT_SANITIZED" in os.environ
+
+# Instruction sets and thread counts that must agree. They are not multiplied: who takes which elements is decided
+# before a loop of an instruction set runs; that such a loop may begin and end anywhere is a test of its own, for each.
+ISAS = _core.available_isas()
+PATHS = [(isa, 2) for isa in ISAS] + [(ISAS[-1], threads) for threads in (1, 5) if not SANITIZED]
 
 
 def _peers(package: str, name: str) -> type[torch.optim.Optimizer]:
@@ -225,6 +235,21 @@ def integers(tensor: Tensor) -> Tensor:
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     tensor = tensor.detach().cpu().contiguous()
     return torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor).view(kind)
+
+
+def assert_paths_agree(run: Callable[[str], torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run(backend)` gives is the same on all PATHS and on the reference path.
+
+    The latter stays out under sanitizers: it reaches no compiled code, and takes longer than all others together.
+    """
+    expected = None if SANITIZED else run("eager")
+    for isa, threads in PATHS:
+        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
+        torch.set_num_threads(threads)
+        found = run("cpu")
+        expected = expected or found
+        assert all(param.isfinite().all() for group in found.param_groups for param in group["params"])
+        assert_same_run(found, expected)
 
 
 def assert_same_bits(ours: Tensor, theirs: Tensor, what: str = "") -> None:
