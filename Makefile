@@ -3,19 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := $(shell find csrc fusedopt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi') \
-           CMakeLists.txt setup.py pyproject.toml constraints.txt
+CORE := $(shell find csrc cmake -type f) CMakeLists.txt
+SOURCES := $(CORE) $(shell find fusedopt -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt
+
+# Where there is nvcc, one architecture is enough to look at and quick to build; a plain `pip install` takes all.
+export FUSEDOPT_CUDA_ARCHITECTURES ?= 90
+
+# The CUDA kernels, compiled for the CPU, as the tests run them (tests/cuda_on_cpu).
+EMULATED := $(VENV)/emulated
 
 # Tests step with more threads than cores; waiting for each other asleep keeps that quick.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest
+PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN)/pytest
 
-.PHONY: demo test test-all bench lint format sanitize sanitize-formats sanitize-others ci clean
+CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
+
+.PHONY: demo test test-all bench gpu-check lint format sanitize sanitize-formats sanitize-others ci clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
 	@echo "make test      run the tests (make test-all adds the long ones)"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
+	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
@@ -25,34 +34,47 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
-# The package with one of its extras.
+# The package with one of its extras; dev has test and bench in it.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(PIP) ".[$*]"
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
 
-test: $(VENV)/.test
+$(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUSEDOPT_CUDA_ON_CPU=ON \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/emulated --target _cuda
+	mkdir -p $(EMULATED)
+	cp build/emulated/_cuda*.so $(EMULATED)
+	@touch $@
+
+test: $(VENV)/.test $(EMULATED)/.installed
 	$(PYTEST) -n 2 -m "not slow"
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(EMULATED)/.installed
 	$(PYTEST) -n 2 -m "not slow"
 	$(PYTEST) -m slow
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py --processes 3 --out out/bench
 
+# Without the virtual environment: where the GPU is, there may be no way to install anything.
+OUT ?= out/gpu
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --out $(OUT)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl')
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl')
+	$(BIN)/clang-format -i $(CPP)
 
 # A second copy of the package, built with checks, runs the tests that reach the core. The interpreter is
 # not built with them, so their libraries are preloaded; it never frees everything, so leaks are not looked for.
@@ -60,7 +82,7 @@ format: $(VENV)/.dev
 SANITIZED := $(VENV)/sanitized
 $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 	rm -rf $(SANITIZED)
-	FUSEDOPT_CMAKE_ARGS=-DFUSEDOPT_SANITIZE=ON FUSEDOPT_BUILD_DIR=build/sanitize \
+	FUSEDOPT_CMAKE_ARGS='-DFUSEDOPT_SANITIZE=ON -DFUSEDOPT_CUDA=OFF' FUSEDOPT_BUILD_DIR=build/sanitize \
 		$(PIP) --no-deps --target $(SANITIZED) .
 	@touch $@
 

@@ -1,6 +1,7 @@
 """Builds the compiled core with CMake; all metadata is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     """Configures, builds and installs next to the package.
 
-    FUSEDOPT_CMAKE_ARGS adds arguments to the configure step and FUSEDOPT_BUILD_DIR moves the build, as
-    `make sanitize` does.
+    FUSEDOPT_CUDA_ARCHITECTURES lists what to compile the CUDA kernels for, as in 80,90. FUSEDOPT_CMAKE_ARGS adds
+    arguments to the configure step, quoted as in a shell, and FUSEDOPT_BUILD_DIR moves the build, as `make sanitize`
+    does.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -46,7 +48,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={target.parent}",
-            *os.environ.get("FUSEDOPT_CMAKE_ARGS", "").split(),
+            # Given even if empty: a cache of another build may hold another list.
+            f"-DFUSEDOPT_CUDA_ARCHITECTURES={os.environ.get('FUSEDOPT_CUDA_ARCHITECTURES', '')}",
+            *shlex.split(os.environ.get("FUSEDOPT_CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

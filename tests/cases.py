@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import lion_pytorch
 import pytest
-import pytorch_optimizer
 import torch
 from torch import Tensor
 
 import fusedopt
+from fusedopt import _core
+
+# Under sanitizers what is looked for is wrong memory accesses, and two steps make them all.
+SANITIZED = "FUSEDOPT_SANITIZED" in os.environ
+
+# Instruction sets and thread counts that must agree. They are not multiplied: who takes which elements is decided
+# before a loop of an instruction set runs; that such a loop may begin and end anywhere is a test of its own, for each.
+ISAS = _core.available_isas()
+PATHS = [(isa, 2) for isa in ISAS] + [(ISAS[-1], threads) for threads in (1, 5) if not SANITIZED]
+
+
+def _peers(package: str, name: str) -> type[torch.optim.Optimizer]:
+    """A class to compare with; where its package is not installed, making one skips the test that does."""
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ModuleNotFoundError:
+
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            pytest.skip(f"needs {package}")
+
+        return type(name, (torch.optim.Optimizer,), {"__init__": init, "__module__": package})
 
 
 @dataclass(frozen=True)
@@ -79,14 +100,14 @@ CASES = [
     Case(
         "lion",
         fusedopt.Lion,
-        lion_pytorch.Lion,
+        _peers("lion_pytorch", "Lion"),
         {"lr": 1e-3, "weight_decay": 0.1},
         ({}, {"betas": (0.95, 0.98)}),
     ),
     Case(
         "ademamix",
         fusedopt.AdEMAMix,
-        pytorch_optimizer.AdEMAMix,
+        _peers("pytorch_optimizer", "AdEMAMix"),
         {"lr": 1e-3, "weight_decay": 0.1},
         ({}, {"t_alpha": 50, "t_beta3": 50, "betas": (0.9, 0.99, 0.999)}),
         _ademamix_kwargs,
@@ -191,7 +212,8 @@ def set_grads(params: list[torch.nn.Parameter], step: int, scale: float = 1.0) -
     for param in params:
         size = tuple(param.shape)
         magnitude = _MAGNITUDES[torch.randint(len(_MAGNITUDES), size, generator=generator)]
-        param.grad = (torch.randn(size, generator=generator) * magnitude * scale).to(param.dtype)
+        grad = (torch.randn(size, generator=generator) * magnitude * scale).to(param.dtype)
+        param.grad = grad.to(param.device)
 
 
 def train(
@@ -209,10 +231,25 @@ def integers(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point():
-        return tensor.detach()
+        return tensor.detach().cpu()
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().cpu().contiguous()
     return torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor).view(kind)
+
+
+def assert_paths_agree(run: Callable[[str], torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run(backend)` gives is the same on all PATHS and on the reference path.
+
+    The latter stays out under sanitizers: it reaches no compiled code, and takes longer than all others together.
+    """
+    expected = None if SANITIZED else run("eager")
+    for isa, threads in PATHS:
+        monkeypatch.setenv("FUSEDOPT_CPU_ISA", isa)
+        torch.set_num_threads(threads)
+        found = run("cpu")
+        expected = expected or found
+        assert all(param.isfinite().all() for group in found.param_groups for param in group["params"])
+        assert_same_run(found, expected)
 
 
 def assert_same_bits(ours: Tensor, theirs: Tensor, what: str = "") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated import emulated as emulated  # a fixture
+from gpu import kernels_at_hand as kernels_at_hand  # a fixture
 
 from fusedopt import _core
 

@@ -126,7 +126,7 @@ def test_no_optimizers_name_outside_its_rooms() -> None:
         path
         for folder in ("csrc", "fusedopt")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".h", ".cpp", ".inl")
+        if path.suffix in (".py", ".h", ".cpp", ".inl", ".cu", ".cuh")
     ]
     assert len(files) > 20
     named = [str(path.relative_to(ROOT)) for path in files if re.search(rf"\b({stems})", path.read_text(), re.I)]

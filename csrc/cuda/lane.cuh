@@ -63,11 +63,12 @@ FUSEDOPT_DEVICE void load_vector(const Number* source, Number* target) {
   memcpy(target, &loaded, sizeof loaded);
 }
 
+// An assignment would do, but the compiler takes it apart and merges what it can with the stores of single numbers.
 template <class Vector, class Number>
 FUSEDOPT_DEVICE void store_vector(const Number* source, Number* target) {
   Vector stored;
   memcpy(&stored, source, sizeof stored);
-  *reinterpret_cast<Vector*>(target) = stored;
+  __stwb(reinterpret_cast<Vector*>(target), stored);
 }
 
 // Vectors of 4 and of 8 numbers of a size.
