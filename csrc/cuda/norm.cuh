@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kSumThreads) square_sum_kernel(const __grid_co
   const int length = length_of_chunk(begin, tensor.numel);
   double sum = 0.0;
   with_numbers(tensor.data, tensor.dtype, [&](const auto& number) {
-    sum = lane_square_sum<8>(length, lane, [&](int i) { return number(begin + i); });
+    const auto load = [&](int i) { return number(begin + i); };
+    sum = lane_square_sum<8>(length, lane, load, [](float x, int) { return x; });
   });
   sum = total_of_lanes(sum);
   if (lane == 0 && length > 0) params.sums[tensor.first_chunk + chunk] = sum;

@@ -94,7 +94,7 @@ struct Plan {
     m.column_count = factors.column_count;
     m.cut = cut;
     if (!takes_slabs || !weighs) m.row_sums = pieces_.take<double>(rows * cut.panels);
-    if (!takes_slabs && reads) m.weight_sums = pieces_.take<double>(rows * cut.panels);
+    if (reads) m.weight_sums = pieces_.take<double>(rows * cut.panels);
     m.column_sums = pieces_.take<double>(columns * cut.slabs);
     if (weighs) m.weighted_sums = pieces_.take<double>(columns * cut.slabs);
     m.chunk_sums = pieces_.take<double>(cut.matrices * divided_up(factors.row_count, kReductionChunk));
@@ -159,6 +159,7 @@ void sum_matrices(const Plan& plan, cudaStream_t stream) {
   launch_on(mean_kernel, all, [](const Matrix& m) { return m.cut.matrices; });
   launch_on(row_factor_kernel, all, [&](const Matrix& m) { return divided_up(rows(m), kSumThreads); });
 
+  launch_on(weight_sum_kernel, all, [&](const Matrix& m) { return m.weight_sums != nullptr ? row_chunks(m) : 0; });
   const auto is_clamped = [](const Matrix& m) { return m.weighted_sums == nullptr; };
   launch_on(update_sum_kernel, all, [&](const Matrix& m) { return is_clamped(m) ? row_chunks(m) : 0; });
   launch_on(unit_sum_kernel, all, [&](const Matrix& m) {

@@ -6,9 +6,8 @@
 // row_sum_kernel and column_sum_kernel, which spread over a device whatever the shape is.
 #pragma once
 
-#include "core/matrices.h"
-#include "cuda/descriptors.h"
 #include "cuda/lane.cuh"
+#include "cuda/normalize_tensors.h"
 #include "cuda/reduce.cuh"
 
 namespace fusedopt::cuda {
@@ -17,57 +16,8 @@ constexpr int kSlabThreads = 384;
 constexpr int kSlabRows = kSlabThreads / kSumLanes;           // that a block sums at a time
 constexpr int kSlabColumns = 3;                               // of a thread
 constexpr int kMaxSlabColumns = kSlabColumns * kSlabThreads;  // of a matrix whose slabs are taken whole
-constexpr int kUnitsAtOnce = kSumThreads / 32;                // of a block that adds rows in order
-
-// Where the weights of a tensor are and in which formats, and its gradient.
-struct NormalizedBuffers {
-  const void *param, *master, *grad;
-  int32_t index;  // in the list, of its Normalization
-  Formats formats;
-};
-
-struct NormalizedMatrix : NormalizedBuffers {
-  float *rows, *columns;                        // averages
-  float *row_factors, *column_factors, *means;  // a mean of row averages for each matrix
-  // One for each row and panel: of squared gradients, then, in a row's first, what it weighs; of squared updates. Where
-  // slabs are whole, only the last.
-  double* row_sums;
-  double* weight_sums;              // the same of squared weights; null where they are not read, or slabs are whole
-  double* column_sums;              // of slabs: of squared gradients
-  double* weighted_sums;            // the same divided by the averages of rows; null where moments are clamped
-  double* chunk_sums;               // of averages of rows
-  double* param_sums;               // of units; or null
-  double* update_sums;              // of units; if there are weighted sums, of matrices
-  int64_t row_count, column_count;  // of one matrix
-  MatrixCut cut;
-  uint32_t first_block;
-};
-
-struct NormalizedVector : NormalizedBuffers {
-  float* second;
-  double *param_sums, *update_sums;  // of chunks; the first may be null
-  int64_t numel;
-  uint32_t first_block;
-};
-
-// Sums of the parts of a tensor.
-struct SummedParts {
-  double *param_sums, *update_sums;  // the first may be null
-  int64_t param_count, update_count;
-  int32_t index;
-  uint32_t first_block;
-};
-
-template <class Tensor>
-struct NormalizeParams {
-  static constexpr int kCapacity = (kParameterBytes - 64) / static_cast<int>(sizeof(Tensor));
-  Normalization* normalizations;
-  int32_t count;
-  Tensor tensors[kCapacity];
-};
-using MatrixParams = NormalizeParams<NormalizedMatrix>;
-using VectorParams = NormalizeParams<NormalizedVector>;
-using PartParams = NormalizeParams<SummedParts>;
+constexpr int kSumBlocks = 4;                   // of a multiprocessor; to have room for more, the compiler would spill
+constexpr int kUnitsAtOnce = kSumThreads / 32;  // of a block that adds rows in order
 
 namespace {
 
@@ -118,28 +68,44 @@ FUSEDOPT_DEVICE void with_weights(const NormalizedBuffers& tensor, const Use& us
 }
 
 // The sum of the squares of a chunk, which 16 threads add; the first of them gets it, and all of a warp come here.
-// `with` is with_numbers or with_weights, bound to a tensor.
-template <int kUnroll, class With, class Change>
-FUSEDOPT_DEVICE double chunk_square_sum(const With& with, int64_t begin, int length, const Change& change) {
+// `with` is with_numbers or with_weights, bound to a tensor; see lane_square_sum for the others.
+template <int kLoads, class With, class Load, class Value>
+FUSEDOPT_DEVICE double chunk_square_sum(const With& with, int length, const Load& load, const Value& value) {
   double sum = 0.0;
   with([&](const auto& number) {
-    sum = lane_square_sum<kUnroll>(length, sum_lane(), [&](int i) { return change(number(begin + i), i); });
+    sum = lane_square_sum<kLoads>(length, sum_lane(), [&](int i) { return load(number, i); }, value);
   });
   return total_of_lanes(sum);
 }
 
-template <int kUnroll, class Change>
-FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int64_t begin, int length,
-                                          const Change& change) {
-  return chunk_square_sum<kUnroll>([&](const auto& use) { with_numbers(tensor.grad, tensor.formats.grad, use); }, begin,
-                                   length, change);
+// Of gradients as they are loaded.
+template <int kLoads, class Load, class Value>
+FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int length, const Load& load,
+                                          const Value& value) {
+  return chunk_square_sum<kLoads>([&](const auto& use) { with_numbers(tensor.grad, tensor.formats.grad, use); }, length,
+                                  load, value);
 }
 
-template <int kUnroll>
-FUSEDOPT_DEVICE double chunk_sum_of_weights(const NormalizedBuffers& tensor, int64_t begin, int length) {
-  return chunk_square_sum<kUnroll>([&](const auto& use) { with_weights(tensor, use); }, begin, length,
-                                   [](float w, int) { return w; });
+// Of gradients times what they are multiplied by.
+template <int kLoads>
+FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int64_t begin, int length,
+                                          float multiplier) {
+  return chunk_sum_of_grads<kLoads>(
+      tensor, length, [=](const auto& grad, int i) { return grad(begin + i); },
+      [=](float g, int) { return g * multiplier; });
 }
+
+template <int kLoads>
+FUSEDOPT_DEVICE double chunk_sum_of_weights(const NormalizedBuffers& tensor, int64_t begin, int length) {
+  return chunk_square_sum<kLoads>([&](const auto& use) { with_weights(tensor, use); }, length,
+                                  [=](const auto& weight, int i) { return weight(begin + i); },
+                                  [](float w, int) { return w; });
+}
+
+// A gradient and what else it takes to normalize it.
+struct GradAnd {
+  float grad, other;
+};
 
 // What a row has of a panel.
 struct RowChunk {
@@ -167,11 +133,19 @@ FUSEDOPT_DEVICE double move_row(const NormalizedMatrix& m, int64_t row, double s
   return 1.0 / static_cast<double>(average);
 }
 
-// What an element adds to the sums of its column.
-FUSEDOPT_DEVICE void add_to_column(float g, double weight, double& sum, double& weighted) {
-  const double x = static_cast<double>(g), square = x * x;
-  sum = sum + square;
-  weighted = weighted + square * weight;
+// Adds `count` rows of a column to its sums, the first of them element `begin`, weight(row) being that of a row.
+template <class Weight>
+FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
+                                   const Weight& weight, double& sum, double& weighted) {
+  with_numbers(m.grad, m.formats.grad, [&](const auto& grad) {
+    for_each_loaded<8>(
+        0, count, 1, [&](int row) { return grad(begin + row * m.column_count); },
+        [&](float g, int row) {
+          const double x = static_cast<double>(g * multiplier), square = x * x;
+          sum = sum + square;
+          weighted = weighted + square * weight(row);
+        });
+  });
 }
 
 FUSEDOPT_DEVICE void store_column(const NormalizedMatrix& m, int64_t slab, int64_t column, double sum,
@@ -180,16 +154,15 @@ FUSEDOPT_DEVICE void store_column(const NormalizedMatrix& m, int64_t slab, int64
   if (m.weighted_sums != nullptr) m.weighted_sums[slab * m.column_count + column] = weighted;
 }
 
-// The rows of a slab, counted through all matrices.
 struct SlabRows {
-  int64_t begin, end;
+  int64_t begin;  // counted through all matrices
+  int count;
 };
 
 FUSEDOPT_DEVICE SlabRows rows_of_slab(const NormalizedMatrix& m, int64_t slab) {
   const int64_t matrix = slab / m.cut.slabs;
-  const int64_t begin = (slab - matrix * m.cut.slabs) * m.cut.height, end = begin + m.cut.height;
-  const int64_t first = matrix * m.row_count;
-  return {first + begin, first + (end < m.row_count ? end : m.row_count)};
+  const int64_t begin = (slab - matrix * m.cut.slabs) * m.cut.height, left = m.row_count - begin;
+  return {matrix * m.row_count + begin, static_cast<int>(left < m.cut.height ? left : m.cut.height)};
 }
 
 // ---- matrices: sums of rows and columns ----------------------------------------------------------
@@ -199,14 +172,9 @@ __global__ void __launch_bounds__(kSumThreads) row_sum_kernel(const __grid_const
   const Normalization& known = params.normalizations[m.index];
   if (known.skips) return;
   const RowChunk chunk = row_chunk(m);
-  const float multiplier = known.multiplier;
-  const bool is_first = sum_lane() == 0 && chunk.length > 0;
-  if (m.weight_sums != nullptr) {
-    const double weights = chunk_sum_of_weights<8>(m, chunk.begin, chunk.length);
-    if (is_first) m.weight_sums[chunk.place(m)] = weights;
-  }
-  const double sum = chunk_sum_of_grads<8>(m, chunk.begin, chunk.length, [=](float g, int) { return g * multiplier; });
-  if (is_first) m.row_sums[chunk.place(m)] = m.cut.panels > 1 ? sum : move_row(m, chunk.row, sum, known.moments);
+  const double sum = chunk_sum_of_grads<8>(m, chunk.begin, chunk.length, known.multiplier);
+  if (sum_lane() != 0 || chunk.length == 0) return;
+  m.row_sums[chunk.place(m)] = m.cut.panels > 1 ? sum : move_row(m, chunk.row, sum, known.moments);
 }
 
 // Rows of more than one panel.
@@ -224,62 +192,44 @@ __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const __grid_co
   const Normalization& known = params.normalizations[m.index];
   const int64_t slab = thread_of(m) / m.column_count, column = thread_of(m) - slab * m.column_count;
   if (known.skips || slab >= m.cut.matrices * m.cut.slabs) return;
-  const float multiplier = known.multiplier;
   const SlabRows rows = rows_of_slab(m, slab);
+  const double* weights = m.row_sums + rows.begin * m.cut.panels;
   double sum = 0.0, weighted = 0.0;
-  with_numbers(m.grad, m.formats.grad, [&](const auto& g) {
-#pragma unroll 8
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      add_to_column(g(row * m.column_count + column) * multiplier, m.row_sums[row * m.cut.panels], sum, weighted);
-    }
-  });
+  add_to_column(
+      m, rows.begin * m.column_count + column, rows.count, known.multiplier,
+      [&](int row) { return weights[row * m.cut.panels]; }, sum, weighted);
   store_column(m, slab, column, sum, weighted);
 }
 
-// Both for a slab of at most kMaxSlabColumns columns, and the sum of its squared weights, by one block.
+// Both for a slab of at most kMaxSlabColumns columns, by one block.
 __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_constant__ MatrixParams params) {
-  __shared__ double weights[kSlabRows], weight_sums[kSlabRows];  // of rows
-  __shared__ double param_sum;                                   // one thread's: registers are scarce
+  __shared__ double weights[kSlabRows];
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
   if (known.skips) return;
   const float multiplier = known.multiplier;
-  const auto multiplied = [=](float g, int) { return g * multiplier; };
   const int64_t slab = blockIdx.x - m.first_block;
   const SlabRows rows = rows_of_slab(m, slab);
   const int columns = static_cast<int>(m.column_count), own_row = static_cast<int>(threadIdx.x),
             own = own_row / kSumLanes;
   double sums[kSlabColumns] = {}, weighted[kSlabColumns] = {};
-  if (threadIdx.x == 0) param_sum = 0.0;
-  for (int64_t first = rows.begin; first < rows.end; first += kSlabRows) {
-    const int count = static_cast<int>(rows.end - first < kSlabRows ? rows.end - first : kSlabRows);
-    const int64_t begin = (first + own) * m.column_count;
+  for (int done = 0; done < rows.count; done += kSlabRows) {
+    const int64_t first = rows.begin + done;
+    const int count = rows.count - done < kSlabRows ? rows.count - done : kSlabRows;
+    const int64_t begin = (first + own) * columns;
     const int length = own < count ? columns : 0;
-    const double sum = chunk_sum_of_grads<16>(m, begin, length, multiplied);
-    const double weight_sum = m.param_sums == nullptr ? 0.0 : chunk_sum_of_weights<16>(m, begin, length);
-    if (sum_lane() == 0) {
-      weights[own] = sum;
-      weight_sums[own] = weight_sum;
-    }
+    const double sum = chunk_sum_of_grads<16>(m, begin, length, multiplier);
+    if (sum_lane() == 0) weights[own] = sum;
     __syncthreads();
     // Side by side in one warp, as these are divisions in double.
     if (own_row < count) weights[own_row] = move_row(m, first + own_row, weights[own_row], known.moments);
     __syncthreads();
-    with_numbers(m.grad, m.formats.grad, [&](const auto& g) {
 #pragma unroll
-      for (int k = 0; k < kSlabColumns; ++k) {
-        const int column = static_cast<int>(threadIdx.x) + k * kSlabThreads;
-        if (column >= columns) continue;
-#pragma unroll 8
-        for (int row = 0; row < count; ++row) {
-          add_to_column(g((first + row) * columns + column) * multiplier, weights[row], sums[k], weighted[k]);
-        }
-      }
-    });
-    if (threadIdx.x == 0) {
-      double sum = param_sum;
-      for (int row = 0; row < count; ++row) sum = sum + weight_sums[row];
-      param_sum = sum;
+    for (int k = 0; k < kSlabColumns; ++k) {
+      const int column = static_cast<int>(threadIdx.x) + k * kSlabThreads;
+      if (column >= columns) continue;
+      add_to_column(
+          m, first * columns + column, count, multiplier, [&](int row) { return weights[row]; }, sums[k], weighted[k]);
     }
     __syncthreads();
   }
@@ -288,7 +238,6 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
     const int column = static_cast<int>(threadIdx.x) + k * kSlabThreads;
     if (column < columns) store_column(m, slab, column, sums[k], weighted[k]);
   }
-  if (m.param_sums != nullptr && threadIdx.x == 0) m.param_sums[slab] = param_sum;
 }
 
 // ---- matrices: averages and factors --------------------------------------------------------------
@@ -336,8 +285,11 @@ __global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant
   for (int64_t first = 0; first < chunks; first += kBlockChunks) {
     const int64_t chunk = first + threadIdx.x / kSumLanes, begin = chunk * kReductionChunk;
     const int length = length_of_chunk(begin, m.row_count);
-    const double sum = total_of_lanes(
-        lane_sum<8>(length, sum_lane(), [&](int i) { return static_cast<double>(averages[begin + i]); }));
+    double sum = 0.0;
+    for_each_loaded<8>(
+        sum_lane(), length, kSumLanes, [&](int i) { return averages[begin + i]; },
+        [&](float average, int) { sum = sum + static_cast<double>(average); });
+    sum = total_of_lanes(sum);
     if (sum_lane() == 0 && length > 0) sums[chunk] = sum;
   }
   __syncthreads();
@@ -358,10 +310,20 @@ __global__ void __launch_bounds__(kSumThreads) row_factor_kernel(const __grid_co
   m.row_factors[row] = row_factor(m.rows[row], m.means[row / m.row_count], known.moments);
 }
 
-// ---- matrices: sums of units ---------------------------------------------------------------------
+// ---- matrices: sums of units -----------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    weight_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  if (params.normalizations[m.index].skips) return;
+  const RowChunk chunk = row_chunk(m);
+  const double sum = chunk_sum_of_weights<8>(m, chunk.begin, chunk.length);
+  if (sum_lane() == 0 && chunk.length > 0) m.weight_sums[chunk.place(m)] = sum;
+}
 
 // Where moments are clamped: sums of squared updates by row and panel.
-__global__ void __launch_bounds__(kSumThreads) update_sum_kernel(const __grid_constant__ MatrixParams params) {
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    update_sum_kernel(const __grid_constant__ MatrixParams params) {
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
   if (known.skips) return;
@@ -370,9 +332,9 @@ __global__ void __launch_bounds__(kSumThreads) update_sum_kernel(const __grid_co
   const RowChunk chunk = row_chunk(m);
   const float row = chunk.length > 0 ? m.row_factors[chunk.row] : 0.0f;
   const float* columns = m.column_factors + chunk.row / m.row_count * m.column_count + chunk.panel * kReductionChunk;
-  const double sum = chunk_sum_of_grads<8>(m, chunk.begin, chunk.length, [=](float g, int i) {
-    return normalize<true>(g * multiplier, row, columns[i], moments);
-  });
+  const double sum = chunk_sum_of_grads<8>(
+      m, chunk.length, [=](const auto& grad, int i) { return GradAnd{grad(chunk.begin + i), columns[i]}; },
+      [=](const GradAnd& x, int) { return normalize<true>(x.grad * multiplier, row, x.other, moments); });
   if (sum_lane() == 0 && chunk.length > 0) m.row_sums[chunk.place(m)] = sum;
 }
 
@@ -396,14 +358,14 @@ __global__ void __launch_bounds__(kSumThreads) unit_sum_kernel(const __grid_cons
   if (params.normalizations[m.index].skips || unit >= m.cut.units()) return;
   const int64_t slab = unit / m.cut.panels, panels = m.cut.panels;
   const SlabRows rows = rows_of_slab(m, slab);
-  const int64_t first = rows.begin * panels + (unit - slab * panels), count = rows.end - rows.begin;
+  const int64_t first = rows.begin * panels + (unit - slab * panels);
   const bool is_first = threadIdx.x % 32 == 0;
   if (m.weight_sums != nullptr) {
-    const double sum = ordered_sum(m.weight_sums + first, count, panels);
+    const double sum = ordered_sum(m.weight_sums + first, rows.count, panels);
     if (is_first) m.param_sums[unit] = sum;
   }
   if (m.weighted_sums == nullptr) {
-    const double sum = ordered_sum(m.row_sums + first, count, panels);
+    const double sum = ordered_sum(m.row_sums + first, rows.count, panels);
     if (is_first) m.update_sums[unit] = sum;
   }
 }
@@ -416,11 +378,13 @@ FUSEDOPT_DEVICE double vector_update_sum(const NormalizedVector& v, const Normal
   const Moments moments = known.moments;
   const float multiplier = known.multiplier;
   float* second = v.second + begin;
-  return chunk_sum_of_grads<8>(v, begin, length, [=](float g, int i) {
-    const float moved = second_moment<kClamped>(second[i], g * multiplier, moments);
-    second[i] = moved;
-    return normalize<kClamped>(g * multiplier, moved, moments);
-  });
+  return chunk_sum_of_grads<8>(
+      v, length, [=](const auto& grad, int i) { return GradAnd{grad(begin + i), second[i]}; },
+      [=](const GradAnd& x, int i) {
+        const float moved = second_moment<kClamped>(x.other, x.grad * multiplier, moments);
+        second[i] = moved;
+        return normalize<kClamped>(x.grad * multiplier, moved, moments);
+      });
 }
 
 // Brings second moments up to date on the way.

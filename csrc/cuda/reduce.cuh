@@ -38,22 +38,37 @@ FUSEDOPT_DEVICE double total_of_lanes(double sum) {
   return sum;
 }
 
-// The sum of `length` terms, of which `lane` adds every 16th; so many loads are under way at once.
-template <int kUnroll, class Term>
-FUSEDOPT_DEVICE double lane_sum(int length, int lane, const Term& term) {
-  double sum = 0.0;
-#pragma unroll kUnroll
-  for (int i = lane; i < length; i += kSumLanes) sum = sum + term(i);
-  return sum;
+// Calls use(load(i), i) for every `stride`th i from `first` on, in order, so many loads being under way at once. They
+// are kept apart from what is done with them, as the compiler moves no load across a branch or a store.
+template <int kLoads, class Load, class Use>
+FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load& load, const Use& use) {
+  const auto take = [&](auto is_whole) {
+    decltype(load(first)) held[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = first + k * stride;
+      held[k] = is_whole() || i < end ? load(i) : decltype(load(first)){};
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = first + k * stride;
+      if (is_whole() || i < end) use(held[k], i);
+    }
+  };
+#pragma unroll 1
+  for (; first + (kLoads - 1) * stride < end; first += kLoads * stride) take(std::true_type{});
+  if (first < end) take(std::false_type{});
 }
 
-// The same of the squares of numbers.
-template <int kUnroll, class Number>
-FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Number& number) {
-  return lane_sum<kUnroll>(length, lane, [&](int i) {
-    const double x = static_cast<double>(number(i));
-    return x * x;  // exact
+// What `lane` adds of the squares of `length` numbers: every 16th. Number i is value(load(i), i).
+template <int kLoads, class Load, class Value>
+FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
+  double sum = 0.0;
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i) {
+    const double x = static_cast<double>(value(loaded, i));
+    sum = sum + x * x;  // the product is exact
   });
+  return sum;
 }
 
 // How many elements there are of a chunk that begins at `begin`.
