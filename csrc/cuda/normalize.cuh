@@ -6,9 +6,7 @@
 // row_sum_kernel and column_sum_kernel, which spread over a device whatever the shape is.
 #pragma once
 
-#include "cuda/lane.cuh"
-#include "cuda/normalize_tensors.h"
-#include "cuda/reduce.cuh"
+#include "cuda/normalize_chunks.cuh"
 
 namespace fusedopt::cuda {
 
@@ -31,81 +29,6 @@ template <class Tensor>
 FUSEDOPT_DEVICE int64_t thread_of(const Tensor& tensor) {
   return static_cast<int64_t>(blockIdx.x - tensor.first_block) * blockDim.x + threadIdx.x;
 }
-
-FUSEDOPT_DEVICE int sum_lane() { return static_cast<int>(threadIdx.x % kSumLanes); }
-
-// Calls use(weight), weight(i) being element i in full precision. The kind of master is known in each call, so that
-// loads do not wait for branches.
-template <class Use>
-FUSEDOPT_DEVICE void with_weights(const NormalizedBuffers& tensor, const Use& use) {
-  const auto with_master = [&](auto kind) {
-    Formats formats = tensor.formats;
-    formats.master_format = static_cast<uint32_t>(kind());
-    use([=, &tensor](int64_t i) {
-      const Place place{i, {0, 4}, 1, false, false};  // a tile of one
-      float w[kLane];
-      load_param(tensor.param, tensor.master, formats, place, w);
-      return w[0];
-    });
-  };
-  switch (static_cast<Master>(tensor.formats.master_format)) {
-    case Master::kNone:
-      with_numbers(tensor.param, tensor.formats.param, use);
-      break;
-    case Master::kKahan:
-      with_master(std::integral_constant<Master, Master::kKahan>{});
-      break;
-    case Master::kSplit24:
-      with_master(std::integral_constant<Master, Master::kSplit24>{});
-      break;
-    case Master::kSplit32:
-      with_master(std::integral_constant<Master, Master::kSplit32>{});
-      break;
-    case Master::kFloat32:
-      with_master(std::integral_constant<Master, Master::kFloat32>{});
-      break;
-  }
-}
-
-// The sum of the squares of a chunk, which 16 threads add; the first of them gets it, and all of a warp come here.
-// `with` is with_numbers or with_weights, bound to a tensor; see lane_square_sum for the others.
-template <int kLoads, class With, class Load, class Value>
-FUSEDOPT_DEVICE double chunk_square_sum(const With& with, int length, const Load& load, const Value& value) {
-  double sum = 0.0;
-  with([&](const auto& number) {
-    sum = lane_square_sum<kLoads>(length, sum_lane(), [&](int i) { return load(number, i); }, value);
-  });
-  return total_of_lanes(sum);
-}
-
-// Of gradients as they are loaded.
-template <int kLoads, class Load, class Value>
-FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int length, const Load& load,
-                                          const Value& value) {
-  return chunk_square_sum<kLoads>([&](const auto& use) { with_numbers(tensor.grad, tensor.formats.grad, use); }, length,
-                                  load, value);
-}
-
-// Of gradients times what they are multiplied by.
-template <int kLoads>
-FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int64_t begin, int length,
-                                          float multiplier) {
-  return chunk_sum_of_grads<kLoads>(
-      tensor, length, [=](const auto& grad, int i) { return grad(begin + i); },
-      [=](float g, int) { return g * multiplier; });
-}
-
-template <int kLoads>
-FUSEDOPT_DEVICE double chunk_sum_of_weights(const NormalizedBuffers& tensor, int64_t begin, int length) {
-  return chunk_square_sum<kLoads>([&](const auto& use) { with_weights(tensor, use); }, length,
-                                  [=](const auto& weight, int i) { return weight(begin + i); },
-                                  [](float w, int) { return w; });
-}
-
-// A gradient and what else it takes to normalize it.
-struct GradAnd {
-  float grad, other;
-};
 
 // What a row has of a panel.
 struct RowChunk {
@@ -201,6 +124,16 @@ __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const __grid_co
   store_column(m, slab, column, sum, weighted);
 }
 
+// Asks for bytes to come to the second-level cache, from all threads of a block.
+FUSEDOPT_DEVICE void prefetch([[maybe_unused]] const void* data, int64_t begin, int64_t end) {
+  constexpr int kLine = 128;
+  for (int64_t i = begin + threadIdx.x * kLine; i < end; i += blockDim.x * kLine) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(data) + i));
+#endif
+  }
+}
+
 // Both for a slab of at most kMaxSlabColumns columns, by one block.
 __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_constant__ MatrixParams params) {
   __shared__ double weights[kSlabRows];
@@ -210,23 +143,27 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
   const float multiplier = known.multiplier;
   const int64_t slab = blockIdx.x - m.first_block;
   const SlabRows rows = rows_of_slab(m, slab);
-  const int columns = static_cast<int>(m.column_count), own_row = static_cast<int>(threadIdx.x),
-            own = own_row / kSumLanes;
+  const int columns = static_cast<int>(m.column_count), thread = static_cast<int>(threadIdx.x);
+  const int own = thread / kSumLanes;  // row, of those that are summed at a time
   double sums[kSlabColumns] = {}, weighted[kSlabColumns] = {};
   for (int done = 0; done < rows.count; done += kSlabRows) {
     const int64_t first = rows.begin + done;
     const int count = rows.count - done < kSlabRows ? rows.count - done : kSlabRows;
     const int64_t begin = (first + own) * columns;
+    // The next rows, while these are worked on.
+    const int64_t row_bytes = columns * size_of(static_cast<DType>(m.formats.grad));
+    const int64_t end = rows.begin + (done + 2 * kSlabRows < rows.count ? done + 2 * kSlabRows : rows.count);
+    prefetch(m.grad, (first + kSlabRows) * row_bytes, end * row_bytes);
     const int length = own < count ? columns : 0;
     const double sum = chunk_sum_of_grads<16>(m, begin, length, multiplier);
     if (sum_lane() == 0) weights[own] = sum;
     __syncthreads();
     // Side by side in one warp, as these are divisions in double.
-    if (own_row < count) weights[own_row] = move_row(m, first + own_row, weights[own_row], known.moments);
+    if (thread < count) weights[thread] = move_row(m, first + thread, weights[thread], known.moments);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kSlabColumns; ++k) {
-      const int column = static_cast<int>(threadIdx.x) + k * kSlabThreads;
+      const int column = thread + k * kSlabThreads;
       if (column >= columns) continue;
       add_to_column(
           m, first * columns + column, count, multiplier, [&](int row) { return weights[row]; }, sums[k], weighted[k]);
@@ -235,7 +172,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
   }
 #pragma unroll
   for (int k = 0; k < kSlabColumns; ++k) {
-    const int column = static_cast<int>(threadIdx.x) + k * kSlabThreads;
+    const int column = thread + k * kSlabThreads;
     if (column < columns) store_column(m, slab, column, sums[k], weighted[k]);
   }
 }
