@@ -7,6 +7,9 @@
 #include "core/portable.h"
 
 namespace fusedopt {
+
+constexpr int64_t kReductionChunk = 4096;  // elements whose sum is one of those partial sums
+
 namespace {
 
 // Destroys the numbers.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/pairwise.h"
 #include "core/tensors.h"
 #include "rules/normalize.h"
 
@@ -22,8 +23,6 @@ using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, in
 using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 
 constexpr int kMaxRules = 32;
-constexpr int64_t kReductionChunk = 4096;
-
 constexpr int kMaxPanels = 8;  // of a unit
 
 // What a slab of rows has of a panel of at most kReductionChunk columns; or whole rows of few panels.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/matrices.h"
 #include "core/pairwise.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -16,11 +17,7 @@ namespace {
 constexpr int64_t kWave = 1 << 20;
 constexpr int64_t kItem = 1 << 16;  // elements of a work item
 constexpr size_t kMembers = 512;    // of a wave, to begin with
-constexpr int64_t kMaxSlabs = 64;
-constexpr int64_t kMinSlabRows = 320;
 constexpr int64_t kManySlabs = 16;  // of which units may be whole
-
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
 void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
@@ -59,18 +56,16 @@ class Member {
     parts_ = divided_up(tensor.numel, kReductionChunk);
     const Factors& factors = tensor.factors;
     if (factors.exist()) {
-      matrices_ = tensor.numel / (factors.row_count * factors.column_count);
-      height_ = divided_up(factors.row_count, std::clamp<int64_t>(factors.row_count / kMinSlabRows, 1, kMaxSlabs));
-      slabs_ = divided_up(factors.row_count, height_);
-      panels_ = divided_up(factors.column_count, kReductionChunk);
-      parts_ = matrices_ * slabs_ * panels_;
-      has_whole_rows_ = panels_ == 1 || (takes_weighted() && panels_ <= kMaxPanels && matrices_ * slabs_ >= kManySlabs);
-      if (!has_whole_rows_) row_sums_ = workspace.want_doubles(rows() * panels_);
-      column_sums_ = workspace.want_doubles(matrices_ * slabs_ * factors.column_count);
-      if (takes_weighted()) weighted_sums_ = workspace.want_doubles(matrices_ * slabs_ * factors.column_count);
-      means_ = workspace.want_floats(matrices_);
+      cut_ = MatrixCut::of(factors, tensor.numel);
+      parts_ = cut_.units();
+      has_whole_rows_ = cut_.panels == 1 ||
+                        (takes_weighted() && cut_.panels <= kMaxPanels && cut_.matrices * cut_.slabs >= kManySlabs);
+      if (!has_whole_rows_) row_sums_ = workspace.want_doubles(rows() * cut_.panels);
+      column_sums_ = workspace.want_doubles(cut_.matrices * cut_.slabs * factors.column_count);
+      if (takes_weighted()) weighted_sums_ = workspace.want_doubles(cut_.matrices * cut_.slabs * factors.column_count);
+      means_ = workspace.want_floats(cut_.matrices);
       row_factors_ = workspace.want_floats(rows());
-      column_factors_ = workspace.want_floats(matrices_ * factors.column_count);
+      column_factors_ = workspace.want_floats(cut_.matrices * factors.column_count);
     }
     update_sums_ = workspace.want_doubles(parts_);
     if (reads_weights_) param_sums_ = workspace.want_doubles(parts_);
@@ -86,7 +81,7 @@ class Member {
   }
 
   bool is_matrix() const { return tensor_.factors.exist(); }
-  int64_t units() const { return has_whole_rows_ ? matrices_ * slabs_ : parts_; }  // of a matrix
+  int64_t units() const { return has_whole_rows_ ? cut_.matrices * cut_.slabs : parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
   // First pass, of a unit of a matrix.
@@ -98,8 +93,8 @@ class Member {
     if (reads_weights_) sums.weights = doubles(param_sums_) + first_part(unit);
     if (!unit.has_whole_rows) {
       sums.rows =
-          doubles(row_sums_) + (unit.matrix_row + unit.row_begin) * panels_ + unit.column_begin / kReductionChunk;
-      sums.row_stride = panels_;
+          doubles(row_sums_) + (unit.matrix_row + unit.row_begin) * cut_.panels + unit.column_begin / kReductionChunk;
+      sums.row_stride = cut_.panels;
     }
     kernels.sum_unit(tensor_, moments(), multiplier_, unit, sums);
   }
@@ -119,12 +114,12 @@ class Member {
   void factor(const Kernels& kernels) {
     const Factors& factors = tensor_.factors;
     for (int64_t r = 0; !has_whole_rows_ && r < rows(); ++r) {
-      const double sum = pairwise_sum(doubles(row_sums_) + r * panels_, panels_);
+      const double sum = pairwise_sum(doubles(row_sums_) + r * cut_.panels, cut_.panels);
       factors.rows[r] = moved_average(factors.rows[r], sum, factors.column_count, moments());
     }
-    for (int64_t matrix = 0; matrix < matrices_; ++matrix) {
-      double* sums = doubles(column_sums_) + matrix * slabs_ * factors.column_count;
-      pairwise_sum_rows(sums, slabs_, factors.column_count);
+    for (int64_t matrix = 0; matrix < cut_.matrices; ++matrix) {
+      double* sums = doubles(column_sums_) + matrix * cut_.slabs * factors.column_count;
+      pairwise_sum_rows(sums, cut_.slabs, factors.column_count);
       float* columns = factors.columns + matrix * factors.column_count;
       float* column_factors = floats(column_factors_) + matrix * factors.column_count;
       for (int64_t c = 0; c < factors.column_count; ++c) {
@@ -153,10 +148,10 @@ class Member {
   // Sums of a tensor from those of its parts.
   void finish_sums() {
     if (is_matrix() && takes_weighted() && !has_whole_rows_) {
-      for (int64_t matrix = 0; matrix < matrices_; ++matrix) finish_weighted(matrix);
+      for (int64_t matrix = 0; matrix < cut_.matrices; ++matrix) finish_weighted(matrix);
     }
     if (reads_weights_) sums_.param = pairwise_sum(doubles(param_sums_), parts_);
-    sums_.update = pairwise_sum(doubles(update_sums_), is_matrix() && takes_weighted() ? matrices_ : parts_);
+    sums_.update = pairwise_sum(doubles(update_sums_), is_matrix() && takes_weighted() ? cut_.matrices : parts_);
     derive();
   }
 
@@ -187,7 +182,7 @@ class Member {
   }
 
  private:
-  int64_t rows() const { return matrices_ * tensor_.factors.row_count; }
+  int64_t rows() const { return cut_.matrices * tensor_.factors.row_count; }
   double* doubles(size_t offset) const { return workspace_->doubles.data() + offset; }
   float* floats(size_t offset) const { return workspace_->floats.data() + offset; }
   void derive() { info_->derive(group_->config, step_, sums_, hyper_); }
@@ -197,12 +192,12 @@ class Member {
 
   MatrixUnit unit_at(int64_t i) const {
     const Factors& factors = tensor_.factors;
-    const int64_t panels = has_whole_rows_ ? 1 : panels_;
-    const int64_t panel = i % panels, slab = i / panels % slabs_, matrix = i / panels / slabs_;
+    const int64_t panels = has_whole_rows_ ? 1 : cut_.panels;
+    const int64_t panel = i % panels, slab = i / panels % cut_.slabs, matrix = i / panels / cut_.slabs;
     const int64_t width = has_whole_rows_ ? factors.column_count : kReductionChunk;
     return {matrix * factors.row_count,
-            slab * height_,
-            std::min((slab + 1) * height_, factors.row_count),
+            slab * cut_.height,
+            std::min((slab + 1) * cut_.height, factors.row_count),
             panel * width,
             std::min((panel + 1) * width, factors.column_count),
             has_whole_rows_};
@@ -213,10 +208,10 @@ class Member {
     return doubles(sums) + slab_of(unit) * tensor_.factors.column_count + unit.column_begin;
   }
   int64_t slab_of(const MatrixUnit& unit) const {
-    return unit.matrix_row / tensor_.factors.row_count * slabs_ + unit.row_begin / height_;
+    return unit.matrix_row / tensor_.factors.row_count * cut_.slabs + unit.row_begin / cut_.height;
   }
   int64_t first_part(const MatrixUnit& unit) const {
-    return slab_of(unit) * panels_ + unit.column_begin / kReductionChunk;
+    return slab_of(unit) * cut_.panels + unit.column_begin / kReductionChunk;
   }
 
   float mean_of_rows(const Kernels& kernels, int64_t matrix) const {
@@ -233,8 +228,8 @@ class Member {
   // The sum of the squares of a matrix's update, from the weighted sums of its columns.
   void finish_weighted(int64_t matrix) {
     const int64_t count = tensor_.factors.column_count;
-    double* sums = doubles(weighted_sums_) + matrix * slabs_ * count;
-    pairwise_sum_rows(sums, slabs_, count);
+    double* sums = doubles(weighted_sums_) + matrix * cut_.slabs * count;
+    pairwise_sum_rows(sums, cut_.slabs, count);
     const float* averages = tensor_.factors.columns + matrix * count;
     for (int64_t c = 0; c < count; ++c) sums[c] = sums[c] / static_cast<double>(averages[c]);
     doubles(update_sums_)[matrix] = pairwise_sum(sums, count) * static_cast<double>(floats(means_)[matrix]);
@@ -251,7 +246,8 @@ class Member {
   TensorSums sums_;
   StepContext context_{};
   NormalizeScratch scratch_;
-  int64_t matrices_ = 0, height_ = 1, slabs_ = 0, panels_ = 0, parts_;
+  MatrixCut cut_;
+  int64_t parts_;
   bool has_whole_rows_ = false;  // units have; else panels of them
   size_t row_sums_ = 0, column_sums_ = 0, weighted_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // in the workspace
   size_t means_ = 0, row_factors_ = 0, column_factors_ = 0;

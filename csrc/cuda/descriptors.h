@@ -76,4 +76,12 @@ struct Derived {
   int32_t skips;  // 1: gradients were not finite, nothing changes
 };
 
+// The same of a tensor that is read before its step (rules/normalize.h), and what is found out on the way.
+struct Normalization {
+  Moments moments;
+  float multiplier;
+  int32_t skips;
+  double param, update;  // sums of squares
+};
+
 }  // namespace fusedopt::cuda

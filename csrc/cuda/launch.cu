@@ -1,16 +1,11 @@
 #include "cuda/launch.h"
 
-#include <memory>
-
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/normalize.h"
 
 namespace fusedopt::cuda {
 namespace {
-
-constexpr int64_t kAlignment = 256;
-
-int64_t aligned(int64_t bytes) { return divided_up(bytes, kAlignment) * kAlignment; }
 
 // Room for the sums of chunks, then the sums of those, and so on down to one.
 int64_t pairwise_numbers(int64_t count) {
@@ -38,39 +33,42 @@ int64_t derived_bytes(const Batch& batch) {
   return aligned(kDerivedBytes * static_cast<int64_t>(batch.tensors.size()));
 }
 
+std::vector<int32_t> tensors_of(const Batch& batch, int rule) {
+  std::vector<int32_t> listed;
+  for (size_t i = 0; i < batch.tensors.size(); ++i) {
+    if (batch.groups[batch.tensors[i].group].rule == rule) listed.push_back(static_cast<int32_t>(i));
+  }
+  return listed;
+}
+
 }  // namespace
 
 int64_t count_square_sums(const Batch& batch) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : batch.tensors) count += divided_up(tensor.numel, kSumChunk);
+  for (const TensorDesc& tensor : batch.tensors) count += divided_up(tensor.numel, kReductionChunk);
   return count;
 }
 
 int64_t workspace_bytes(const Batch& batch, bool clips) {
   const int64_t sums = clips ? pairwise_numbers(count_square_sums(batch)) : 0;
-  return derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double)));
+  int64_t bytes = derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double)));
+  for (int rule = 0; rule < static_cast<int>(rules().size()); ++rule) {
+    if (rules()[rule].normalizes) bytes += normalization_bytes({batch, tensors_of(batch, rule), rule});
+  }
+  return bytes;
 }
 
 void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
-  const auto params = std::make_unique<SumParams>();
-  params->sums = sums;
-  params->count = 0;
-  int64_t blocks = 0, chunks = 0;
-  const auto flush = [&] {
-    if (params->count > 0) launch(square_sum_kernel, blocks, kSumThreads, stream, *params);
-    params->count = 0;
-    blocks = 0;
-  };
+  Packed<SumParams> packed(square_sum_kernel, kSumThreads, stream);
+  packed.params->sums = sums;
+  int64_t chunks = 0;
   for (const TensorDesc& tensor : batch.tensors) {
-    if (tensor.numel == 0) continue;
-    params->tensors[params->count++] = {tensor.grad.data, tensor.numel, chunks, static_cast<uint32_t>(blocks),
-                                        static_cast<uint32_t>(tensor.grad.dtype)};
-    const int64_t count = divided_up(tensor.numel, kSumChunk);
+    const int64_t count = divided_up(tensor.numel, kReductionChunk);
+    packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, static_cast<uint32_t>(tensor.grad.dtype)},
+               divided_up(count, kBlockChunks));
     chunks += count;
-    blocks += divided_up(count, kBlockChunks);
-    if (params->count == kSummedTensors) flush();
   }
-  flush();
+  packed.flush();
 }
 
 void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, void* workspace,
@@ -81,16 +79,19 @@ void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling,
   if (clips) {
     auto* sums = reinterpret_cast<double*>(free);
     square_sums(batch, sums, stream);
-    scaling.square_sum = pairwise_sum(sums, count_square_sums(batch), stream);
+    const int64_t count = count_square_sums(batch);
+    scaling.square_sum = pairwise_sum(sums, count, stream);
+    free += aligned(pairwise_numbers(count) * static_cast<int64_t>(sizeof(double)));
   }
   for (int rule = 0; rule < static_cast<int>(rules().size()); ++rule) {
-    Listed listed{batch, {}, rule, derived};
-    for (size_t i = 0; i < batch.tensors.size(); ++i) {
-      if (batch.groups[batch.tensors[i].group].rule == rule) listed.tensors.push_back(static_cast<int32_t>(i));
-    }
+    Listed listed{batch, tensors_of(batch, rule), rule, derived};
     if (listed.tensors.empty()) continue;
     derived += kDerivedBytes * static_cast<int64_t>(listed.tensors.size());
-    kPrepare[rule](listed, lrs, scaling, nullptr, true, stream);
+    if (rules()[rule].normalizes) {
+      free += prepare_normalizing(listed, lrs, scaling, free, stream);
+    } else {
+      kPrepare[rule](listed, lrs, scaling, nullptr, true, stream);
+    }
     kStepDense[rule](listed, stream);
     kStepQuantized[rule](listed, stream);
   }

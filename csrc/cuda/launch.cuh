@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,9 +22,11 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
+constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments&&... arguments) {
-  if (blocks > 0x7FFFFFFF) throw std::runtime_error("CUDA: a launch would need more than 2^31 - 1 blocks");
+  if (blocks > kMaxBlocks) throw std::runtime_error("CUDA: a launch would need more than 2^31 - 1 blocks");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -30,7 +34,47 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "a launch");
 }
 
-constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Tensors of one kernel, in as few launches as take them. Params has `tensors`, each of which knows its first block,
+// and how many they are.
+template <class Params>
+class Packed {
+ public:
+  Packed(void (*kernel)(Params), int threads, cudaStream_t stream)
+      : params(std::make_unique<Params>()), kernel_(kernel), threads_(threads), stream_(stream) {
+    params->count = 0;
+  }
+
+  template <class Tensor>
+  void add(const Tensor& tensor, int64_t blocks) {
+    if (blocks == 0) return;
+    if (blocks_ + blocks > kMaxBlocks) flush();
+    Tensor& added = params->tensors[params->count++];
+    added = tensor;
+    added.first_block = static_cast<uint32_t>(blocks_);
+    blocks_ += blocks;
+    if (params->count == static_cast<int32_t>(std::size(params->tensors))) flush();
+  }
+
+  // Call it once more at the end.
+  void flush() {
+    if (params->count > 0) launch(kernel_, blocks_, threads_, stream_, *params);
+    params->count = 0;
+    blocks_ = 0;
+  }
+
+  const std::unique_ptr<Params> params;  // for what all tensors share
+
+ private:
+  void (*kernel_)(Params);
+  int threads_;
+  cudaStream_t stream_;
+  int64_t blocks_ = 0;
+};
+
+// Pieces of device memory begin at multiples of this many bytes.
+constexpr int64_t kAlignment = 256;
+
+constexpr int64_t aligned(int64_t bytes) { return divided_up(bytes, kAlignment) * kAlignment; }
 
 // What is derived for a tensor takes at most this.
 constexpr int64_t kDerivedBytes = 192;
@@ -40,19 +84,45 @@ struct Listed {
   const Batch& batch;
   std::vector<int32_t> tensors;
   int rule;
-  unsigned char* derived;  // of these tensors, in device memory
+  unsigned char* derived = nullptr;            // of these tensors, in device memory
+  std::vector<NormalizeScratch> scratch = {};  // of these tensors, where second moments are factored
 };
 
-// The prepared state of the tensors of a rule. `sums` are null but for rules that normalize; `counts` the step, which
-// is so but when hyperparameters are derived once more, from sums.
-using PrepareFn = void (*)(const Listed&, const std::vector<DeviceLr>&, const Scaling&, TensorSums* sums, bool counts,
-                           cudaStream_t);
+// The prepared state of the tensors of a rule. `normalizations`, one for each, are null but for rules that normalize;
+// `counts` the step, which is so but when hyperparameters are derived once more, from sums.
+using PrepareFn = void (*)(const Listed&, const std::vector<DeviceLr>&, const Scaling&, Normalization* normalizations,
+                           bool counts, cudaStream_t);
 // `is_quantized`: takes the tensors that have codes, or those that have none.
 using StepFn = void (*)(const Listed&, cudaStream_t);
 
 // By rule, in the order of rules/all.h.
 extern const PrepareFn kPrepare[];
 extern const StepFn kStepDense[], kStepQuantized[];
+
+inline bool lies_on_16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+inline Formats formats_of(const TensorDesc& tensor, int states, int64_t row) {
+  Formats formats{};
+  formats.param = static_cast<uint32_t>(tensor.param.dtype);
+  formats.grad = static_cast<uint32_t>(tensor.grad.dtype);
+  formats.master = static_cast<uint32_t>(tensor.master.dtype);
+  formats.master_format = static_cast<uint32_t>(tensor.master_format);
+  formats.rounds_param = tensor.param.rounding == Rounding::kStochastic;
+  bool aligned = lies_on_16(tensor.param.data) && lies_on_16(tensor.grad.data) && lies_on_16(tensor.master.data) &&
+                 (row == tensor.numel || row % kLane == 0);
+  bool has_float32 = tensor.param.dtype == DType::kFloat32 || tensor.grad.dtype == DType::kFloat32 ||
+                     (tensor.master_format != Master::kNone && tensor.master.dtype == DType::kFloat32);
+  for (int k = 0; k < states; ++k) {
+    const Buffer& state = tensor.states[k];
+    formats.states |= static_cast<uint32_t>(state.dtype) << (3 * k);
+    formats.rounds_states |= static_cast<uint32_t>(state.rounding == Rounding::kStochastic) << k;
+    aligned = aligned && lies_on_16(state.data);
+    has_float32 = has_float32 || state.dtype == DType::kFloat32;
+  }
+  formats.is_aligned = aligned;
+  formats.is_split = has_float32;
+  return formats;
+}
 
 inline bool is_quantized(const TensorDesc& tensor, int states) {
   for (int k = 0; k < states; ++k) {

@@ -20,8 +20,8 @@ PreparedGroup<Rule> prepared(const GroupDesc& group, const DeviceLr& lr) {
 }
 
 template <class Rule>
-void launch_prepare(const Listed& listed, const std::vector<DeviceLr>& lrs, const Scaling& scaling, TensorSums* sums,
-                    bool counts, cudaStream_t stream) {
+void launch_prepare(const Listed& listed, const std::vector<DeviceLr>& lrs, const Scaling& scaling,
+                    Normalization* normalizations, bool counts, cudaStream_t stream) {
   using Params = PrepareParams<Rule>;
   static_assert(sizeof(Params) <= kParameterBytes);
   const auto params = std::make_unique<Params>();
@@ -46,7 +46,14 @@ void launch_prepare(const Listed& listed, const std::vector<DeviceLr>& lrs, cons
     if (inserted) {
       params->groups[place->second] = prepared<Rule>(listed.batch.groups[tensor.group], lrs[tensor.group]);
     }
-    params->tensors[params->count++] = {tensor.step, sums == nullptr ? nullptr : sums + i, place->second};
+    PreparedTensor<Rule>& filled = params->tensors[params->count++];
+    filled.step = tensor.step;
+    filled.group = place->second;
+    if constexpr (kIsNormalizing<Rule>) {
+      filled.normalization = normalizations + i;
+      filled.numel = tensor.numel;
+      filled.dtype = tensor.param.dtype;
+    }
   }
   flush();
 }

@@ -9,10 +9,20 @@
 
 namespace fusedopt::cuda {
 
-struct PreparedTensor {
+// Of rules that normalize.
+template <bool kNormalizes>
+struct PreparedSums {
+  Normalization* normalization;
+  int64_t numel;
+  DType dtype;
+};
+template <>
+struct PreparedSums<false> {};
+
+template <class Rule>
+struct PreparedTensor : PreparedSums<kIsNormalizing<Rule>> {
   float* step;
-  const TensorSums* sums;  // of rules that normalize: squares of weights and of updates
-  int32_t group;           // of the launch
+  int32_t group;  // of the launch
 };
 
 constexpr int kPrepareThreads = 64;
@@ -31,13 +41,13 @@ constexpr int kPreparedGroups = kParameterBytes > 4096 ? 32 : 4;
 template <class Rule>
 struct PrepareParams {
   static constexpr int kCapacity = static_cast<int>(
-      (kParameterBytes - 128 - kPreparedGroups * sizeof(PreparedGroup<Rule>)) / sizeof(PreparedTensor));
+      (kParameterBytes - 128 - kPreparedGroups * sizeof(PreparedGroup<Rule>)) / sizeof(PreparedTensor<Rule>));
   Scaling scaling;
   Derived<Rule>* derived;  // of the first tensor
   int32_t count;
-  int32_t counts;  // the step; 0 when hyperparameters are derived once more
+  int32_t counts;  // the step; 0 when hyperparameters are derived once more, from sums
   PreparedGroup<Rule> groups[kPreparedGroups];
-  PreparedTensor tensors[kCapacity];
+  PreparedTensor<Rule> tensors[kCapacity];
 };
 
 namespace {
@@ -54,9 +64,10 @@ FUSEDOPT_DEVICE typename Rule::Config config_of(const PreparedGroup<Rule>& group
 
 template <class Rule>
 FUSEDOPT_DEVICE typename Rule::Hyper derive(const typename Rule::Config& config, int64_t step,
-                                            const PreparedTensor& tensor) {
+                                            const PreparedTensor<Rule>& tensor) {
   if constexpr (kIsNormalizing<Rule>) {
-    return Rule::derive(config, step, *tensor.sums);
+    const Normalization& found = *tensor.normalization;
+    return Rule::derive(config, step, {found.param, found.update, tensor.numel, tensor.dtype});
   } else {
     return Rule::derive(config, step);
   }
@@ -76,15 +87,23 @@ template <class Rule>
 __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Rule> params) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= params.count) return;
-  const PreparedTensor& tensor = params.tensors[i];
+  const PreparedTensor<Rule>& tensor = params.tensors[i];
   const PreparedGroup<Rule>& group = params.groups[tensor.group];
   Derived<Rule>& derived = params.derived[i];
   const double multiplier = multiplier_of(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
   derived.skips = params.scaling.found_inf != nullptr && *params.scaling.found_inf != 0.0f;
+  if constexpr (kIsNormalizing<Rule>) {
+    tensor.normalization->skips = derived.skips;
+    if (params.counts) tensor.normalization->param = tensor.normalization->update = 0.0;
+  }
   if (derived.skips) return;
   const int64_t step = static_cast<int64_t>(*tensor.step) + params.counts;
   derived.hyper = derive<Rule>(config_of(group), step, tensor);
   derived.grad_multiplier = static_cast<float>(group.grad_multiplier * multiplier);
+  if constexpr (kIsNormalizing<Rule>) {
+    tensor.normalization->moments = derived.hyper.moments;
+    tensor.normalization->multiplier = derived.grad_multiplier;
+  }
   for (uint32_t k = 0; k < 3; ++k) derived.stream_keys[k] = stream_key(group.seed, step, k);
   if (params.counts) *tensor.step += 1.0f;
 }

@@ -1,40 +1,32 @@
-// Sums of squares of gradients for their norm: the additions of cpu/reduce.inl and fusedopt/reference/norm.py, in the
-// same order, so the norm has the same bits.
+// Sums in double, with the additions of cpu/reduce.inl and fusedopt/reference/norm.py in the same order, so they have
+// the same bits: chunks in 16 lanes, lanes and chunks in pairs.
 #pragma once
 
+#include "core/pairwise.h"
 #include "cuda/descriptors.h"
 #include "cuda/lane.cuh"
 
 namespace fusedopt::cuda {
 
-constexpr int kSumLanes = 16;    // of a chunk, each summed in order
-constexpr int kSumChunk = 4096;  // elements
+constexpr int kSumLanes = 16;  // of a chunk of kReductionChunk elements, each summed in order
 constexpr int kSumThreads = 256;
-constexpr int kBlockChunks = kSumThreads / kSumLanes;
-constexpr int kPairs = 2048;  // numbers that a block adds in pairs: a power of two
-
-struct SummedTensor {
-  const void* data;
-  int64_t numel;
-  int64_t first_chunk;   // where its sums go
-  uint32_t first_block;  // of the launch
-  uint32_t dtype;
-};
-
-constexpr int kSummedTensors = (kParameterBytes - 64) / static_cast<int>(sizeof(SummedTensor));
-
-struct SumParams {
-  double* sums;
-  int32_t count;
-  SummedTensor tensors[kSummedTensors];
-};
+constexpr int kBlockChunks = kSumThreads / kSumLanes;  // that a block of 16 lanes each takes
+constexpr int kPairs = 2048;                           // numbers that a block adds in pairs: a power of two
 
 namespace {
 
-FUSEDOPT_DEVICE float number_at(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
-  const uint16_t code = static_cast<const uint16_t*>(data)[i];
-  return dtype == DType::kBFloat16 ? BFloat16::decode(code) : Float16::decode(code);
+// Calls use(number), number(i) being element i: a loop of its own for each format, whose loads do not wait for
+// branches.
+template <class Use>
+FUSEDOPT_DEVICE void with_numbers(const void* data, uint32_t dtype, const Use& use) {
+  const auto* codes = static_cast<const uint16_t*>(data);
+  if (static_cast<DType>(dtype) == DType::kFloat32) {
+    use([=](int64_t i) { return static_cast<const float*>(data)[i]; });
+  } else if (static_cast<DType>(dtype) == DType::kBFloat16) {
+    use([=](int64_t i) { return BFloat16::decode(codes[i]); });
+  } else {
+    use([=](int64_t i) { return Float16::decode(codes[i]); });
+  }
 }
 
 // The sum of 16 lanes' sums, in pairs; all lanes of the warp come here, and lane 0 of each half gets it.
@@ -46,35 +38,49 @@ FUSEDOPT_DEVICE double total_of_lanes(double sum) {
   return sum;
 }
 
-// The sum of the squares of `length` numbers from `begin`, of which `lane` adds every 16th.
-FUSEDOPT_DEVICE double lane_square_sum(const void* data, DType dtype, int64_t begin, int length, int lane) {
+// Calls use(load(i), i) for every `stride`th i from `first` on, in order, so many loads being under way at once. They
+// are kept apart from what is done with them, as the compiler moves no load across a branch or a store.
+template <int kLoads, class Load, class Use>
+FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load& load, const Use& use) {
+  const auto take = [&](auto is_whole) {
+    decltype(load(first)) held[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = first + k * stride;
+      held[k] = is_whole() || i < end ? load(i) : decltype(load(first)){};
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = first + k * stride;
+      if (is_whole() || i < end) use(held[k], i);
+    }
+  };
+#pragma unroll 1
+  for (; first + (kLoads - 1) * stride < end; first += kLoads * stride) take(std::true_type{});
+  if (first < end) take(std::false_type{});
+}
+
+// What `lane` adds of the squares of `length` numbers: every 16th. Number i is value(load(i), i).
+template <int kLoads, class Load, class Value>
+FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
   double sum = 0.0;
-#pragma unroll 8
-  for (int i = lane; i < length; i += kSumLanes) {
-    const double x = static_cast<double>(number_at(data, dtype, begin + i));
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i) {
+    const double x = static_cast<double>(value(loaded, i));
     sum = sum + x * x;  // the product is exact
-  }
+  });
   return sum;
 }
 
-__global__ void __launch_bounds__(kSumThreads) square_sum_kernel(const __grid_constant__ SumParams params) {
-  const SummedTensor& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
-  const int lane = static_cast<int>(threadIdx.x % kSumLanes);
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockChunks + threadIdx.x / kSumLanes;
-  const int64_t begin = chunk * kSumChunk, left = tensor.numel - begin;
-  const int length = static_cast<int>(left < 0 ? 0 : left < kSumChunk ? left : kSumChunk);
-  const double sum =
-      total_of_lanes(lane_square_sum(tensor.data, static_cast<DType>(tensor.dtype), begin, length, lane));
-  if (lane == 0 && length > 0) params.sums[tensor.first_chunk + chunk] = sum;
+// How many elements there are of a chunk that begins at `begin`.
+FUSEDOPT_DEVICE int length_of_chunk(int64_t begin, int64_t end) {
+  const int64_t left = end - begin;
+  return static_cast<int>(left < 0 ? 0 : left < kReductionChunk ? left : kReductionChunk);
 }
 
-// Each block adds 2,048 numbers in pairs, an odd one out moving up. As all blocks but the last are full, doing the same
-// to the blocks' sums gives what pairs over all numbers give.
-__global__ void __launch_bounds__(kSumThreads) pairwise_kernel(const double* numbers, int64_t count, double* sums) {
-  __shared__ double held[kPairs];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kPairs, left = count - begin;
-  int n = static_cast<int>(left < kPairs ? left : kPairs);
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kSumThreads) held[i] = numbers[begin + i];
+// The sum in pairs, an odd one out moving up, of the first 2,048 of `count` numbers: by a block of kSumThreads.
+FUSEDOPT_DEVICE double sum_of_pairs(const double* numbers, int64_t count, double (&held)[kPairs]) {
+  int n = static_cast<int>(count < kPairs ? count : kPairs);
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kSumThreads) held[i] = numbers[i];
   __syncthreads();
   while (n > 1) {
     const int half = n / 2;
@@ -96,7 +102,25 @@ __global__ void __launch_bounds__(kSumThreads) pairwise_kernel(const double* num
     n = half + n % 2;
     __syncthreads();
   }
-  if (threadIdx.x == 0) sums[blockIdx.x] = held[0];
+  const double sum = held[0];
+  __syncthreads();
+  return sum;
+}
+
+// The sum in pairs of all of them, by one block. They are destroyed. As all runs of 2,048 but the last are full, adding
+// their sums in pairs gives what pairs over all numbers give.
+FUSEDOPT_DEVICE double pairwise_sum_of_block(double* numbers, int64_t count, double (&held)[kPairs]) {
+  double sum = 0.0;
+  while (count > 0) {
+    const int64_t runs = divided_up(count, kPairs);
+    for (int64_t k = 0; k < runs; ++k) {
+      sum = sum_of_pairs(numbers + k * kPairs, count - k * kPairs, held);
+      if (threadIdx.x == 0) numbers[k] = sum;
+    }
+    __syncthreads();
+    count = runs > 1 ? runs : 0;
+  }
+  return sum;
 }
 
 }  // namespace

@@ -1,0 +1,187 @@
+#include "cuda/normalize.h"
+
+#include "core/matrices.h"
+#include "cuda/normalize.cuh"
+
+namespace fusedopt::cuda {
+namespace {
+
+// Whole slabs are taken where they are so large and so many: the blocks must fill a device, and have work for a while.
+constexpr int64_t kLargeSlab = 1 << 14;  // elements
+constexpr int64_t kManySlabs = 128;
+
+// Memory handed out piece by piece; with no memory, only its size is found.
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    used_ = divided_up(used_, static_cast<int64_t>(alignof(T))) * static_cast<int64_t>(alignof(T));
+    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += count * static_cast<int64_t>(sizeof(T));
+    return piece;
+  }
+  int64_t used() const { return aligned(used_); }
+
+ private:
+  unsigned char* memory_;
+  int64_t used_ = 0;
+};
+
+// The tensors of a rule and the memory for what is found out about them.
+struct Plan {
+  Normalization* normalizations;
+  std::vector<NormalizedMatrix> slabs, matrices;  // taken by slabs; and others
+  std::vector<NormalizedVector> vectors;
+  std::vector<SummedParts> parts;
+  std::vector<NormalizeScratch> scratch;  // by place in the list
+  int64_t bytes;
+
+  Plan(const Listed& listed, void* memory) : listed_(listed), info_(rules()[listed.rule]), pieces_(memory) {
+    normalizations = pieces_.take<Normalization>(static_cast<int64_t>(listed.tensors.size()));
+    scratch.resize(listed.tensors.size());
+    int64_t slab_count = 0;
+    for (const int32_t i : listed.tensors) slab_count += large_slabs(listed.batch.tensors[i]);
+    for (size_t i = 0; i < listed.tensors.size(); ++i) {
+      const TensorDesc& tensor = listed.batch.tensors[listed.tensors[i]];
+      if (tensor.numel == 0) continue;
+      if (tensor.factors.exist()) {
+        add_matrix(tensor, i, slab_count >= kManySlabs && large_slabs(tensor) > 0);
+      } else {
+        add_vector(tensor, i);
+      }
+    }
+    bytes = pieces_.used();
+  }
+
+ private:
+  // How many slabs of a tensor a block could take each.
+  static int64_t large_slabs(const TensorDesc& tensor) {
+    const Factors& factors = tensor.factors;
+    if (!factors.exist() || tensor.numel == 0 || factors.column_count > kMaxSlabColumns) return 0;
+    const MatrixCut cut = MatrixCut::of(factors, tensor.numel);
+    return cut.height * factors.column_count < kLargeSlab ? 0 : cut.matrices * cut.slabs;
+  }
+
+  const GroupDesc& group_of(const TensorDesc& tensor) const { return listed_.batch.groups[tensor.group]; }
+  bool reads_weights(const TensorDesc& tensor) const { return info_.reads_weights(group_of(tensor).config); }
+  bool is_clamped(const TensorDesc& tensor) const {
+    alignas(16) unsigned char hyper[kMaxHyperBytes];
+    info_.derive(group_of(tensor).config, 1, {}, hyper);  // the same in every step
+    return info_.moments(hyper).is_clamped;
+  }
+
+  static void fill(const TensorDesc& tensor, size_t index, NormalizedBuffers& filled) {
+    filled.param = tensor.param.data;
+    filled.master = tensor.master.data;
+    filled.grad = tensor.grad.data;
+    filled.index = static_cast<int32_t>(index);
+    filled.formats = formats_of(tensor, 0, tensor.numel);
+  }
+
+  void add_matrix(const TensorDesc& tensor, size_t index, bool takes_slabs) {
+    const Factors& factors = tensor.factors;
+    const MatrixCut cut = MatrixCut::of(factors, tensor.numel);
+    const int64_t rows = cut.matrices * factors.row_count, columns = cut.matrices * factors.column_count;
+    const bool reads = reads_weights(tensor), weighs = !is_clamped(tensor);
+    const int64_t updates = weighs ? cut.matrices : cut.units();
+    NormalizedMatrix m{};
+    fill(tensor, index, m);
+    m.rows = factors.rows;
+    m.columns = factors.columns;
+    m.row_count = factors.row_count;
+    m.column_count = factors.column_count;
+    m.cut = cut;
+    if (!takes_slabs || !weighs) m.row_sums = pieces_.take<double>(rows * cut.panels);
+    if (reads) m.weight_sums = pieces_.take<double>(rows * cut.panels);
+    m.column_sums = pieces_.take<double>(columns * cut.slabs);
+    if (weighs) m.weighted_sums = pieces_.take<double>(columns * cut.slabs);
+    m.chunk_sums = pieces_.take<double>(cut.matrices * divided_up(factors.row_count, kReductionChunk));
+    if (reads) m.param_sums = pieces_.take<double>(cut.units());
+    m.update_sums = pieces_.take<double>(updates);
+    m.row_factors = pieces_.take<float>(rows);
+    m.column_factors = pieces_.take<float>(columns);
+    m.means = pieces_.take<float>(cut.matrices);
+    (takes_slabs ? slabs : matrices).push_back(m);
+    scratch[index] = {m.row_factors, m.column_factors, rows};
+    parts.push_back({m.param_sums, m.update_sums, cut.units(), updates, m.index, 0});
+  }
+
+  void add_vector(const TensorDesc& tensor, size_t index) {
+    const int64_t chunks = divided_up(tensor.numel, kReductionChunk);
+    NormalizedVector v{};
+    fill(tensor, index, v);
+    v.second = static_cast<float*>(tensor.states[info_.second_moment].data);
+    v.numel = tensor.numel;
+    if (reads_weights(tensor)) v.param_sums = pieces_.take<double>(chunks);
+    v.update_sums = pieces_.take<double>(chunks);
+    vectors.push_back(v);
+    parts.push_back({v.param_sums, v.update_sums, chunks, chunks, v.index, 0});
+  }
+
+  const Listed& listed_;
+  const RuleInfo& info_;
+  Pieces pieces_;
+};
+
+// Launches a kernel for tensors, each of which has so many blocks.
+template <class Tensor, class Blocks>
+void launch_over(void (*kernel)(NormalizeParams<Tensor>), const std::vector<Tensor>& tensors, int threads,
+                 const Plan& plan, cudaStream_t stream, const Blocks& blocks_of) {
+  static_assert(sizeof(NormalizeParams<Tensor>) <= kParameterBytes);
+  Packed<NormalizeParams<Tensor>> packed(kernel, threads, stream);
+  packed.params->normalizations = plan.normalizations;
+  for (const Tensor& tensor : tensors) packed.add(tensor, blocks_of(tensor));
+  packed.flush();
+}
+
+void sum_matrices(const Plan& plan, cudaStream_t stream) {
+  using Matrix = NormalizedMatrix;
+  std::vector<Matrix> all = plan.slabs;
+  all.insert(all.end(), plan.matrices.begin(), plan.matrices.end());
+  const auto launch_on = [&](void (*kernel)(MatrixParams), const std::vector<Matrix>& matrices, const auto& blocks_of) {
+    launch_over(kernel, matrices, kSumThreads, plan, stream, blocks_of);
+  };
+  const auto rows = [](const Matrix& m) { return m.cut.matrices * m.row_count; };
+  const auto row_chunks = [&](const Matrix& m) { return divided_up(rows(m) * m.cut.panels, kBlockChunks); };
+
+  launch_over(slab_kernel, plan.slabs, kSlabThreads, plan, stream,
+              [](const Matrix& m) { return m.cut.matrices * m.cut.slabs; });
+  launch_on(row_sum_kernel, plan.matrices, row_chunks);
+  launch_on(row_average_kernel, plan.matrices,
+            [&](const Matrix& m) { return m.cut.panels > 1 ? divided_up(rows(m), kSumThreads) : 0; });
+  launch_on(column_sum_kernel, plan.matrices,
+            [](const Matrix& m) { return divided_up(m.cut.matrices * m.cut.slabs * m.column_count, kSumThreads); });
+
+  launch_on(column_average_kernel, all,
+            [](const Matrix& m) { return divided_up(m.cut.matrices * m.column_count, kSumThreads); });
+  launch_on(mean_kernel, all, [](const Matrix& m) { return m.cut.matrices; });
+  launch_on(row_factor_kernel, all, [&](const Matrix& m) { return divided_up(rows(m), kSumThreads); });
+
+  launch_on(weight_sum_kernel, all, [&](const Matrix& m) { return m.weight_sums != nullptr ? row_chunks(m) : 0; });
+  const auto is_clamped = [](const Matrix& m) { return m.weighted_sums == nullptr; };
+  launch_on(update_sum_kernel, all, [&](const Matrix& m) { return is_clamped(m) ? row_chunks(m) : 0; });
+  launch_on(unit_sum_kernel, all, [&](const Matrix& m) {
+    return m.weight_sums != nullptr || is_clamped(m) ? divided_up(m.cut.units(), kUnitsAtOnce) : 0;
+  });
+}
+
+}  // namespace
+
+int64_t normalization_bytes(const Listed& listed) { return Plan(listed, nullptr).bytes; }
+
+int64_t prepare_normalizing(Listed& listed, const std::vector<DeviceLr>& lrs, const Scaling& scaling, void* workspace,
+                            cudaStream_t stream) {
+  const Plan plan(listed, workspace);
+  kPrepare[listed.rule](listed, lrs, scaling, plan.normalizations, true, stream);
+  sum_matrices(plan, stream);
+  launch_over(vector_kernel, plan.vectors, kSumThreads, plan, stream,
+              [](const NormalizedVector& v) { return divided_up(v.numel, kReductionChunk * kBlockChunks); });
+  launch_over(part_kernel, plan.parts, kSumThreads, plan, stream, [](const SummedParts&) { return int64_t{1}; });
+  kPrepare[listed.rule](listed, lrs, scaling, plan.normalizations, false, stream);
+  listed.scratch = plan.scratch;
+  return plan.bytes;
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,357 @@
+// What is read of a tensor before the step of a rule that normalizes: the sums of cpu/normalize.inl, with its additions
+// in its order, so they have its bits. Rows are summed by 16 threads each, columns by one each.
+//
+// Matrices with enough rows of few elements go through slab_kernel, which finds a row's sums and weighs what the row
+// adds to its columns while its gradients are in cache: they come from memory once. All others go through
+// row_sum_kernel and column_sum_kernel, which spread over a device whatever the shape is.
+#pragma once
+
+#include "cuda/normalize_chunks.cuh"
+
+namespace fusedopt::cuda {
+
+constexpr int kSlabThreads = 384;
+constexpr int kSlabRows = kSlabThreads / kSumLanes;           // that a block sums at a time
+constexpr int kSlabColumns = 3;                               // of a thread
+constexpr int kMaxSlabColumns = kSlabColumns * kSlabThreads;  // of a matrix whose slabs are taken whole
+constexpr int kSumBlocks = 4;                   // of a multiprocessor; to have room for more, the compiler would spill
+constexpr int kUnitsAtOnce = kSumThreads / 32;  // of a block that adds rows in order
+
+namespace {
+
+template <class Tensor>
+FUSEDOPT_DEVICE const Tensor& tensor_of_block(const NormalizeParams<Tensor>& params) {
+  return params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
+}
+
+// The number of a thread among those of its tensor.
+template <class Tensor>
+FUSEDOPT_DEVICE int64_t thread_of(const Tensor& tensor) {
+  return static_cast<int64_t>(blockIdx.x - tensor.first_block) * blockDim.x + threadIdx.x;
+}
+
+// What a row has of a panel.
+struct RowChunk {
+  int64_t row, panel, begin;  // the row counted through all matrices
+  int length;                 // 0 behind the last
+
+  FUSEDOPT_DEVICE int64_t place(const NormalizedMatrix& m) const { return row * m.cut.panels + panel; }
+};
+
+FUSEDOPT_DEVICE RowChunk row_chunk(const NormalizedMatrix& m) {
+  const int64_t i = thread_of(m) / kSumLanes;
+  RowChunk chunk;
+  chunk.row = i / m.cut.panels;
+  chunk.panel = i - chunk.row * m.cut.panels;
+  const int64_t column = chunk.panel * kReductionChunk;
+  chunk.begin = chunk.row * m.column_count + column;
+  chunk.length = chunk.row < m.cut.matrices * m.row_count ? length_of_chunk(column, m.column_count) : 0;
+  return chunk;
+}
+
+// Brings the average of a row up to date; what the row weighs in the sums of columns.
+FUSEDOPT_DEVICE double move_row(const NormalizedMatrix& m, int64_t row, double square_sum, const Moments& moments) {
+  const float average = moved_average(m.rows[row], square_sum, m.column_count, moments);
+  m.rows[row] = average;
+  return 1.0 / static_cast<double>(average);
+}
+
+// Adds `count` rows of a column to its sums, the first of them element `begin`, weight(row) being that of a row.
+template <class Weight>
+FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
+                                   const Weight& weight, double& sum, double& weighted) {
+  with_numbers(m.grad, m.formats.grad, [&](const auto& grad) {
+    for_each_loaded<8>(
+        0, count, 1, [&](int row) { return grad(begin + row * m.column_count); },
+        [&](float g, int row) {
+          const double x = static_cast<double>(g * multiplier), square = x * x;
+          sum = sum + square;
+          weighted = weighted + square * weight(row);
+        });
+  });
+}
+
+FUSEDOPT_DEVICE void store_column(const NormalizedMatrix& m, int64_t slab, int64_t column, double sum,
+                                  double weighted) {
+  m.column_sums[slab * m.column_count + column] = sum;
+  if (m.weighted_sums != nullptr) m.weighted_sums[slab * m.column_count + column] = weighted;
+}
+
+struct SlabRows {
+  int64_t begin;  // counted through all matrices
+  int count;
+};
+
+FUSEDOPT_DEVICE SlabRows rows_of_slab(const NormalizedMatrix& m, int64_t slab) {
+  const int64_t matrix = slab / m.cut.slabs;
+  const int64_t begin = (slab - matrix * m.cut.slabs) * m.cut.height, left = m.row_count - begin;
+  return {matrix * m.row_count + begin, static_cast<int>(left < m.cut.height ? left : m.cut.height)};
+}
+
+// ---- matrices: sums of rows and columns ----------------------------------------------------------
+
+__global__ void __launch_bounds__(kSumThreads) row_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  if (known.skips) return;
+  const RowChunk chunk = row_chunk(m);
+  const double sum = chunk_sum_of_grads<8>(m, chunk.begin, chunk.length, known.multiplier);
+  if (sum_lane() != 0 || chunk.length == 0) return;
+  m.row_sums[chunk.place(m)] = m.cut.panels > 1 ? sum : move_row(m, chunk.row, sum, known.moments);
+}
+
+// Rows of more than one panel.
+__global__ void __launch_bounds__(kSumThreads) row_average_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  const int64_t row = thread_of(m);
+  if (known.skips || row >= m.cut.matrices * m.row_count) return;
+  double* sums = m.row_sums + row * m.cut.panels;
+  sums[0] = move_row(m, row, pairwise_sum(sums, m.cut.panels), known.moments);
+}
+
+__global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  const int64_t slab = thread_of(m) / m.column_count, column = thread_of(m) - slab * m.column_count;
+  if (known.skips || slab >= m.cut.matrices * m.cut.slabs) return;
+  const SlabRows rows = rows_of_slab(m, slab);
+  const double* weights = m.row_sums + rows.begin * m.cut.panels;
+  double sum = 0.0, weighted = 0.0;
+  add_to_column(
+      m, rows.begin * m.column_count + column, rows.count, known.multiplier,
+      [&](int row) { return weights[row * m.cut.panels]; }, sum, weighted);
+  store_column(m, slab, column, sum, weighted);
+}
+
+// Asks for bytes to come to the second-level cache, from all threads of a block.
+FUSEDOPT_DEVICE void prefetch([[maybe_unused]] const void* data, int64_t begin, int64_t end) {
+  constexpr int kLine = 128;
+  for (int64_t i = begin + threadIdx.x * kLine; i < end; i += blockDim.x * kLine) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(data) + i));
+#endif
+  }
+}
+
+// Both for a slab of at most kMaxSlabColumns columns, by one block.
+__global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_constant__ MatrixParams params) {
+  __shared__ double weights[kSlabRows];
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  if (known.skips) return;
+  const float multiplier = known.multiplier;
+  const int64_t slab = blockIdx.x - m.first_block;
+  const SlabRows rows = rows_of_slab(m, slab);
+  const int columns = static_cast<int>(m.column_count), thread = static_cast<int>(threadIdx.x);
+  const int own = thread / kSumLanes;  // row, of those that are summed at a time
+  double sums[kSlabColumns] = {}, weighted[kSlabColumns] = {};
+  for (int done = 0; done < rows.count; done += kSlabRows) {
+    const int64_t first = rows.begin + done;
+    const int count = rows.count - done < kSlabRows ? rows.count - done : kSlabRows;
+    const int64_t begin = (first + own) * columns;
+    // The next rows, while these are worked on.
+    const int64_t row_bytes = columns * size_of(static_cast<DType>(m.formats.grad));
+    const int64_t end = rows.begin + (done + 2 * kSlabRows < rows.count ? done + 2 * kSlabRows : rows.count);
+    prefetch(m.grad, (first + kSlabRows) * row_bytes, end * row_bytes);
+    const int length = own < count ? columns : 0;
+    const double sum = chunk_sum_of_grads<16>(m, begin, length, multiplier);
+    if (sum_lane() == 0) weights[own] = sum;
+    __syncthreads();
+    // Side by side in one warp, as these are divisions in double.
+    if (thread < count) weights[thread] = move_row(m, first + thread, weights[thread], known.moments);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSlabColumns; ++k) {
+      const int column = thread + k * kSlabThreads;
+      if (column >= columns) continue;
+      add_to_column(
+          m, first * columns + column, count, multiplier, [&](int row) { return weights[row]; }, sums[k], weighted[k]);
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int k = 0; k < kSlabColumns; ++k) {
+    const int column = thread + k * kSlabThreads;
+    if (column < columns) store_column(m, slab, column, sums[k], weighted[k]);
+  }
+}
+
+// ---- matrices: averages and factors --------------------------------------------------------------
+
+// Fewer than eight numbers are filled up with zeros, which change no sum of squares.
+template <class Get>
+FUSEDOPT_DEVICE double sum_of_eight(int64_t count, const Get& get) {
+  double x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < count ? get(i) : 0.0;
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// The sum in pairs of what slabs have found, `stride` apart.
+FUSEDOPT_DEVICE double sum_of_slabs(const double* sums, int64_t slabs, int64_t stride) {
+  static_assert(kMaxSlabs == 8 * 8);
+  return sum_of_eight(divided_up(slabs, 8), [&](int k) {
+    return sum_of_eight(slabs - k * 8, [&](int i) { return sums[(k * 8 + i) * stride]; });
+  });
+}
+
+__global__ void __launch_bounds__(kSumThreads) column_average_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  const int64_t i = thread_of(m), matrix = i / m.column_count;
+  if (known.skips || matrix >= m.cut.matrices) return;
+  const int64_t sums = matrix * m.cut.slabs * m.column_count + (i - matrix * m.column_count);
+  const double sum = sum_of_slabs(m.column_sums + sums, m.cut.slabs, m.column_count);
+  const float average = moved_average(m.columns[i], sum, m.row_count, known.moments);
+  m.columns[i] = average;
+  m.column_factors[i] = column_factor(average, known.moments);
+  if (m.weighted_sums == nullptr) return;
+  const double weighted = sum_of_slabs(m.weighted_sums + sums, m.cut.slabs, m.column_count);
+  m.weighted_sums[sums] = weighted / static_cast<double>(average);
+}
+
+// One block a matrix: the mean of the averages of its rows, and from weighted sums that of its squared updates.
+__global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant__ MatrixParams params) {
+  __shared__ double held[kPairs];
+  const NormalizedMatrix& m = tensor_of_block(params);
+  if (params.normalizations[m.index].skips) return;
+  const int64_t matrix = blockIdx.x - m.first_block, chunks = divided_up(m.row_count, kReductionChunk);
+  const float* averages = m.rows + matrix * m.row_count;
+  double* sums = m.chunk_sums + matrix * chunks;
+  for (int64_t first = 0; first < chunks; first += kBlockChunks) {
+    const int64_t chunk = first + threadIdx.x / kSumLanes, begin = chunk * kReductionChunk;
+    const int length = length_of_chunk(begin, m.row_count);
+    double sum = 0.0;
+    for_each_loaded<8>(
+        sum_lane(), length, kSumLanes, [&](int i) { return averages[begin + i]; },
+        [&](float average, int) { sum = sum + static_cast<double>(average); });
+    sum = total_of_lanes(sum);
+    if (sum_lane() == 0 && length > 0) sums[chunk] = sum;
+  }
+  __syncthreads();
+  const double total = pairwise_sum_of_block(sums, chunks, held);
+  const float mean = static_cast<float>(total / static_cast<double>(m.row_count));
+  if (threadIdx.x == 0) m.means[matrix] = mean;
+  if (m.weighted_sums == nullptr) return;
+  double* weighted = m.weighted_sums + matrix * m.cut.slabs * m.column_count;
+  const double updates = pairwise_sum_of_block(weighted, m.column_count, held) * static_cast<double>(mean);
+  if (threadIdx.x == 0) m.update_sums[matrix] = updates;
+}
+
+__global__ void __launch_bounds__(kSumThreads) row_factor_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  const int64_t row = thread_of(m);
+  if (known.skips || row >= m.cut.matrices * m.row_count) return;
+  m.row_factors[row] = row_factor(m.rows[row], m.means[row / m.row_count], known.moments);
+}
+
+// ---- matrices: sums of units -----------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    weight_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  if (params.normalizations[m.index].skips) return;
+  const RowChunk chunk = row_chunk(m);
+  const double sum = chunk_sum_of_weights<8>(m, chunk.begin, chunk.length);
+  if (sum_lane() == 0 && chunk.length > 0) m.weight_sums[chunk.place(m)] = sum;
+}
+
+// Where moments are clamped: sums of squared updates by row and panel.
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    update_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const Normalization& known = params.normalizations[m.index];
+  if (known.skips) return;
+  const Moments moments = known.moments;
+  const float multiplier = known.multiplier;
+  const RowChunk chunk = row_chunk(m);
+  const float row = chunk.length > 0 ? m.row_factors[chunk.row] : 0.0f;
+  const float* columns = m.column_factors + chunk.row / m.row_count * m.column_count + chunk.panel * kReductionChunk;
+  const double sum = chunk_sum_of_grads<8>(
+      m, chunk.length, [=](const auto& grad, int i) { return GradAnd{grad(chunk.begin + i), columns[i]}; },
+      [=](const GradAnd& x, int) { return normalize<true>(x.grad * multiplier, row, x.other, moments); });
+  if (sum_lane() == 0 && chunk.length > 0) m.row_sums[chunk.place(m)] = sum;
+}
+
+// Numbers added in order by a warp, of which every lane has the sum.
+FUSEDOPT_DEVICE double ordered_sum(const double* numbers, int64_t count, int64_t stride) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  double sum = 0.0;
+  for (int64_t begin = 0; begin < count; begin += 32) {
+    // Zeros change no sum of squares.
+    const double number = begin + lane < count ? numbers[(begin + lane) * stride] : 0.0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum = sum + __shfl_sync(0xFFFFFFFFu, number, i);
+  }
+  return sum;
+}
+
+// One warp a unit: the rows of a slab in order.
+__global__ void __launch_bounds__(kSumThreads) unit_sum_kernel(const __grid_constant__ MatrixParams params) {
+  const NormalizedMatrix& m = tensor_of_block(params);
+  const int64_t unit = thread_of(m) / 32;
+  if (params.normalizations[m.index].skips || unit >= m.cut.units()) return;
+  const int64_t slab = unit / m.cut.panels, panels = m.cut.panels;
+  const SlabRows rows = rows_of_slab(m, slab);
+  const int64_t first = rows.begin * panels + (unit - slab * panels);
+  const bool is_first = threadIdx.x % 32 == 0;
+  if (m.weight_sums != nullptr) {
+    const double sum = ordered_sum(m.weight_sums + first, rows.count, panels);
+    if (is_first) m.param_sums[unit] = sum;
+  }
+  if (m.weighted_sums == nullptr) {
+    const double sum = ordered_sum(m.row_sums + first, rows.count, panels);
+    if (is_first) m.update_sums[unit] = sum;
+  }
+}
+
+// ---- vectors, and the end of both ----------------------------------------------------------------
+
+template <bool kClamped>
+FUSEDOPT_DEVICE double vector_update_sum(const NormalizedVector& v, const Normalization& known, int64_t begin,
+                                         int length) {
+  const Moments moments = known.moments;
+  const float multiplier = known.multiplier;
+  float* second = v.second + begin;
+  return chunk_sum_of_grads<8>(
+      v, length, [=](const auto& grad, int i) { return GradAnd{grad(begin + i), second[i]}; },
+      [=](const GradAnd& x, int i) {
+        const float moved = second_moment<kClamped>(x.other, x.grad * multiplier, moments);
+        second[i] = moved;
+        return normalize<kClamped>(x.grad * multiplier, moved, moments);
+      });
+}
+
+// Brings second moments up to date on the way.
+__global__ void __launch_bounds__(kSumThreads) vector_kernel(const __grid_constant__ VectorParams params) {
+  const NormalizedVector& v = tensor_of_block(params);
+  const Normalization& known = params.normalizations[v.index];
+  if (known.skips) return;
+  const int64_t chunk = thread_of(v) / kSumLanes, begin = chunk * kReductionChunk;
+  const int length = length_of_chunk(begin, v.numel);
+  const bool is_first = sum_lane() == 0 && length > 0;
+  const double sum = known.moments.is_clamped ? vector_update_sum<true>(v, known, begin, length)
+                                              : vector_update_sum<false>(v, known, begin, length);
+  if (is_first) v.update_sums[chunk] = sum;
+  if (v.param_sums == nullptr) return;
+  const double weights = chunk_sum_of_weights<8>(v, begin, length);
+  if (is_first) v.param_sums[chunk] = weights;
+}
+
+// One block a tensor.
+__global__ void __launch_bounds__(kSumThreads) part_kernel(const __grid_constant__ PartParams params) {
+  __shared__ double held[kPairs];
+  const SummedParts& parts = tensor_of_block(params);
+  Normalization& found = params.normalizations[parts.index];
+  if (found.skips) return;
+  const double updates = pairwise_sum_of_block(parts.update_sums, parts.update_count, held);
+  if (threadIdx.x == 0) found.update = updates;
+  if (parts.param_sums == nullptr) return;
+  const double weights = pairwise_sum_of_block(parts.param_sums, parts.param_count, held);
+  if (threadIdx.x == 0) found.param = weights;
+}
+
+}  // namespace
+}  // namespace fusedopt::cuda

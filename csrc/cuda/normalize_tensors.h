@@ -1,0 +1,59 @@
+// Tensors of rules that normalize, and where what is found out about them goes: what normalize.cuh gets by value.
+#pragma once
+
+#include "core/matrices.h"
+#include "cuda/descriptors.h"
+
+namespace fusedopt::cuda {
+
+// Where the weights of a tensor are and in which formats, and its gradient.
+struct NormalizedBuffers {
+  const void *param, *master, *grad;
+  int32_t index;  // in the list, of its Normalization
+  Formats formats;
+};
+
+struct NormalizedMatrix : NormalizedBuffers {
+  float *rows, *columns;                        // averages
+  float *row_factors, *column_factors, *means;  // a mean of row averages for each matrix
+  // One for each row and panel: of squared gradients, then, in a row's first, what it weighs; of squared updates. Where
+  // slabs are whole, only the last.
+  double* row_sums;
+  double* weight_sums;              // the same of squared weights; or null
+  double* column_sums;              // of slabs: of squared gradients
+  double* weighted_sums;            // the same divided by the averages of rows; null where moments are clamped
+  double* chunk_sums;               // of averages of rows
+  double* param_sums;               // of units; or null
+  double* update_sums;              // of units; if there are weighted sums, of matrices
+  int64_t row_count, column_count;  // of one matrix
+  MatrixCut cut;
+  uint32_t first_block;
+};
+
+struct NormalizedVector : NormalizedBuffers {
+  float* second;
+  double *param_sums, *update_sums;  // of chunks; the first may be null
+  int64_t numel;
+  uint32_t first_block;
+};
+
+// Sums of the parts of a tensor.
+struct SummedParts {
+  double *param_sums, *update_sums;  // the first may be null
+  int64_t param_count, update_count;
+  int32_t index;
+  uint32_t first_block;
+};
+
+template <class Tensor>
+struct NormalizeParams {
+  static constexpr int kCapacity = (kParameterBytes - 64) / static_cast<int>(sizeof(Tensor));
+  Normalization* normalizations;
+  int32_t count;
+  Tensor tensors[kCapacity];
+};
+using MatrixParams = NormalizeParams<NormalizedMatrix>;
+using VectorParams = NormalizeParams<NormalizedVector>;
+using PartParams = NormalizeParams<SummedParts>;
+
+}  // namespace fusedopt::cuda
