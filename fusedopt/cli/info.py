@@ -1,0 +1,18 @@
+"""``fusedopt info``: what this installation can do on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .. import info
+
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: everything as JSON.")]
+
+
+def show(as_json: AsJson = False) -> None:
+    """Tells what is built in, what is usable here, and what to do about the rest."""
+    found = info.info()
+    typer.echo(json.dumps(found, indent=2) if as_json else info.render(found))
