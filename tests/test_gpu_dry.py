@@ -72,6 +72,7 @@ def test_check_goes_on_after_what_fails(check: ModuleType, tmp_path: Path, capsy
     python = sys.executable
     planned = [
         check.Step("build", [python, "-c", "print('compiled'); raise SystemExit(3)"], 30),
+        check.Step("build without pip", [python, "-c", ""], 30, "build"),
         check.Step("kernels", [python, "-c", "import time; time.sleep(30)"], 0.2),
         check.Step("tests", [str(tmp_path / "missing")], 30),
         check.Step("bench", [python, "-c", "print('measured')"], 30),
@@ -86,13 +87,15 @@ def test_check_goes_on_after_what_fails(check: ModuleType, tmp_path: Path, capsy
         "measured\nbench: passed",
     ):
         assert part in said
+    assert "build without pip: passed" in said
     assert "failed: build, kernels, tests (" in said
     assert '"status": 3' in (tmp_path / "out" / "summary.json").read_text()
-    assert check.check(planned[-1:], tmp_path / "out", dict(os.environ)) == 0
+    remedy = check.Step("remedy", [python, "-c", "raise SystemExit(1)"], 30, "bench")
+    assert check.check([planned[-1], remedy], tmp_path / "out", dict(os.environ)) == 0  # nothing failed
 
 
 def test_steps_of_the_check(check: ModuleType, tmp_path: Path) -> None:
     planned = check.steps(tmp_path)
-    assert [step.name for step in planned] == ["build", "kernels", "tests", "bench"]
-    assert sum(step.limit for step in planned) <= 600  # seconds of a GPU's time
-    assert any(part.endswith("test_gpu_bits.py") for part in planned[2].command)
+    assert [step.name for step in planned] == ["build", "build without pip", "kernels", "tests", "bench"]
+    assert sum(step.limit for step in planned if not step.remedy_for) <= 600  # seconds of a GPU's time
+    assert any(part.endswith("test_gpu_bits.py") for part in planned[3].command)
