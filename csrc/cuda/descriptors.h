@@ -15,9 +15,9 @@ constexpr int kTilesEach = 4;  // of a warp
 constexpr int kBlockTiles = kWarps * kTilesEach;
 constexpr int kThreads = kWarps * 32;
 
-// Of a multiprocessor, at least: 96 registers a thread, with which no rule spills. 20 warps with 2 to 4 KB of loads each
+// Of a multiprocessor, at least: 128 registers a thread, with which no rule spills. 16 warps with 2 to 4 KB of loads each
 // are more than the memory's latency asks for.
-constexpr int kResidentBlocks = 5;
+constexpr int kResidentBlocks = 4;
 
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
 #if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
