@@ -21,13 +21,14 @@ from fusedopt.backends.table import PARAM_DTYPES
 
 FOLDER = os.environ.get("FUSEDOPT_EMULATED", "")  # where `make` built them (CMake's FUSEDOPT_CUDA_ON_CPU)
 
+# Not fusedopt._cuda: pybind11 gives the module that was imported by a name to whoever loads another one by it.
+NAME = "fusedopt_emulated._cuda"
+
 
 @functools.cache
 def module() -> ModuleType:
     (path,) = Path(FOLDER).rglob("_cuda*.so")
-    spec = importlib.util.spec_from_loader(
-        "fusedopt._cuda", importlib.machinery.ExtensionFileLoader("fusedopt._cuda", str(path))
-    )
+    spec = importlib.util.spec_from_loader(NAME, importlib.machinery.ExtensionFileLoader(NAME, str(path)))
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

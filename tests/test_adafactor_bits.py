@@ -10,7 +10,7 @@ from cases import DTYPES, FORMATS, SANITIZED, assert_paths_agree, assert_same_ru
 
 from fusedopt import Adafactor
 
-STEPS = 2 if SANITIZED else 4
+STEPS = 2 if SANITIZED else 3
 
 # Rows of whole vectors and not, several slabs, several panels, both; stacks of matrices; what has fewer dimensions.
 SHAPES = [

@@ -347,3 +347,15 @@ def test_variances_follow_when_gradients_shrink(share: slice) -> None:
 def test_rounded_to_nearest_a_variance_does_not_follow() -> None:
     """The reason for the default."""
     assert tracking(slice(0, 64), 500, rounding="nearest") > 5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_no_rows(backend: str) -> None:
+    """Nothing to step, but states of codes all the same."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((0, 64), (4, 64))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = fusedopt.AdamW(params, state_dtype="8bit", min_quantized_numel=0, backend=backend)
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg_codes"].shape == (0, 64)
+    assert optimizer.state[params[0]]["step"] == 1

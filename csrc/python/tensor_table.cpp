@@ -38,6 +38,7 @@ int64_t row_of(const TensorView& param) {
 }
 
 bool is_scales_of(const TensorView& scales, const TensorView& param) {
+  if (param.numel == 0) return scales.dtype == DType::kUInt8 && scales.numel == 0;
   const int64_t row = row_of(param);
   return row > 0 && scales.dtype == DType::kUInt8 && scales.ndim == 2 && scales.shape[0] == param.shape[0] &&
          scales.shape[1] == (row + kBlock - 1) / kBlock;
