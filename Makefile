@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := $(shell find csrc fusedopt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi') \
+SOURCES := $(shell find csrc fusedopt triton_kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi') \
            CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 # Tests step with more threads than cores; waiting for each other asleep keeps that quick.
