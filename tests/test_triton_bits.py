@@ -166,7 +166,7 @@ def test_norm(sizes: list[int]) -> None:
     assert_same_run(*found)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 2047, 2048, 2049, 5000])
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1025, 5000])
 def test_pairwise_sum(count: int) -> None:
     from fusedopt.reference.norm import pairwise_sum
     from fusedopt.triton_kernels import launch

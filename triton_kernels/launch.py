@@ -164,9 +164,9 @@ def pairwise_sum(sums: Tensor) -> Tensor:
     if len(sums) == 0:
         return torch.zeros(1, dtype=torch.float64, device=sums.device)
     while len(sums) > 1:
-        programs = -(-len(sums) // reduce.PAIRS.value)
-        added = torch.empty(programs, dtype=torch.float64, device=sums.device)
-        reduce.pairwise_kernel[(programs,)](sums, added, len(sums), **OPTIONS)
+        count = -(-len(sums) // reduce.PAIRS.value)
+        added = torch.empty(count, dtype=torch.float64, device=sums.device)
+        reduce.pairwise_kernel[(-(-count // reduce.ROWS.value),)](sums, added, len(sums), **OPTIONS)
         sums = added
     return sums
 

@@ -13,7 +13,8 @@ from .table import find_row
 LANES = tl.constexpr(16)  # of a chunk, each summed in order
 TERMS = tl.constexpr(256)  # of a lane
 CHUNKS = tl.constexpr(8)  # of a program
-PAIRS = tl.constexpr(2048)  # numbers that a program adds in pairs
+PAIRS = tl.constexpr(64)  # numbers that are added in pairs at a time
+ROWS = tl.constexpr(16)  # of them, of a program
 
 
 @triton.jit
@@ -52,8 +53,8 @@ def square_sum_kernel(table, sums, count):
 
 @triton.jit(do_not_specialize=["count"])
 def pairwise_kernel(numbers, sums, count):
-    """Adds each 2,048 numbers in pairs, an odd one out moving up; the same to the results gives pairs over all."""
-    at = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    """Adds each 64 numbers in pairs, an odd one out moving up; the same to the results gives pairs over all."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
     x = tl.load(numbers + at, mask=at < count, other=0.0)
-    total = in_pairs(tl.reshape(x, (1, PAIRS)), 1, PAIRS, 11)
-    tl.store(sums + tl.program_id(0) + tl.arange(0, 1), total)
+    tl.store(sums + row, in_pairs(x, ROWS, PAIRS, 6), mask=row * PAIRS < count)

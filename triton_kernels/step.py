@@ -32,6 +32,7 @@ from .formats import (
 from .table import find_row
 
 BLOCKS = tl.constexpr(16)  # of a tile
+PART = tl.constexpr(4)  # of them, taken at a time where a tile is not whole: less code to compile
 TILES = tl.constexpr(4)  # of a program, one after the other
 
 
@@ -128,70 +129,115 @@ def store_param(row, w, random, FORMATS: tl.constexpr, place, WHOLE: tl.constexp
 
 
 @triton.jit
+def load_state(row, STATE: tl.constexpr, SIGNS: tl.constexpr, FORMATS: tl.constexpr, place, scales, WHOLE: tl.constexpr):
+    """A state, decoded."""
+    DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * STATE)) & 7
+    address = tl.load(row + words.STATES + STATE)
+    if DTYPE == CODES:
+        first, offsets, mask = scales
+        at = tl.load(row + words.SCALES + STATE).to(tl.pointer_type(tl.uint8)) + first + offsets
+        scale = tl.load(at, mask=mask, other=0)
+        return decode_codes(load(address, tl.uint8, place, WHOLE), scale, ((SIGNS >> STATE) & 1) == 1)
+    else:
+        return load_dense(address, DTYPE, place, WHOLE)
+
+
+@triton.jit
+def store_state(
+    row,
+    x,
+    rooted,
+    random,
+    STATE: tl.constexpr,
+    SIGNS: tl.constexpr,
+    ROOTED: tl.constexpr,
+    FORMATS: tl.constexpr,
+    place,
+    scales,
+    WHOLE: tl.constexpr,
+):
+    """The inverse; `random` are the 32 bits of the state's stream."""
+    DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * STATE)) & 7
+    ROUNDS: tl.constexpr = ((FORMATS >> (25 + STATE)) & 1) == 1
+    address = tl.load(row + words.STATES + STATE)
+    if DTYPE == CODES:
+        if STATE == ROOTED:
+            roots = rooted
+        else:
+            roots = root(tl.abs(x))
+        if ROUNDS:
+            bits = half_of(random, STATE) | 1
+        else:
+            bits = random * 0 + 0x8000
+        begin, offsets, mask = place
+        if not WHOLE:
+            x = tl.where(mask, x, 0.0)  # for the scale
+        codes, scale = encode_codes(x, roots, bits, ((SIGNS >> STATE) & 1) == 1)
+        store(address, codes, tl.uint8, place, WHOLE)
+        first, at_scales, exists = scales
+        at = tl.load(row + words.SCALES + STATE).to(tl.pointer_type(tl.uint8)) + first + at_scales
+        tl.store(at, scale, mask=exists)
+    else:
+        store_dense(address, x, half_of(random, STATE), DTYPE, ROUNDS, place, WHOLE)
+
+
+@triton.jit
+def draw_for(row, derived, STREAM: tl.constexpr, place):
+    """The random bits of a tile's elements in a stream."""
+    begin, offsets, _ = place
+    key = tl.load(derived + words.KEYS + STREAM).to(tl.uint32, bitcast=True)
+    return draw(key, tl.load(row + words.FIRST_INDEX) + begin, offsets)
+
+
+@triton.jit
 def step_tile(
     row,
     derived,
     hyper,
-    place,
-    scales,
+    begin,
+    extents,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     SIGNS: tl.constexpr,
     ROOTED: tl.constexpr,
     FORMATS: tl.constexpr,
+    COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """One tile. `place` is where it lies: first element, offsets and mask; `scales` where its blocks' scales do."""
+    """COUNT blocks from `begin` on; `extents` are the blocks of the tensor and of a row, and the elements of a row."""
+    blocks, row_blocks, length = extents
+    lanes = tl.arange(0, BLOCK)[None, :]
+    order = tl.arange(0, COUNT)
+    # Where numbers lie, and scales: the first, from there on, and which exist.
+    if WHOLE:
+        offsets = order[:, None] * BLOCK + lanes
+        place = (begin * BLOCK, offsets, offsets >= 0)
+        scales = (begin, order, order >= 0)
+    else:
+        block = begin + order
+        row_of = block // row_blocks
+        column = (block - row_of * row_blocks) * BLOCK
+        exists = block < blocks
+        mask = exists[:, None] & (column[:, None] + lanes < length)
+        place = (begin * 0, (row_of * length + column)[:, None] + lanes, mask)
+        scales = (begin * 0, block, exists)
+
     p = load_param(row, FORMATS, place, WHOLE)
     g = load_dense(tl.load(row + words.GRAD), (FORMATS >> 3) & 7, place, WHOLE)
     s = ()
     for k in tl.static_range(STATES):
-        address = tl.load(row + words.STATES + k)
-        if ((FORMATS >> (13 + 3 * k)) & 7) == CODES:
-            first, offsets, mask = scales
-            at = tl.load(row + words.SCALES + k).to(tl.pointer_type(tl.uint8)) + first + offsets
-            scale = tl.load(at, mask=mask, other=0)
-            s = s + (decode_codes(load(address, tl.uint8, place, WHOLE), scale, ((SIGNS >> k) & 1) == 1),)  # noqa: RUF005
-        else:
-            s = s + (load_dense(address, (FORMATS >> (13 + 3 * k)) & 7, place, WHOLE),)  # noqa: RUF005
+        s = s + (load_state(row, k, SIGNS, FORMATS, place, scales, WHOLE),)  # noqa: RUF005
 
-    multiplier = float_of(tl.load(derived + words.MULTIPLIER))
-    p, s, rooted = UPDATE(p, g * multiplier, s, hyper)
+    p, s, rooted = UPDATE(p, g * float_of(tl.load(derived + words.MULTIPLIER)), s, hyper)
 
-    # Without random bits there is something in their place all the same.
-    random = tl.zeros((BLOCKS, BLOCK), tl.uint32)
-    begin, offsets, _ = place
-    index = tl.load(row + words.FIRST_INDEX) + begin
+    random = tl.zeros((COUNT, BLOCK), tl.uint32)  # where nothing is drawn
     for k in tl.static_range(STATES):
-        DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * k)) & 7
-        ROUNDS: tl.constexpr = ((FORMATS >> (25 + k)) & 1) == 1
-        # States 2 k and 2 k + 1 share a stream.
-        IS_DRAWN: tl.constexpr = (k % 2 == 1) and ((FORMATS >> (24 + k)) & 1) == 1
-        if ROUNDS and not IS_DRAWN:
-            random = draw(tl.load(derived + words.KEYS + k // 2).to(tl.uint32, bitcast=True), index, offsets)
-        address = tl.load(row + words.STATES + k)
-        if DTYPE == CODES:
-            if k == ROOTED:
-                roots = rooted
-            else:
-                roots = root(tl.abs(s[k]))
-            if ROUNDS:
-                bits = half_of(random, k) | 1
-            else:
-                bits = random * 0 + 0x8000
-            if WHOLE:
-                x = s[k]
-            else:
-                x = tl.where(place[2], s[k], 0.0)
-            codes, scale = encode_codes(x, roots, bits, ((SIGNS >> k) & 1) == 1)
-            store(address, codes, tl.uint8, place, WHOLE)
-            first, scale_offsets, mask = scales
-            at = tl.load(row + words.SCALES + k).to(tl.pointer_type(tl.uint8)) + first + scale_offsets
-            tl.store(at, scale, mask=mask)
-        else:
-            store_dense(address, s[k], half_of(random, k), DTYPE, ROUNDS, place, WHOLE)
+        # States 2 k and 2 k + 1 share a stream: it is drawn for the first of them that is rounded so.
+        if ((FORMATS >> (25 + k)) & 1) == 1 and not (k % 2 == 1 and ((FORMATS >> (24 + k)) & 1) == 1):
+            random = draw_for(row, derived, k // 2, place)
+        store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, WHOLE)
     if ((FORMATS >> 12) & 1) == 1:
-        random = draw(tl.load(derived + words.KEYS + 2).to(tl.uint32, bitcast=True), index, offsets)
+        random = draw_for(row, derived, 2, place)
     store_param(row, p, random, FORMATS, place, WHOLE)
 
 
@@ -220,25 +266,16 @@ def step_kernel(
         length = tl.load(row + words.ROW)
         row_blocks = (length + BLOCK - 1) // BLOCK
         blocks = numel // length * row_blocks
-        lanes = tl.arange(0, BLOCK)[None, :]
-        order = tl.arange(0, BLOCKS)
         can_be_whole = (tl.load(row + words.IS_ALIGNED) != 0) & (length == numel)
+        extents = (blocks, row_blocks, length)
         first = (program - tl.load(row + words.FIRST_PROGRAM)) * TILES
         for tile in range(first, tl.minimum(first + TILES, (blocks + BLOCKS - 1) // BLOCKS)):
-            begin = tile * BLOCKS  # in blocks
-            if can_be_whole & ((begin + BLOCKS) * BLOCK <= numel):
-                offsets = order[:, None] * BLOCK + lanes
-                place = (begin * BLOCK, offsets, offsets)
-                scales = (begin, order, order >= 0)
-                step_tile(row, derived, hyper, place, scales, UPDATE, STATES, SIGNS, ROOTED, FORMATS, True)
-            else:
-                block = begin + order
-                row_of = block // row_blocks
-                column = (block - row_of * row_blocks) * BLOCK
-                start = row_of * length + column
-                exists = block < blocks
-                mask = exists[:, None] & (column[:, None] + lanes < length)
-                place = (begin * 0, start[:, None] + lanes, mask)
+            begin = tile * BLOCKS
+            end = begin + BLOCKS
+            if can_be_whole & (end * BLOCK <= numel):
                 step_tile(
-                    row, derived, hyper, place, (begin * 0, block, exists), UPDATE, STATES, SIGNS, ROOTED, FORMATS, False
+                    row, derived, hyper, begin, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True
                 )
+            else:
+                for part in range(begin, tl.minimum(end, blocks), PART):
+                    step_tile(row, derived, hyper, part, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, PART, False)
