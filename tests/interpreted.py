@@ -17,7 +17,7 @@ from fusedopt.backends.triton import is_interpreting
 
 @pytest.fixture(scope="session")
 def _quick() -> Iterator[None]:
-    """Functions that kernels call patch the language anew with every call, as the kernel has done: of ours, most of it."""
+    """Functions that kernels call patch the language anew with every call, as the kernel has done. Ours need not."""
     from triton.runtime import interpreter
 
     patched = interpreter.InterpretedFunction.__call__

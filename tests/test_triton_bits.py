@@ -168,8 +168,9 @@ def test_norm(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1025, 5000])
 def test_pairwise_sum(count: int) -> None:
-    from fusedopt.reference.norm import pairwise_sum
     from fusedopt.triton_kernels import launch
+
+    from fusedopt.reference.norm import pairwise_sum
 
     sums = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
     assert launch.pairwise_sum(sums).item() == pairwise_sum(sums.clone()).item()

@@ -118,7 +118,14 @@ def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = Non
                 square_sum = torch.float64 if clips else torch.float32
                 floats = (torch.float32, torch.float32, square_sum, torch.float32)
                 arguments = (torch.int64, torch.int64, torch.int32, *floats, 2)
-                found.append(Job(f"{name}, preparation", prepare.prepare_kernel, arguments, constants))
+                found.append(
+                    Job(
+                        f"{name}, preparation{', clipping' if clips else ''}",
+                        prepare.prepare_kernel,
+                        arguments,
+                        constants,
+                    )
+                )
         words = sorted({word for text in formats or USUAL_FORMATS for word in words_of(name, text)})
         for word in words:
             constants = launch.Launch(name, word, 0, 1, 1).step_constants()

@@ -1,4 +1,4 @@
-"""Arithmetic with the bits of csrc/rules/rule.h and csrc/core/portable.h: IEEE operations in the order they are written.
+"""Arithmetic with the bits of csrc/rules/rule.h and core/portable.h: IEEE operations in the order they are written.
 
 Kernels are launched with enable_fp_fusion=False. Of float32 numbers, `/` and `tl.sqrt` are approximations: rules divide
 by tl.div_rn and take `root`; of float64 numbers, both are correctly rounded.

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import prepare, reduce, rules, step, table
+from . import prepare, reduce, step, table
+from .rules import RULES
 
 # Kernels add and multiply in separate roundings.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
@@ -37,7 +38,7 @@ class Launch:
 
     def step_constants(self) -> dict[str, Any]:
         """What `step_kernel` is compiled for."""
-        rule = rules.RULES[self.rule]
+        rule = RULES[self.rule]
         return {
             "UPDATE": rule.update,
             "STATES": len(rule.states),
@@ -50,7 +51,7 @@ class Launch:
 
 def prepare_constants(name: str, *, clips: bool) -> dict[str, Any]:
     """What `prepare_kernel` is compiled for."""
-    rule = rules.RULES[name]
+    rule = RULES[name]
     return {"DERIVE": rule.derive, "CONFIG": len(rule.config), "HYPER": rule.hyper, "CLIPS": clips}
 
 
@@ -146,7 +147,7 @@ def group_rows(
         filled[i, table.SEED.value] = seed
         numbers[i, table.SIGN.value] = multiplier
         numbers[i, table.MAX_GRAD_NORM.value] = max_grad_norm or 0.0
-        config = rules.RULES[name].config
+        config = RULES[name].config
         numbers[i, table.CONFIG.value : table.CONFIG.value + len(config)] = [hyper[key] for key in config]
     return filled
 

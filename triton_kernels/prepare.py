@@ -53,14 +53,14 @@ def prepare_kernel(
 
     config = ()
     for k in tl.static_range(CONFIG):
-        config = config + (tl.load(group + words.CONFIG + k).to(tl.float64, bitcast=True),)  # noqa: RUF005
+        config = config + (tl.load(group + words.CONFIG + k).to(tl.float64, bitcast=True),)
     # The first of them is the learning rate, which may be elsewhere on the device.
     lr = tl.load(group + words.LR)
     is_double = tl.load(group + words.LR_IS_DOUBLE)
     narrow = tl.load(lr.to(tl.pointer_type(tl.float32)), mask=(lr != 0) & (is_double == 0), other=0.0)
     wide = tl.load(lr.to(tl.pointer_type(tl.float64)), mask=(lr != 0) & (is_double != 0), other=0.0)
     given = tl.where(is_double != 0, wide, narrow.to(tl.float64))
-    config = (tl.where(lr != 0, given, config[0]),) + config[1:]  # noqa: RUF005
+    config = (tl.where(lr != 0, given, config[0]),) + config[1:]
 
     tl.store(derived + words.MULTIPLIER, multiplier.to(tl.float32).to(tl.int32, bitcast=True), mask=takes)
     seed = tl.load(group + words.SEED).to(tl.uint32)

@@ -35,7 +35,7 @@ def _rmsprop(p, g, s, hyper, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr):
     direction = tl.div_rn(g, rooted + eps)
     if MOMENTUM:
         direction = momentum * s[0] + direction
-        states = (direction,) + states  # noqa: RUF005  (Triton has no unpacking)
+        states = (direction,) + states
     return p - lr * direction, states, rooted
 
 

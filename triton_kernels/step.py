@@ -11,7 +11,6 @@ from . import table as words
 from .arithmetic import float_of, root
 from .codes import BLOCK, decode_codes, encode_codes
 from .formats import (
-    BFLOAT16,
     CODES,
     FLOAT32,
     FLOAT32_MASTER,
@@ -129,7 +128,9 @@ def store_param(row, w, random, FORMATS: tl.constexpr, place, WHOLE: tl.constexp
 
 
 @triton.jit
-def load_state(row, STATE: tl.constexpr, SIGNS: tl.constexpr, FORMATS: tl.constexpr, place, scales, WHOLE: tl.constexpr):
+def load_state(
+    row, STATE: tl.constexpr, SIGNS: tl.constexpr, FORMATS: tl.constexpr, place, scales, WHOLE: tl.constexpr
+):
     """A state, decoded."""
     DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * STATE)) & 7
     address = tl.load(row + words.STATES + STATE)
@@ -169,9 +170,8 @@ def store_state(
             bits = half_of(random, STATE) | 1
         else:
             bits = random * 0 + 0x8000
-        begin, offsets, mask = place
         if not WHOLE:
-            x = tl.where(mask, x, 0.0)  # for the scale
+            x = tl.where(place[2], x, 0.0)  # for the scale
         codes, scale = encode_codes(x, roots, bits, ((SIGNS >> STATE) & 1) == 1)
         store(address, codes, tl.uint8, place, WHOLE)
         first, at_scales, exists = scales
@@ -226,7 +226,7 @@ def step_tile(
     g = load_dense(tl.load(row + words.GRAD), (FORMATS >> 3) & 7, place, WHOLE)
     s = ()
     for k in tl.static_range(STATES):
-        s = s + (load_state(row, k, SIGNS, FORMATS, place, scales, WHOLE),)  # noqa: RUF005
+        s = s + (load_state(row, k, SIGNS, FORMATS, place, scales, WHOLE),)
 
     p, s, rooted = UPDATE(p, g * float_of(tl.load(derived + words.MULTIPLIER)), s, hyper)
 
@@ -261,7 +261,7 @@ def step_kernel(
     if tl.load(derived + words.SKIPS) == 0:
         hyper = ()
         for k in tl.static_range(HYPER):
-            hyper = hyper + (float_of(tl.load(derived + words.HYPER + k)),)  # noqa: RUF005
+            hyper = hyper + (float_of(tl.load(derived + words.HYPER + k)),)
         numel = tl.load(row + words.NUMEL)
         length = tl.load(row + words.ROW)
         row_blocks = (length + BLOCK - 1) // BLOCK
@@ -273,9 +273,7 @@ def step_kernel(
             begin = tile * BLOCKS
             end = begin + BLOCKS
             if can_be_whole & (end * BLOCK <= numel):
-                step_tile(
-                    row, derived, hyper, begin, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True
-                )
+                step_tile(row, derived, hyper, begin, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True)
             else:
                 for part in range(begin, tl.minimum(end, blocks), PART):
                     step_tile(row, derived, hyper, part, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, PART, False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from . import triton
 from .base import Scaling
 from .device import DeviceSession, guard, pointer
 from .table import PARAM_DTYPES
@@ -20,7 +21,8 @@ from .table import PARAM_DTYPES
 _CUDA = 2  # DLPack's number
 NOT_BUILT = (
     "this build of fusedopt has no CUDA kernels; reinstall it where nvcc 12 or later is on the PATH: "
-    "pip install --no-binary fusedopt --force-reinstall --no-deps fusedopt"
+    "pip install --no-binary fusedopt --force-reinstall --no-deps fusedopt, or install Triton, whose kernels are the "
+    "next best: pip install 'fusedopt[triton]'"
 )
 
 
@@ -105,8 +107,12 @@ class CudaBackend:
         if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
         if self.module() is None:
-            _warn_not_built()
+            if not triton.is_installed():
+                _warn_not_built()
             return NOT_BUILT
+        return None
+
+    def lacks(self, rule: str) -> str | None:
         return None
 
     def session(self) -> CudaSession:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import Scaling
+from .base import ParamStep, Scaling
 from .device import DeviceSession, guard
 from .table import PARAM_DTYPES
 
@@ -46,6 +46,24 @@ def _warn_not_installed(kind: str) -> None:
     warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {NOT_INSTALLED}", stacklevel=2)
 
 
+def unreachable(device: torch.device) -> str | None:
+    """Why kernels cannot reach tensors on a device, as a clause; None if they can."""
+    if not is_installed():
+        if device.type == "xpu" or (device.type == "cuda" and torch.version.hip is not None):
+            _warn_not_installed("ROCm" if device.type == "cuda" else "Intel GPU")
+        return NOT_INSTALLED
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and is_interpreting()):
+        return f"it is on {device}"
+    return None
+
+
+@functools.cache
+def _warn_lacking(rule: str) -> None:
+    warnings.warn(
+        f"parameters are stepped by plain torch, slowly: no Triton kernel has the equation {rule!r} yet", stacklevel=2
+    )
+
+
 class TritonSession(DeviceSession):
     """See DeviceSession. It remembers a device's plan for as long as the tensors stay where they are."""
 
@@ -55,13 +73,27 @@ class TritonSession(DeviceSession):
         self._mirrors: dict[torch.device, tuple[Any, Any]] = {}
         self._defaults: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+        if params and (unreachable(params[0].device) or self._lacks(group)):
+            return [i for i, param in enumerate(params) if param.grad is not None]
+        return super().collect(group, params, state)
+
+    def add(self, entry: ParamStep) -> bool:
+        return not self._lacks(entry.group) and super().add(entry)
+
+    def _lacks(self, group: int) -> bool:
+        rule = self._groups[group].rule
+        if rule in kernels().RULES:
+            return False
+        _warn_lacking(rule)
+        return True
+
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
         if device not in self._plans or self._plans[device][0] != (rows, rules):
             numbers = np.frombuffer(rows, np.int64).reshape(len(table), -1)
             self._plans[device] = ((rows, rules), kernels().Plan(numbers, rules))
         return self._plans[device][1]
-
 
     def _mirrors_of(self, device: torch.device) -> tuple[Any, Any]:
         """Of the tensors' rows and of the groups'."""
@@ -125,16 +157,14 @@ class TritonBackend:
         return _no_guard() if device.type == "cpu" else guard(device)
 
     def refusal(self, param: Tensor) -> str | None:
-        kind = param.device.type
-        if not is_installed():
-            if kind == "xpu" or (kind == "cuda" and torch.version.hip is not None):
-                _warn_not_installed("ROCm" if kind == "cuda" else "Intel GPU")
-            return NOT_INSTALLED
-        if kind not in ("cuda", "xpu") and not (kind == "cpu" and is_interpreting()):
-            return f"it is on {param.device}"
         if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
-        return None
+        return unreachable(param.device)
+
+    def lacks(self, rule: str) -> str | None:
+        if not is_installed() or rule in kernels().RULES:
+            return None
+        return f"the equation {rule!r} has not been written in Triton yet"
 
     def session(self) -> TritonSession:
         return TritonSession(self)
