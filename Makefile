@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CORE := $(shell find csrc cmake -type f) CMakeLists.txt
-SOURCES := $(CORE) $(shell find fusedopt -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt
+SOURCES := $(CORE) $(shell find fusedopt triton_kernels -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt
 
 # Where there is nvcc, one architecture is enough to look at and quick to build; a plain `pip install` takes all.
 export FUSEDOPT_CUDA_ARCHITECTURES ?= 90

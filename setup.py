@@ -60,7 +60,14 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[CMakeExtension("fusedopt._core")],
     cmdclass={"build_ext": CMakeBuild},
-    packages=["fusedopt", "fusedopt.backends", "fusedopt.cli", "fusedopt.reference", "fusedopt.schedules"],
-    package_dir={"fusedopt": "fusedopt"},
+    packages=[
+        "fusedopt",
+        "fusedopt.backends",
+        "fusedopt.cli",
+        "fusedopt.reference",
+        "fusedopt.schedules",
+        "fusedopt.triton_kernels",
+    ],
+    package_dir={"fusedopt": "fusedopt", "fusedopt.triton_kernels": "triton_kernels"},
     package_data={"fusedopt": ["py.typed", "*.pyi"]},
 )

@@ -52,6 +52,11 @@ PYBIND11_MODULE(_core, module) {
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
+      .def("rows",
+           [](TensorTable& table) {
+             const std::vector<int64_t> words = table.rows();
+             return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+           })
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);

@@ -59,7 +59,7 @@ def _step(
     groups = []
     for i, rule in enumerate(rules):
         lr = lrs[param_groups[i]]
-        on_device = derives_on_device and lr.device.type == "cuda"
+        on_device = derives_on_device and lr.device.type != "cpu"
         hyper = {
             "lr": 1.0 if on_device else float(lr.item()),
             **{name: next(values) for name in hyper_names[i].split(",")},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, sharding
-from .backends import CudaSession, GroupStep, ParamStep, Scaling, Session
+from .backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from .backends.base import Health
 from .masters import KEYS, SIXTEEN_BIT
 from .reference.norm import pairwise_sum, square_sums
@@ -130,7 +130,7 @@ class Gathered:
     def square_sum(self, grads: Iterable[Tensor]) -> float:
         """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
         active = [session for session in self.sessions.values() if len(session) > 0]
-        if len(active) == 1 and not (isinstance(active[0], CudaSession) and active[0].device() is None):
+        if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             sums = active[0].square_sums()
         else:  # list order runs across backends: the reference takes them all
             parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
@@ -154,7 +154,7 @@ class Gathered:
         active = [session for session in self.sessions.values() if len(session) > 0]
         signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
         norm = None
-        if len(active) == 1 and isinstance(active[0], CudaSession) and active[0].device() is not None:
+        if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
             counted, norm = active[0].step_scaled(signs, scaling, counts_health=counts_health)  # waits for nothing
             found = [counted]
         else:

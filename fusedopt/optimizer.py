@@ -268,7 +268,7 @@ class FusedOptimizer(Optimizer):
         """What backends need of a param group, the one of an index, and of its parameters of a layout."""
         specs = tuple(self.layouts(group)[layout])
         lr = group["lr"]
-        if isinstance(lr, Tensor) and self.derives_on_device and lr.device.type == "cuda":
+        if isinstance(lr, Tensor) and self.derives_on_device and lr.device.type != "cpu":
             group = {**group, "lr": 1.0}
         else:
             lr = None  # as a number

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from emulated import emulated as emulated  # a fixture
-from gpu import kernels_at_hand as kernels_at_hand  # a fixture
+
+# Before anybody imports triton: where there is no GPU, its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from emulated import emulated as emulated  # fixtures
+from gpu import kernels_at_hand as kernels_at_hand
+from interpreted import _quick as _quick
+from interpreted import interpreted as interpreted
 
 from fusedopt import _core
 

@@ -38,19 +38,17 @@ def module() -> ModuleType:
 
 
 class EmulatedBackend(CudaBackend):
-    device_type = 1
-
     def module(self) -> ModuleType:
         return module()
 
-    def index_of(self, tensor: Tensor) -> int:
-        return 0
-
-    def device(self, index: int) -> torch.device:
+    def device_of(self, tensor: Tensor) -> torch.device:
         return torch.device("cpu")
 
+    def device_type(self, device: torch.device) -> int:
+        return 1
+
     @contextmanager
-    def guard(self, device: torch.device) -> Iterator[int]:  # type: ignore[override]
+    def guard(self, device: torch.device) -> Iterator[int]:
         yield 0
 
     def refusal(self, param: Tensor) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from cases import CASES, assert_same_run, make_params, set_grads, train
 
 from fusedopt import SGD, Adafactor, AdamW, allocation, backends
-from fusedopt.backends import cuda
+from fusedopt.backends import cuda, triton
 
 
 class OnDevice(torch.Tensor):
@@ -36,6 +36,7 @@ class OnDevice(torch.Tensor):
 @pytest.fixture
 def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "kernels", lambda: None)
+    monkeypatch.setattr(triton, "is_installed", lambda: False)
     cuda._warn_not_built.cache_clear()
 
 

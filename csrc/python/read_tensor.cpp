@@ -35,7 +35,7 @@ struct ExchangeApi {
   int (*tensor_from_py_object)(void* object, Tensor* out);
   void* current_work_stream;
 };
-constexpr int32_t kCpu = 1, kCuda = 2;
+constexpr int32_t kCpu = 1, kCuda = 2, kRocm = 10, kOneApi = 14;
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 
 }  // namespace dlpack
@@ -65,13 +65,21 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
   return true;
 }
 
+// A build of torch has one of CUDA and ROCm, and calls either "cuda".
+Device known_as(Device device) { return {device.type == dlpack::kRocm ? dlpack::kCuda : device.type, device.id}; }
+
+bool is_readable(Device device) {
+  return device.type == dlpack::kCpu || device.type == dlpack::kCuda || device.type == dlpack::kOneApi;
+}
+
 bool read_through_exchange(PyObject* object, TensorView& view) {
   dlpack::Tensor tensor;
   if (torch_names().exchange->tensor_from_py_object(object, &tensor) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCuda) return false;
+  view.device = known_as(tensor.device);
+  if (!is_readable(view.device)) return false;
   if (tensor.dtype.lanes != 1 || !is_contiguous(tensor)) return false;
   const auto is = [&](uint8_t code, int bits) { return tensor.dtype.code == code && tensor.dtype.bits == bits; };
   if (is(dlpack::kFloat, 32)) {
@@ -90,7 +98,6 @@ bool read_through_exchange(PyObject* object, TensorView& view) {
     return false;
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  view.device = tensor.device;
   view.ndim = tensor.ndim;
   view.shape = tensor.shape;
   return true;
@@ -100,9 +107,15 @@ bool read_through_attributes(PyObject* object, TensorView& view) {
   TorchNames& names = torch_names();
   const py::handle tensor(object);
   try {
-    const bool is_cuda = tensor.attr("is_cuda").cast<bool>();
-    if ((!is_cuda && !tensor.attr("is_cpu").cast<bool>()) || tensor.attr("is_sparse").cast<bool>()) return false;
-    view.device = {is_cuda ? dlpack::kCuda : dlpack::kCpu, is_cuda ? tensor.attr("get_device")().cast<int32_t>() : 0};
+    const auto is = [&](const char* name) { return tensor.attr(name).cast<bool>(); };
+    if (is("is_sparse")) return false;
+    if (is("is_cpu")) {
+      view.device = {dlpack::kCpu, 0};
+    } else if (is("is_cuda") || is("is_xpu")) {
+      view.device = {is("is_cuda") ? dlpack::kCuda : dlpack::kOneApi, tensor.attr("get_device")().cast<int32_t>()};
+    } else {
+      return false;
+    }
     PyObject* dtype = PyDict_GetItem(names.dtypes, tensor.attr("dtype").ptr());
     if (dtype == nullptr || !tensor.attr("is_contiguous")().cast<bool>()) return false;
     view.dtype = static_cast<DType>(PyLong_AsLong(dtype));

@@ -37,8 +37,8 @@ struct TensorView {
 void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg, pybind11::object data_ptr,
                 pybind11::object exchange_api);
 
-// Fills `view` and returns true if `object` is a plain, contiguous CPU or CUDA tensor of a DType, aligned to
-// its element size. Returns false for everything else, with no Python error set.
+// Fills `view` and returns true if `object` is a plain, contiguous tensor of a DType on the CPU or on a CUDA, ROCm or
+// oneAPI device, aligned to its element size. Returns false for everything else, with no Python error set.
 bool read_tensor(PyObject* object, TensorView& view);
 
 // Whether it is a lazily negated view, as autograd makes of imaginary parts: its memory holds the

@@ -30,6 +30,8 @@ py::object interned(const std::string& text) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
 }
 
+constexpr size_t kRowWords = 3 + 2 * kMaxStates + 6;
+
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 // How many elements of a parameter lie in a row that blocks of codes do not cross.
@@ -380,6 +382,36 @@ void TensorTable::list_groups(const std::vector<double>& grad_multipliers) {
     lists_.groups.push_back(groups_[i].desc);
     lists_.groups.back().grad_multiplier = grad_multipliers[i];
   }
+}
+
+// Pointers, sizes, group, and formats in one word (fusedopt/backends/triton.py reads them).
+void write_row(const TensorDesc& tensor, int64_t* row) {
+  const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); };
+  int64_t formats = static_cast<int64_t>(tensor.param.dtype) | static_cast<int64_t>(tensor.grad.dtype) << 3 |
+                    static_cast<int64_t>(tensor.master.dtype) << 6 | static_cast<int64_t>(tensor.master_format) << 9 |
+                    static_cast<int64_t>(tensor.param.rounding) << 12;
+  *row++ = address(tensor.param.data);
+  *row++ = address(tensor.grad.data);
+  *row++ = address(tensor.master.data);
+  for (const Buffer& state : tensor.states) *row++ = address(state.data);
+  for (const Buffer& state : tensor.states) *row++ = address(state.scales);
+  for (int k = 0; k < kMaxStates; ++k) {
+    formats |= static_cast<int64_t>(tensor.states[k].dtype) << (13 + 3 * k) |
+               static_cast<int64_t>(tensor.states[k].rounding) << (25 + k);
+  }
+  *row++ = address(tensor.step);
+  *row++ = tensor.numel;
+  *row++ = tensor.row;
+  *row++ = tensor.first_index;
+  *row++ = tensor.group;
+  *row++ = formats;
+}
+
+std::vector<int64_t> TensorTable::rows() {
+  sort();
+  std::vector<int64_t> words(lists_.tensors.size() * kRowWords);
+  for (size_t i = 0; i < lists_.tensors.size(); ++i) write_row(lists_.tensors[i], &words[i * kRowWords]);
+  return words;
 }
 
 uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {

@@ -49,6 +49,9 @@ class TensorTable {
   // Where the step's lists lie, in list order: a StepLists, for as long as nothing is added or cleared.
   uintptr_t batch(const std::vector<double>& grad_multipliers);
 
+  // The same as numbers, for kernels that are not compiled here: kRowWords int64 for each tensor, see `write_row`.
+  std::vector<int64_t> rows();
+
   // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
   pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
   int64_t count_square_sums() const;

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from .base import Backend, GroupStep, ParamStep, Scaling, Session
 from .cpu import CpuBackend
-from .cuda import CudaBackend, CudaSession
+from .cuda import CudaBackend
+from .device import DeviceSession
 from .eager import EagerBackend
+from .triton import TritonBackend
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "CudaSession",
+    "DeviceSession",
     "GroupStep",
     "ParamStep",
     "Scaling",
@@ -25,7 +27,9 @@ __all__ = [
     "names",
 ]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), CudaBackend(), EagerBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), CudaBackend(), TritonBackend(), EagerBackend())
+}
 
 
 def names() -> list[str]:

@@ -73,5 +73,8 @@ class CpuBackend:
             return f"its dtype is {param.dtype}"
         return None
 
+    def lacks(self, rule: str) -> str | None:
+        return None
+
     def session(self) -> CpuSession:
         return CpuSession()

@@ -162,5 +162,8 @@ class EagerBackend:
             return f"its dtype is {param.dtype}"
         return None
 
+    def lacks(self, rule: str) -> str | None:
+        return None
+
     def session(self) -> EagerSession:
         return EagerSession()

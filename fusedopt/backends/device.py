@@ -1,0 +1,201 @@
+"""What backends share whose tensors lie on devices: a table of tensors for each, and steps that wait for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _core
+from .base import GroupStep, Health, ParamStep, Scaling
+from .eager import count_health, weights
+from .table import add_groups
+
+
+class DeviceBackend(Protocol):
+    """What a session asks of its backend."""
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """The device that a tensor is on, with its number."""
+
+    def device_type(self, device: torch.device) -> int:
+        """DLPack's number for the kind of a device."""
+
+    def guard(self, device: torch.device) -> AbstractContextManager[int]:
+        """Makes a device the current one for as long as it is entered; gives its current stream."""
+
+
+class DeviceSession:
+    """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
+
+    def __init__(self, backend: DeviceBackend) -> None:
+        self._backend = backend
+        self._tables: dict[torch.device, _core.TensorTable] = {}
+        self._groups: Sequence[GroupStep] = ()
+        self._positions: Sequence[list[int] | None] = ()
+        self._begun: set[torch.device] = set()
+        # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
+        self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any]]] = {}
+        self._added: list[ParamStep] = []
+
+    # ---- what a subclass does ----------------------------------------------------------------------
+
+    def launch(
+        self,
+        device: torch.device,
+        stream: int,
+        table: _core.TensorTable,
+        grad_multipliers: list[float],
+        lrs: list[Tensor | None],
+        scaling: Scaling,
+        norm: Tensor | None,
+    ) -> None:
+        """Steps a table. `lrs` and the tensors of `scaling` are on the device; `norm` takes the norm if it clips."""
+        raise NotImplementedError
+
+    def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
+        """See Session.square_sums."""
+        raise NotImplementedError
+
+    # ---- a session ---------------------------------------------------------------------------------
+
+    def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
+        self._groups, self._positions = groups, positions
+        self._begun.clear()
+        self._collected.clear()
+        self._added.clear()
+        for table in self._tables.values():
+            table.clear()
+
+    def _table(self, tensor: Tensor) -> _core.TensorTable:
+        """The table of a tensor's device, with this step's groups."""
+        device = self._backend.device_of(tensor)
+        if device not in self._tables:
+            kind, index = self._backend.device_type(device), device.index or 0
+            self._tables[device] = _core.TensorTable(device_type=kind, device_id=index)
+        if device not in self._begun:
+            self._begun.add(device)
+            add_groups(self._tables[device], self._groups, self._positions)
+        return self._tables[device]
+
+    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+        if not params:
+            return []
+        self._collected[group] = (params, state)
+        return self._table(params[0]).collect(group=group, params=params, state=state)
+
+    def add(self, entry: ParamStep) -> bool:
+        if not self._table(entry.param).add(
+            group=entry.group,
+            position=entry.position,
+            param=entry.param,
+            grad=entry.grad,
+            states=entry.states,
+            master=entry.master,
+            step=entry.step,
+            first_index=entry.first_index,
+        ):
+            return False
+        self._added.append(entry)
+        return True
+
+    def __len__(self) -> int:
+        return sum(len(table) for table in self._tables.values())
+
+    def _active(self) -> list[tuple[torch.device, _core.TensorTable]]:
+        return [(device, table) for device, table in self._tables.items() if len(table) > 0]
+
+    def device(self) -> torch.device | None:
+        """The device of all that was taken; None if there are several."""
+        active = self._active()
+        return active[0][0] if len(active) == 1 else None
+
+    def square_sums(self) -> Tensor:
+        ((device, table),) = self._active()
+        with self._backend.guard(device) as stream:
+            return self.launch_square_sums(device, stream, table)
+
+    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+        return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
+
+    def step_scaled(
+        self, grad_multipliers: Sequence[float], scaling: Scaling, *, counts_health: bool = False
+    ) -> tuple[Health, Tensor | None]:
+        """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
+        entries = self._entries() if counts_health else []
+        before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
+        norm = None
+        for device, table in self._active():
+            norm = self._launch(device, table, list(grad_multipliers), scaling)
+        health = {
+            (entry.group, entry.position): count_health(self._groups[entry.group], entry, held)
+            for entry, held in zip(entries, before)
+        }
+        return health, norm
+
+    def _launch(
+        self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
+    ) -> Tensor | None:
+        lrs = [_lr_on(group.lr, device) for group in self._groups]
+        on_device = Scaling(
+            _float_on(scaling.grad_scale, device), _float_on(scaling.found_inf, device), scaling.max_grad_norm
+        )
+        with self._backend.guard(device) as stream:
+            norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
+            self.launch(device, stream, table, grad_multipliers, lrs, on_device, norm)
+        return norm
+
+    def _entries(self) -> list[ParamStep]:
+        """What was taken, parameter by parameter."""
+        entries = list(self._added)
+        listed = {(entry.group, entry.position) for entry in entries}
+        for index, (params, state) in self._collected.items():
+            group = self._groups[index]
+            for position, param in enumerate(params):
+                if param.grad is None or (index, position) in listed or param not in state:
+                    continue
+                held = state[param]
+                master = held.get(group.master_key) if group.master_key else None
+                entries.append(
+                    ParamStep(
+                        group=index,
+                        position=position,
+                        param=param.detach(),
+                        grad=param.grad,
+                        states=tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states),
+                        step=held["step"],
+                        master=master if isinstance(master, Tensor) else None,
+                    )
+                )
+        return entries
+
+    def forget(self) -> None:
+        for table in self._tables.values():
+            table.forget()
+
+
+@contextmanager
+def guard(device: torch.device) -> Iterator[int]:
+    """Makes a CUDA, ROCm or oneAPI device the current one; gives its current stream."""
+    kind = torch.xpu if device.type == "xpu" else torch.cuda
+    with kind.device(device):
+        stream = kind.current_stream(device)
+        yield stream.sycl_queue if device.type == "xpu" else stream.cuda_stream
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers are; 0 if there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _float_on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(device, torch.float32)
+
+
+def _lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+    if lr is None:
+        return None
+    return lr.detach().to(device, lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32)

@@ -1,0 +1,175 @@
+"""The kernels in Triton (triton_kernels): AMD and Intel devices, and NVIDIA ones without compiled kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _core
+from .base import ParamStep, Scaling
+from .device import DeviceSession, guard
+from .table import PARAM_DTYPES
+
+_DLPACK = {"cpu": 1, "cuda": 2, "xpu": 14}  # its numbers; ROCm's devices are called cuda
+NOT_INSTALLED = "triton is not installed; install it with: pip install 'fusedopt[triton]'"
+
+
+@functools.cache
+def is_installed() -> bool:
+    """Whether there is a triton to import."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's interpreter is asked for, which runs kernels on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module that launches the kernels, imported with triton when they are first needed."""
+    return importlib.import_module("fusedopt.triton_kernels.launch")
+
+
+@functools.cache
+def _warn_not_installed(kind: str) -> None:
+    warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {NOT_INSTALLED}", stacklevel=2)
+
+
+def unreachable(device: torch.device) -> str | None:
+    """Why kernels cannot reach tensors on a device, as a clause; None if they can."""
+    if not is_installed():
+        if device.type == "xpu" or (device.type == "cuda" and torch.version.hip is not None):
+            _warn_not_installed("ROCm" if device.type == "cuda" else "Intel GPU")
+        return NOT_INSTALLED
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and is_interpreting()):
+        return f"it is on {device}"
+    return None
+
+
+@functools.cache
+def _warn_lacking(rule: str) -> None:
+    warnings.warn(
+        f"parameters are stepped by plain torch, slowly: no Triton kernel has the equation {rule!r} yet", stacklevel=2
+    )
+
+
+class TritonSession(DeviceSession):
+    """See DeviceSession. It remembers a device's plan for as long as the tensors stay where they are."""
+
+    def __init__(self, backend: TritonBackend) -> None:
+        super().__init__(backend)
+        self._plans: dict[torch.device, tuple[tuple[bytes, tuple[str, ...]], Any]] = {}
+        self._mirrors: dict[torch.device, tuple[Any, Any]] = {}
+        self._defaults: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+        if params and (unreachable(params[0].device) or self._lacks(group)):
+            return [i for i, param in enumerate(params) if param.grad is not None]
+        return super().collect(group, params, state)
+
+    def add(self, entry: ParamStep) -> bool:
+        return not self._lacks(entry.group) and super().add(entry)
+
+    def _lacks(self, group: int) -> bool:
+        rule = self._groups[group].rule
+        if rule in kernels().RULES:
+            return False
+        _warn_lacking(rule)
+        return True
+
+    def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
+        rows, rules = table.rows(), tuple(group.rule for group in self._groups)
+        if device not in self._plans or self._plans[device][0] != (rows, rules):
+            numbers = np.frombuffer(rows, np.int64).reshape(len(table), -1)
+            self._plans[device] = ((rows, rules), kernels().Plan(numbers, rules))
+        return self._plans[device][1]
+
+    def _mirrors_of(self, device: torch.device) -> tuple[Any, Any]:
+        """Of the tensors' rows and of the groups'."""
+        if device not in self._mirrors:
+            self._mirrors[device] = (kernels().Mirror(), kernels().Mirror())
+        return self._mirrors[device]
+
+    def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
+        plan = self._plan(device, table)
+        return kernels().square_sums(plan, self._mirrors_of(device)[0].on(device, stream, plan.rows))
+
+    def launch(
+        self,
+        device: torch.device,
+        stream: int,
+        table: _core.TensorTable,
+        grad_multipliers: list[float],
+        lrs: list[Tensor | None],
+        scaling: Scaling,
+        norm: Tensor | None,
+    ) -> None:
+        plan = self._plan(device, table)
+        groups = kernels().group_rows(
+            [group.rule for group in self._groups],
+            [group.hyper for group in self._groups],
+            [group.seed for group in self._groups],
+            grad_multipliers,
+            lrs,
+            scaling.max_grad_norm,
+        )
+        if device not in self._defaults:
+            self._defaults[device] = (torch.ones((), device=device), torch.zeros((), device=device))
+        one, zero = self._defaults[device]
+        of_tensors, of_groups = self._mirrors_of(device)
+        kernels().take_step(
+            plan,
+            of_tensors.on(device, stream, plan.rows),
+            of_groups.on(device, stream, groups),
+            one if scaling.grad_scale is None else scaling.grad_scale,
+            zero if scaling.found_inf is None else scaling.found_inf,
+            norm,
+        )
+
+    def forget(self) -> None:
+        super().forget()
+        self._plans.clear()
+
+
+class TritonBackend:
+    """See Backend."""
+
+    name = "triton"
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        return tensor.device
+
+    def device_type(self, device: torch.device) -> int:
+        return _DLPACK[device.type]
+
+    def guard(self, device: torch.device) -> AbstractContextManager[int]:
+        return _no_guard() if device.type == "cpu" else guard(device)
+
+    def refusal(self, param: Tensor) -> str | None:
+        if param.dtype not in PARAM_DTYPES:
+            return f"its dtype is {param.dtype}"
+        return unreachable(param.device)
+
+    def lacks(self, rule: str) -> str | None:
+        if not is_installed() or rule in kernels().RULES:
+            return None
+        return f"the equation {rule!r} has not been written in Triton yet"
+
+    def session(self) -> TritonSession:
+        return TritonSession(self)
+
+
+@contextmanager
+def _no_guard() -> Iterator[int]:
+    yield 0

@@ -1,0 +1,48 @@
+"""``fusedopt compile-kernels``: compiles the Triton kernels ahead of time."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..backends import triton
+
+_TARGET = "Devices, with commas between: cuda:90 (compute capability 9.0), hip:gfx942, ..."
+_FORMATS = (
+    "Formats of parameters/states, or parameters/states/master_weights, with commas between: "
+    "bfloat16/8bit/split24,... Without it, the usual ones."
+)
+Target = Annotated[str, typer.Option("--target", help=_TARGET)]
+Rules = Annotated[str, typer.Option("--rules", help="Equations, with commas between; without it, all.")]
+Formats = Annotated[str, typer.Option("--formats", help=_FORMATS)]
+
+
+def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "") -> None:
+    """Compiles the Triton kernels for devices, without one, into Triton's cache, so that no first step has to."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not triton.is_installed():
+        sys.exit(triton.NOT_INSTALLED)
+    if triton.is_interpreting():
+        sys.exit("TRITON_INTERPRET=1 is set, so kernels are interpreted and never compiled; unset it")
+    ahead = importlib.import_module("fusedopt.triton_kernels.ahead")
+    begin = time.perf_counter()
+    try:
+        targets = [ahead.parse_target(text) for text in target.split(",")]
+        jobs = ahead.jobs(_listed(rules), _listed(formats))
+    except ValueError as error:
+        sys.exit(str(error))
+    for text, device in zip(target.split(","), targets):
+        with ahead.on(device):
+            for i, job in enumerate(jobs):
+                console.print(f"{text}  {i + 1}/{len(jobs)}  {job.label}")
+                job.compile()
+    console.print(f"{len(jobs) * len(targets)} kernels in {time.perf_counter() - begin:.0f} s")
+
+
+def _listed(text: str) -> list[str] | None:
+    return text.split(",") if text else None

@@ -1,0 +1,44 @@
+"""The Triton kernels on the CPU: Triton's interpreter runs them on CPU tensors.
+
+It is asked for by an environment variable before triton is imported, which `conftest.py` sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fusedopt.backends.triton import is_interpreting
+
+
+@pytest.fixture(scope="session")
+def _quick() -> Iterator[None]:
+    """Functions that kernels call patch the language anew with every call, as the kernel has done. Ours need not."""
+    from triton.runtime import interpreter
+
+    patched = interpreter.InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__.startswith("fusedopt."):
+            return self.rewrite()(*args, **kwargs)
+        return patched(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
+        yield
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """backend="triton" steps CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if not is_interpreting():
+        pytest.skip("TRITON_INTERPRET=1 is not set, because there is a GPU")
+    request.getfixturevalue("_quick")

@@ -1,0 +1,246 @@
+"""The Triton kernels, interpreted, have the bits of the CPU backend: rules, formats, sizes, alignment, lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    FORMATS,
+    Case,
+    assert_same_bits,
+    assert_same_run,
+    each_variant,
+    format_kwargs,
+    make_params,
+    set_grads,
+    train,
+)
+
+from fusedopt import _core, backends
+from fusedopt.backends import ParamStep
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+# A whole tile of 16 blocks and a ragged one; rows of whole blocks, and ragged ones; nothing at all. The last shape is
+# taken twice. Interpreted, a tile takes tens of milliseconds, hence so few.
+SHAPES = [(1100,), (0,), (3,)]
+SHAPES_2D = [(17, 64), (6, 0), (5, 130)]
+
+
+def each_rule() -> list[Any]:
+    """(case, kwargs) for every compiled rule, of the last variant that uses it."""
+    found = {}
+    for case in CASES:
+        for variant in case.variants:
+            kwargs = {**case.kwargs, **variant}
+            optimizer = case.ours([torch.zeros(1)], **kwargs)
+            found[optimizer.rule(optimizer.param_groups[0])] = (case, kwargs)
+    return [pytest.param(*values, id=name) for name, values in found.items()]
+
+
+def offset_params(dtype: torch.dtype, shapes: list[Any]) -> list[torch.nn.Parameter]:
+    """The last shape once more, one element behind an aligned address."""
+    params = make_params([*shapes, shapes[-1]], dtype)
+    memory = torch.empty(params[-1].numel() + 1, dtype=dtype)
+    memory[1:] = params[-1].detach().flatten()
+    params[-1] = torch.nn.Parameter(memory[1:].view(params[-1].shape))
+    return params
+
+
+def assert_kernels_agree(case: Case, kwargs: dict[str, Any], dtype: torch.dtype, shapes: list[Any]) -> None:
+    runs = [train(case.ours(offset_params(dtype, shapes), **kwargs, backend=b), 2) for b in ("triton", "cpu")]
+    assert len(runs[0]._sessions()["triton"]._tables) == 1
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("state_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("case", "kwargs"), each_rule())
+def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state_format: str) -> None:
+    kwargs = {**kwargs, **format_kwargs(case, kwargs, state_format)}
+    has_codes = state_format.startswith("8bit") or state_format == "mixed"
+    assert_kernels_agree(case, kwargs, DTYPES[dtype], SHAPES_2D if has_codes else SHAPES)
+
+
+@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+def test_variants(case: Case, kwargs: dict[str, Any]) -> None:
+    assert_kernels_agree(case, kwargs, torch.float32, SHAPES)
+
+
+def test_rules_are_those_of_the_core() -> None:
+    from fusedopt.triton_kernels.rules import RULES
+
+    assert {name: tuple(state for state, _ in rule.states) for name, rule in RULES.items()} == {
+        name: states for name, states in _core.rules().items() if not name.startswith("adafactor")
+    }
+
+
+MASTERS = [
+    ("bf16", "stochastic", None),
+    ("bf16", "nearest", "kahan"),
+    ("bf16", "stochastic", "kahan"),
+    ("bf16", "nearest", "split24"),
+    ("bf16", "stochastic", "split24"),
+    ("bf16", "nearest", "split32"),
+    ("bf16", "nearest", "float32"),
+    ("bf16", "stochastic", "float32"),
+    ("fp16", "stochastic", None),
+    ("fp16", "nearest", "float32"),
+    ("fp16", "stochastic", "float32"),
+]
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "8bit-stochastic"])
+@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
+def test_masters_and_rounded_parameters(dtype: str, rounding: str, master: str | None, state_format: str) -> None:
+    """Somebody else writes a parameter between the steps, too, and weights are not finite."""
+    runs = []
+    for backend in ("triton", "cpu"):
+        params = offset_params(DTYPES[dtype], [(17, 64), (5, 130)])
+        with torch.no_grad():
+            params[1][0, :4] = torch.tensor([float("inf"), float("nan"), -float("inf"), 1e-40])
+        kwargs = {**CASES[0].kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
+        optimizer = train(CASES[0].ours(params, **kwargs, backend=backend), 1)
+        with torch.no_grad():
+            params[0][0, :3] += 1
+        runs.append(train(optimizer, 1, first=1))
+    assert_same_run(*runs)
+
+
+def test_random_bits_hang_on_the_global_index() -> None:
+    """Of a shard whose elements' indices pass 2^32 in the middle of a block."""
+    runs = []
+    for backend in ("triton", "cpu"):
+        (param,) = make_params([(3, 100)], torch.bfloat16)
+        optimizer = CASES[0].ours([param], state_dtype="8bit", rounding="stochastic", min_quantized_numel=1)
+        train(optimizer, 1)
+        held = optimizer.state[param]
+        specs = optimizer.states(optimizer.param_groups[0])
+        entry = ParamStep(
+            group=0,
+            position=0,
+            param=param.detach(),
+            grad=param.grad,
+            states=tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in specs),
+            step=held["step"],
+            first_index=2**32 - 130,
+        )
+        session = backends.BACKENDS[backend].session()
+        session.begin([optimizer.group_step(optimizer.param_groups[0])], [None])
+        assert session.add(entry)
+        session.step([1.0])
+        runs.append(optimizer)
+    assert_same_run(*runs)
+
+
+def test_many_groups_and_rules_in_one_list() -> None:
+    """More tensors than a program of `prepare` has, in an order that is not that of the launches."""
+    runs = []
+    for backend in ("triton", "cpu"):
+        params = [p for k in range(35) for p in make_params([(k + 1,)], torch.bfloat16 if k % 3 else torch.float32)]
+        params += make_params([(9, 64), (2, 100), (30,)] * 12, torch.float32)
+        groups = [{"params": params[i::5], "lr": 10.0 ** -(i + 1), "amsgrad": i == 3, "seed": i} for i in range(5)]
+        groups[1]["state_dtype"] = "8bit"
+        optimizer = CASES[0].ours(groups, min_quantized_numel=1, backend=backend, maximize=True)
+        train(optimizer, 1)
+        optimizer.param_groups[2]["lr"] *= 0.5
+        runs.append(train(optimizer, 1, first=1))
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("sizes", [[5], [0, 3], [4096, 4097, 1, 9_000]])
+def test_norm(sizes: list[int]) -> None:
+    found = []
+    for backend in ("triton", "cpu"):
+        params = [torch.nn.Parameter(torch.zeros(n, dtype=list(DTYPES.values())[n % 3])) for n in sizes]
+        for i, param in enumerate(params):
+            param.grad = torch.randn(sizes[i], generator=torch.Generator().manual_seed(i)).to(param.dtype)
+        optimizer = CASES[0].ours(params, backend=backend, max_grad_norm=1.0)
+        optimizer.step()
+        found.append(optimizer)
+    assert_same_bits(found[0].last_grad_norm, found[1].last_grad_norm)
+    assert_same_run(*found)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1025, 5000])
+def test_pairwise_sum(count: int) -> None:
+    from fusedopt.triton_kernels import launch
+
+    from fusedopt.reference.norm import pairwise_sum
+
+    sums = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    assert launch.pairwise_sum(sums).item() == pairwise_sum(sums.clone()).item()
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_loss_scale_and_what_is_not_finite(found: float) -> None:
+    """Both are read by the kernels; a step that is skipped changes nothing, nor does it count."""
+    runs = []
+    for backend in ("triton", "cpu"):
+        params = make_params([(300,), (7, 65)], torch.float16)
+        optimizer = train(CASES[0].ours(params, backend=backend, max_grad_norm=1.0), 1)
+        set_grads(params, 1, scale=8.0)
+        optimizer.grad_scale = torch.tensor([64.0])
+        optimizer.found_inf = Unread(torch.tensor([found])) if backend == "triton" else torch.tensor([found])
+        optimizer.step()
+        assert optimizer.state[params[0]]["step"] == 2 - found
+        runs.append(optimizer)
+    assert_same_run(*runs)
+
+
+class Unread(torch.Tensor):
+    """On another device than the CPU, as far as the optimizer looks; reading it on the host fails."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+    def item(self) -> float:  # type: ignore[override]
+        raise AssertionError("the host waited for a device")
+
+    def detach(self) -> Unread:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).to(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_learning_rate_on_the_device_is_read_there(dtype: torch.dtype) -> None:
+    runs = []
+    for backend in ("triton", "cpu"):
+        rate = torch.tensor(1e-2, dtype=dtype)
+        optimizer = CASES[0].ours(make_params([(30,)], torch.float32), lr=1e-3, backend=backend)
+        optimizer.param_groups[0]["lr"] = Unread(rate) if backend == "triton" else rate
+        train(optimizer, 2)
+        rate /= 2
+        runs.append(train(optimizer, 1, first=2))
+    assert_same_run(*runs)
+
+
+def test_steps_counted_for_health() -> None:
+    reports = []
+    for backend in ("triton", "cpu"):
+        params = make_params([(80, 64), (50,)], torch.bfloat16)
+        optimizer = train(CASES[0].ours(params, state_dtype="8bit", backend=backend), 2)
+        optimizer.record_health()
+        set_grads(params, 2)
+        params[1].grad[5] = float("nan")
+        optimizer.step()
+        reports.append(optimizer.health_report())
+    assert reports[0] == reports[1]
+
+
+def test_a_plan_is_made_once() -> None:
+    """For as long as tensors stay where they are."""
+    params = make_params([(30,)], torch.float32)
+    optimizer = CASES[0].ours(params, backend="triton")
+    plans = []
+    for step in range(3):
+        train(optimizer, 1, first=step, grads=lambda params, step: params[0].grad is None and set_grads(params, step))
+        plans.append(next(iter(optimizer._sessions()["triton"]._plans.values()))[1])
+    assert plans[0] is plans[1] is plans[2]

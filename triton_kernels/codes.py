@@ -1,0 +1,59 @@
+"""Blockwise 8 bits: csrc/storage/blockwise8.h in Triton. Blocks are the rows of a tile of (blocks, 64) elements."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import bits_of, float_of
+
+BLOCK = tl.constexpr(64)
+_TOO_LARGE = tl.constexpr(0x7F7D0000)  # magnitudes from here on spoil their block
+
+
+@triton.jit
+def decode_codes(codes, scales, SIGNED: tl.constexpr):
+    """The numbers of codes, given the scale of each block (both uint8)."""
+    unit = float_of(scales.to(tl.uint32) << 23)
+    if SIGNED:
+        q = (codes & 0x7F).to(tl.float32)
+        size = q * q * unit[:, None]
+        return float_of(bits_of(size) | ((codes.to(tl.uint32) & 0x80) << 24))
+    else:
+        q = codes.to(tl.float32)
+        return q * q * unit[:, None]
+
+
+@triton.jit
+def encode_codes(x, roots, random, SIGNED: tl.constexpr):
+    """Codes and scales of numbers; `roots` are those of their magnitudes, and `random` is odd and has 16 bits, or is
+    0x8000 to round to nearest. Elements past the end of a block are 0.
+    """
+    SHIFT: tl.constexpr = 13 if SIGNED else 15
+    CEILING: tl.constexpr = 0x3FBFF if SIGNED else 0x1FEFF
+    u = bits_of(x)
+    size = u & 0x7FFFFFFF
+    # As signed integers: magnitudes fit, and comparisons of unsigned ones are slower on some devices.
+    largest = tl.max(size.to(tl.int32), 1)
+    is_special = (largest == 0) | (largest >= _TOO_LARGE)
+    exponent = (largest + CEILING) >> 23
+    exponent = tl.where(exponent < 32, 32, exponent)
+    exponent = tl.where(is_special, 32, exponent)
+    scale = exponent - SHIFT
+    to_units = float_of(((269 + SHIFT - exponent) << 23).to(tl.uint32))
+    # 2^((127 - scale) / 2): the exponent halved, and root 2 where it was odd. 0x3504F3 are root 2's bits.
+    twice = 381 - scale
+    root_units = float_of((((twice >> 1) << 23) + (twice & 1) * 0x3504F3).to(tl.uint32))
+
+    spoils = is_special[:, None]
+    units = tl.where(spoils, 0.0, float_of(size) * to_units[:, None]).to(tl.int32)
+    q = tl.where(spoils, 0.0, roots * root_units[:, None]).to(tl.int32)
+    r = random.to(tl.int32)
+    # Up if 2 (units - q^2 2^15) > R (2q + 1), rearranged to one multiplication; all fits 31 bits.
+    q = q + tl.where(units - (r >> 1) > q * ((q << 15) + r), 1, 0)
+    if SIGNED:
+        code = q | tl.where(q != 0, ((u >> 24) & 0x80).to(tl.int32), 0)
+    else:
+        # A variance never becomes zero while its mean is alive.
+        code = tl.where((q == 0) & (size != 0), 1, q)
+    code = tl.where(spoils, 0, code)
+    scale = tl.where(largest == 0, 0, tl.where(is_special, 255, scale))
+    return code.to(tl.uint8), scale.to(tl.uint8)

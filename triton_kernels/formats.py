@@ -1,0 +1,148 @@
+"""How numbers are stored, element by element: csrc/storage/dense.h, master.h and random.h in Triton.
+
+All integer or exact arithmetic. Casts of Triton's are not used to round: its interpreter cuts bfloat16 short.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import bits_of, float_of
+
+# DType and Master of csrc/core/tensors.h
+FLOAT32 = tl.constexpr(0)
+BFLOAT16 = tl.constexpr(1)
+FLOAT16 = tl.constexpr(2)
+CODES = tl.constexpr(3)
+
+NO_MASTER = tl.constexpr(0)
+KAHAN = tl.constexpr(1)
+SPLIT24 = tl.constexpr(2)
+SPLIT32 = tl.constexpr(3)
+FLOAT32_MASTER = tl.constexpr(4)
+
+_SIZE_BITS = tl.constexpr(0x7FFFFFFF)
+_INFINITY = tl.constexpr(0x7F800000)
+_GOLDEN = tl.constexpr(0x9E3779B1)
+
+
+# ---- random bits -------------------------------------------------------------------------------
+
+
+@triton.jit
+def fmix(h):
+    """MurmurHash3's finalizer, of uint32."""
+    h = h ^ (h >> 16)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def stream_key(seed, step, stream):
+    """The key of a stream at a step; all uint32."""
+    return fmix(fmix(seed * _GOLDEN + step) + stream)
+
+
+@triton.jit
+def key_at(key, high):
+    """The key for the elements whose index has this upper half."""
+    return tl.where(high != 0, fmix(key ^ high), key)
+
+
+@triton.jit
+def draw(key, begin, lanes):
+    """Random bits of the elements `lanes` (fewer than 2^32) behind `begin`, an index in the global tensor (int64)."""
+    low = begin.to(tl.uint32)
+    high = (begin >> 32).to(tl.uint32)
+    at = low + lanes.to(tl.uint32)
+    # In the middle of a block the upper half of the index may change, and with it the key.
+    return fmix(at * _GOLDEN + tl.where(at < low, key_at(key, high + 1), key_at(key, high)))
+
+
+@triton.jit
+def half_of(bits, STATE: tl.constexpr):
+    """The 16 bits of a state out of its stream's 32."""
+    if STATE % 2 == 1:
+        return bits & 0xFFFF
+    else:
+        return bits >> 16
+
+
+# ---- 16 bits -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def decode16(codes, DTYPE: tl.constexpr):
+    """The float32 of a code (uint16); exact."""
+    if DTYPE == BFLOAT16:
+        return float_of(codes.to(tl.uint32) << 16)
+    else:
+        return codes.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def encode16(x, random, DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
+    """The code of a float32: to nearest even, or up with the chance that 16 random bits give if it ROUNDS so."""
+    u = bits_of(x)
+    size = u & _SIZE_BITS
+    if DTYPE == BFLOAT16:
+        if ROUNDS:
+            rounded = (u + random) >> 16
+        else:
+            rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        # NaN would round to inf or wrap to zero: it is cut short instead, with the quiet bit set.
+        code = tl.where(size > _INFINITY, (u >> 16) | 0x40, rounded)
+    else:
+        is_tiny = size < 0x38800000
+        if ROUNDS:
+            # In units of 2^-40 a subnormal result has 26 bits, of which the lower 16 are cut.
+            scaled = float_of(tl.where(is_tiny, size, 0)) * 1099511627776.0
+            tiny = (scaled.to(tl.int32).to(tl.uint32) + random) >> 16
+            normal = (size - 0x38000000 + (random >> 3)) >> 13
+        else:
+            # Adding 0.5, whose spacing is 2^-24, rounds a subnormal result in the add itself.
+            tiny = bits_of(float_of(size) + 0.5) - 0x3F000000
+            normal = (size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13
+        rounded = tl.where(is_tiny, tiny, normal)
+        # From 2^16 on, and wherever rounding carried, the result is inf.
+        code = tl.where((size >= 0x47800000) | (rounded > 0x7C00), 0x7C00, rounded)
+        code = tl.where(size > _INFINITY, 0x7E00, code) | ((u & 0x80000000) >> 16)
+    return code.to(tl.uint16)
+
+
+# ---- parameters with a master ------------------------------------------------------------------
+
+
+@triton.jit
+def adopt_written(codes, kept, DTYPE: tl.constexpr):
+    """A float32 master, or the parameter where somebody else has written it since: no rounding of the master then."""
+    down = encode16(kept, bits_of(kept) * 0, DTYPE, True)
+    up = encode16(kept, bits_of(kept) * 0 + 0xFFFF, DTYPE, True)
+    return tl.where((codes == down) | (codes == up), kept, decode16(codes, DTYPE))
+
+
+@triton.jit
+def join(codes, low):
+    """A weight of which the upper half (uint16) and what is below (int32) are kept apart."""
+    return float_of((codes.to(tl.uint32) << 16) + low.to(tl.uint32))
+
+
+@triton.jit
+def split(u):
+    """The upper half of a weight's pattern, ties away, and what is left of it (int32)."""
+    high = (u + 0x8000) >> 16
+    return high.to(tl.uint16), (u - (high << 16)).to(tl.int32)
+
+
+@triton.jit
+def canonical(w):
+    """The pattern of a weight; NaN as one, as others would become -0 or inf by the carry."""
+    u = bits_of(w)
+    return tl.where((u & _SIZE_BITS) > _INFINITY, 0x7FC00000, u)
+
+
+@triton.jit
+def remainder_of(w, p):
+    """What w - p leaves behind; of a parameter that is inf or NaN, nothing."""
+    return tl.where((bits_of(p) & _INFINITY) == _INFINITY, 0.0, w - p)

@@ -1,0 +1,206 @@
+"""What the host does in a step: keeps tables in device memory, and launches kernels. It waits for nothing.
+
+Tables are sent again only when they have changed; pointers of gradients may do so in every step. Learning rates that
+are Python numbers are in them, so that a schedule changes numbers in memory and compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import prepare, reduce, step, table
+from .rules import RULES
+
+# Kernels add and multiply in separate roundings.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
+
+_TILE = step.BLOCKS.value * 64
+_PROGRAM = _TILE * step.TILES.value
+_CHUNK = reduce.LANES.value * reduce.TERMS.value
+_POINTERS = [table.PARAM.value, table.GRAD.value, table.MASTER.value, *range(table.STATES.value, table.SCALES.value)]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tensors of one rule and one set of formats: rows first to last of the table."""
+
+    rule: str
+    formats: int
+    first: int
+    last: int
+    programs: int
+
+    def step_constants(self) -> dict[str, Any]:
+        """What `step_kernel` is compiled for."""
+        rule = RULES[self.rule]
+        return {
+            "UPDATE": rule.update,
+            "STATES": len(rule.states),
+            "SIGNS": rule.signs,
+            "ROOTED": rule.rooted,
+            "HYPER": rule.hyper,
+            "FORMATS": self.formats,
+        }
+
+
+def prepare_constants(name: str, *, clips: bool) -> dict[str, Any]:
+    """What `prepare_kernel` is compiled for."""
+    rule = RULES[name]
+    return {"DERIVE": rule.derive, "CONFIG": len(rule.config), "HYPER": rule.hyper, "CLIPS": clips}
+
+
+class Mirror:
+    """Numbers in device memory that are sent there when they have changed."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[bytes, int] | None = None
+        self._tensors: tuple[Tensor, ...] = ()  # there and, for as long as it may still be read, here
+        self._captured: list[tuple[Tensor, ...]] = []
+
+    def on(self, device: torch.device, stream: int, numbers: np.ndarray[Any, Any]) -> Tensor:
+        """The numbers on a device, sent in a stream's order."""
+        if device.type == "cpu":
+            return torch.from_numpy(numbers)
+        is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        wanted = (numbers.tobytes(), stream)
+        if wanted == self._sent:
+            tensors = self._tensors
+        else:
+            pinned = torch.from_numpy(numbers).pin_memory()
+            tensors = (pinned.to(device, non_blocking=True), pinned)
+            if not is_captured:  # what a graph copies is not there before it is replayed
+                self._sent, self._tensors = wanted, tensors
+        if is_captured:
+            self._captured.append(tensors)  # every replay reads them
+        return tensors[0]
+
+
+class Plan:
+    """A step's tensors as launches.
+
+    Args:
+        rows: What `TensorTable.rows` gave: a row for each tensor, in list order.
+        rules_of: The name of each group's rule.
+    """
+
+    def __init__(self, rows: np.ndarray[Any, Any], rules_of: Sequence[str]) -> None:
+        names = sorted(set(rules_of))
+        rule = np.array([names.index(name) for name in rules_of])[rows[:, table.GROUP.value]]
+        formats = rows[:, table.FORMATS.value]
+        order = np.lexsort((formats, rule))
+        chunks = -(-rows[:, table.NUMEL.value] // _CHUNK)
+        self.chunks = int(chunks.sum())
+
+        filled = np.zeros((len(rows), table.WIDTH.value), np.int64)
+        filled[:, : rows.shape[1]] = rows[order]
+        rule, formats, numel = rule[order], formats[order], filled[:, table.NUMEL.value]
+        has_codes = np.zeros(len(rows), bool)
+        for state in range(4):
+            has_codes |= (formats >> (13 + 3 * state)) & 7 == 3
+        length = np.where(has_codes, filled[:, table.ROW.value], numel)
+        filled[:, table.ROW.value] = length
+        filled[:, table.IS_ALIGNED.value] = (filled[:, _POINTERS] % 16 == 0).all(1)
+        filled[:, table.FIRST_CHUNK.value] = (np.cumsum(chunks) - chunks)[order]
+        sum_programs = -(-chunks[order] // reduce.CHUNKS.value)
+        filled[:, table.FIRST_SUM_PROGRAM.value] = np.cumsum(sum_programs) - sum_programs
+        self.sum_programs = int(sum_programs.sum())
+
+        blocks = numel // np.maximum(length, 1) * -(-length // 64)
+        programs = -(-blocks * 64 // _PROGRAM)
+        begins = np.flatnonzero(np.diff(rule, prepend=-1) | np.diff(formats, prepend=-1))
+        self.launches = []
+        for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(rows)]):
+            until = np.cumsum(programs[first:last])
+            filled[first:last, table.FIRST_PROGRAM.value] = until - programs[first:last]
+            self.launches.append(Launch(names[rule[first]], int(formats[first]), first, last, int(until[-1])))
+        self.rows = filled
+
+    def of_rules(self) -> list[tuple[str, int, int]]:
+        """Each rule with its rows."""
+        found: dict[str, tuple[str, int, int]] = {}
+        for launch in self.launches:
+            first = found.get(launch.rule, (launch.rule, launch.first, 0))[1]
+            found[launch.rule] = (launch.rule, first, launch.last)
+        return list(found.values())
+
+
+def group_rows(
+    names: Sequence[str],
+    hypers: Sequence[dict[str, float]],
+    seeds: Sequence[int],
+    grad_multipliers: Sequence[float],
+    lrs: Sequence[Tensor | None],
+    max_grad_norm: float | None,
+) -> np.ndarray[Any, Any]:
+    """The table of param groups."""
+    filled = np.zeros((len(names), table.GROUP_WIDTH.value), np.int64)
+    numbers = filled.view(np.float64)
+    for i, (name, hyper, seed, multiplier, lr) in enumerate(zip(names, hypers, seeds, grad_multipliers, lrs)):
+        filled[i, table.LR.value] = 0 if lr is None else lr.data_ptr()
+        filled[i, table.LR_IS_DOUBLE.value] = lr is not None and lr.dtype == torch.float64
+        filled[i, table.SEED.value] = seed
+        numbers[i, table.SIGN.value] = multiplier
+        numbers[i, table.MAX_GRAD_NORM.value] = max_grad_norm or 0.0
+        config = RULES[name].config
+        numbers[i, table.CONFIG.value : table.CONFIG.value + len(config)] = [hyper[key] for key in config]
+    return filled
+
+
+def square_sums(plan: Plan, rows: Tensor) -> Tensor:
+    """The sums of squares of all gradients by chunk, in list order."""
+    sums = torch.empty(plan.chunks, dtype=torch.float64, device=rows.device)
+    if plan.sum_programs > 0:
+        reduce.square_sum_kernel[(plan.sum_programs,)](rows, sums, len(rows), **OPTIONS)
+    return sums
+
+
+def pairwise_sum(sums: Tensor) -> Tensor:
+    """Their sum in pairs, of one element."""
+    if len(sums) == 0:
+        return torch.zeros(1, dtype=torch.float64, device=sums.device)
+    while len(sums) > 1:
+        count = -(-len(sums) // reduce.PAIRS.value)
+        added = torch.empty(count, dtype=torch.float64, device=sums.device)
+        reduce.pairwise_kernel[(-(-count // reduce.ROWS.value),)](sums, added, len(sums), **OPTIONS)
+        sums = added
+    return sums
+
+
+def take_step(
+    plan: Plan,
+    rows: Tensor,
+    groups: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    norm: Tensor | None,
+) -> None:
+    """Steps everything; `norm` takes the gradient norm, and gradients are clipped if it is given."""
+    square_sum = grad_norm = grad_scale
+    if norm is not None:
+        square_sum, grad_norm = pairwise_sum(square_sums(plan, rows)), norm
+    derived = torch.empty((len(rows), table.DERIVED_WIDTH.value), dtype=torch.int32, device=rows.device)
+    for name, first, last in plan.of_rules():
+        prepare.prepare_kernel[(-(-(last - first) // prepare.TENSORS.value),)](
+            rows[first:last],
+            groups,
+            derived[first:last],
+            grad_scale,
+            found_inf,
+            square_sum,
+            grad_norm,
+            last - first,
+            **prepare_constants(name, clips=norm is not None),
+            **OPTIONS,
+        )
+    for launch in plan.launches:
+        if launch.programs > 0:
+            first, last = launch.first, launch.last
+            step.step_kernel[(launch.programs,)](
+                rows[first:last], derived[first:last], last - first, **launch.step_constants(), **OPTIONS
+            )
