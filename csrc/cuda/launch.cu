@@ -51,11 +51,11 @@ int64_t count_square_sums(const Batch& batch) {
 
 int64_t workspace_bytes(const Batch& batch, bool clips) {
   const int64_t sums = clips ? pairwise_numbers(count_square_sums(batch)) : 0;
-  int64_t bytes = derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double)));
+  int64_t most = 0;  // rules follow each other and use the same memory
   for (int rule = 0; rule < static_cast<int>(rules().size()); ++rule) {
-    if (rules()[rule].normalizes) bytes += normalization_bytes({batch, tensors_of(batch, rule), rule});
+    if (rules()[rule].normalizes) most = std::max(most, normalization_bytes({batch, tensors_of(batch, rule), rule}));
   }
-  return bytes;
+  return derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double))) + most;
 }
 
 void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
@@ -88,7 +88,7 @@ void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling,
     if (listed.tensors.empty()) continue;
     derived += kDerivedBytes * static_cast<int64_t>(listed.tensors.size());
     if (rules()[rule].normalizes) {
-      free += prepare_normalizing(listed, lrs, scaling, free, stream);
+      prepare_normalizing(listed, lrs, scaling, free, stream);
     } else {
       kPrepare[rule](listed, lrs, scaling, nullptr, true, stream);
     }

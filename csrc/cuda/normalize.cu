@@ -171,8 +171,8 @@ void sum_matrices(const Plan& plan, cudaStream_t stream) {
 
 int64_t normalization_bytes(const Listed& listed) { return Plan(listed, nullptr).bytes; }
 
-int64_t prepare_normalizing(Listed& listed, const std::vector<DeviceLr>& lrs, const Scaling& scaling, void* workspace,
-                            cudaStream_t stream) {
+void prepare_normalizing(Listed& listed, const std::vector<DeviceLr>& lrs, const Scaling& scaling, void* workspace,
+                         cudaStream_t stream) {
   const Plan plan(listed, workspace);
   kPrepare[listed.rule](listed, lrs, scaling, plan.normalizations, true, stream);
   sum_matrices(plan, stream);
@@ -181,7 +181,6 @@ int64_t prepare_normalizing(Listed& listed, const std::vector<DeviceLr>& lrs, co
   launch_over(part_kernel, plan.parts, kSumThreads, plan, stream, [](const SummedParts&) { return int64_t{1}; });
   kPrepare[listed.rule](listed, lrs, scaling, plan.normalizations, false, stream);
   listed.scratch = plan.scratch;
-  return plan.bytes;
 }
 
 }  // namespace fusedopt::cuda
