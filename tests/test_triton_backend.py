@@ -114,8 +114,8 @@ def test_on_the_cpu_it_is_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> Non
     set_grads(params, 0)
     optimizer = AdamW(params, backend="cpu")
     for _ in range(2):  # without state, and with
+        optimizer.param_groups[0]["backend"] = "triton"
         with pytest.raises(ValueError, match=r"by backend='triton' \(triton: it is on cpu\)"):
-            optimizer.param_groups[0]["backend"] = "triton"
             optimizer.step()
         optimizer.param_groups[0]["backend"] = "cpu"
         optimizer.step()
