@@ -50,7 +50,8 @@ class FusedOptimizer(Optimizer):
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`.
-        backend: "auto", or the name of one: "cpu" (compiled), "eager" (plain torch, any device).
+        backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
+            ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
         maximize: Ascend instead of descend.
         foreach: Accepted for torch's sake; every step is fused.
         capturable: Accepted for torch's sake.

@@ -118,13 +118,14 @@ def test_public_names_are_documented() -> None:
 
 def test_no_optimizers_name_outside_its_rooms() -> None:
     """An optimizer's name in a file about storage, launching or checkpoints is a change in the wrong room."""
-    own = {"csrc/rules/all.h", "fusedopt/__init__.py"}
+    own = {"csrc/rules/all.h", "fusedopt/__init__.py", "triton_kernels/rules.py"}
     stems = "adam|adafactor|adagrad|ademamix|anyprecision|lion|rmsprop|sgd"
     for stem in ("adamw", *stems.split("|")[1:]):
         own |= {f"csrc/rules/{stem}.h", f"fusedopt/{stem}.py", f"fusedopt/reference/{stem}.py"}
+        own.add(f"triton_kernels/{stem}.py")
     files = [
         path
-        for folder in ("csrc", "fusedopt")
+        for folder in ("csrc", "fusedopt", "triton_kernels")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".h", ".cpp", ".inl", ".cu", ".cuh")
     ]

@@ -49,7 +49,11 @@ INF = float("inf")
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm=0 would make every gradient zero"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0 is negative"),
         ({"max_grad_norm": INF}, ValueError, "max_grad_norm=inf is not finite"),
-        ({"backend": "gpu"}, ValueError, "backend='gpu' is not known; pass one of 'auto', 'cpu', 'cuda', 'eager'"),
+        (
+            {"backend": "gpu"},
+            ValueError,
+            "backend='gpu' is not known; pass one of 'auto', 'cpu', 'cuda', 'triton', 'eager'",
+        ),
         ({"differentiable": True}, ValueError, "differentiable=True is not supported"),
     ],
 )

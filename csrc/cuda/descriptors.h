@@ -15,8 +15,8 @@ constexpr int kTilesEach = 4;  // of a warp
 constexpr int kBlockTiles = kWarps * kTilesEach;
 constexpr int kThreads = kWarps * 32;
 
-// Of a multiprocessor, at least: 128 registers a thread, with which no rule spills. 16 warps with 2 to 4 KB of loads each
-// are more than the memory's latency asks for.
+// Of a multiprocessor, at least: 128 registers a thread, with which no rule spills. 16 warps with 2 to 4 KB of loads
+// each are more than the memory's latency asks for.
 constexpr int kResidentBlocks = 4;
 
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on, 4,096 before.

@@ -120,7 +120,8 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
 }
 
 template <class Rule, bool kQuantized>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might be to its memory
   if (derived.skips) return;

@@ -79,14 +79,13 @@ class TritonSession(DeviceSession):
         return super().collect(group, params, state)
 
     def add(self, entry: ParamStep) -> bool:
-        return not self._lacks(entry.group) and super().add(entry)
+        if self._lacks(entry.group):
+            _warn_lacking(self._groups[entry.group].rule)
+            return False
+        return super().add(entry)
 
     def _lacks(self, group: int) -> bool:
-        rule = self._groups[group].rule
-        if rule in kernels().RULES:
-            return False
-        _warn_lacking(rule)
-        return True
+        return self._groups[group].rule not in kernels().RULES
 
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
