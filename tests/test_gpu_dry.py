@@ -28,7 +28,8 @@ def dry(*command: str) -> str:
 
 def test_tests() -> None:
     """All of steps, and of bits some of each kind; what needs CUDA itself is skipped."""
-    chosen = "test_gpu_steps or (adamw and (late or (default and bf16) or (masters and split24))) or (factored and relative and bf16)"
+    of_adamw = "adamw and (late or (default and bf16) or (masters and split24))"
+    chosen = f"test_gpu_steps or ({of_adamw}) or (factored and relative and bf16)"
     tests = [str(path) for path in sorted((ROOT / "tests").glob("test_gpu_*.py")) if path.stem != "test_gpu_dry"]
     said = dry("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *tests)
     assert "a dry run has no CUDA" in said
