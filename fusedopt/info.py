@@ -93,7 +93,9 @@ def _cuda(missing: list[str]) -> dict[str, Any]:
                     f"{', '.join(architectures)}; reinstall with FUSEDOPT_CUDA_ARCHITECTURES={major}{minor}"
                 )
     elif torch.version.hip is not None:
-        missing.append("torch is built for ROCm: parameters on its devices are stepped by plain torch")
+        missing.append(
+            "torch is built for ROCm: parameters on its devices are stepped by the Triton kernels, if it is installed"
+        )
     elif torch.version.cuda is None:
         missing.append("torch is built without CUDA; for CUDA devices, install a build of torch with it")
     else:

@@ -12,6 +12,9 @@ import torch
 import fusedopt
 from fusedopt import _core, backends, info
 
+# What steps CUDA parameters where there are no CUDA kernels.
+WITHOUT = "triton" if backends.triton.is_installed() else "eager"
+
 
 def test_here() -> None:
     found = info.info()
@@ -20,7 +23,7 @@ def test_here() -> None:
     assert found["torch"] == torch.__version__
     assert found["cpu"] == {"available": _core.available_isas(), "selected": _core.selected_isa()}
     assert found["auto"]["cpu"] == "cpu"
-    assert found["auto"]["cuda"] == ("cuda" if found["cuda"]["built"] else "eager")
+    assert found["auto"]["cuda"] == ("cuda" if found["cuda"]["built"] else WITHOUT)
     assert found["cuda"]["usable"] == bool(found["cuda"]["built"] and found["cuda"]["devices"])
     text = info.render(found)
     for part in (fusedopt.__version__, torch.__version__, _core.selected_isa(), *found["missing"]):
@@ -30,7 +33,7 @@ def test_here() -> None:
 def test_asking_takes_no_warning_from_those_who_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "kernels", lambda: None)
     monkeypatch.setattr(backends.cuda, "_warn_not_built", lambda: pytest.fail("the one warning is spent"))
-    assert info.info()["auto"]["cuda"] == "eager"
+    assert info.info()["auto"]["cuda"] == WITHOUT
 
 
 def test_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +103,7 @@ def test_no_kernels_and_no_device(machine: dict[str, Any]) -> None:
     found = info.info()
     assert not found["cuda"]["built"]
     assert found["cuda"]["driver"] is None
-    assert found["auto"]["cuda"] == "eager"
+    assert found["auto"]["cuda"] == WITHOUT
     assert any("no CUDA kernels; reinstall it where nvcc 12" in line for line in found["missing"])
     assert "torch finds no CUDA device; check nvidia-smi and the driver" in found["missing"]
     assert "CUDA kernels   not built" in info.render(found)
