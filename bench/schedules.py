@@ -23,14 +23,14 @@ KWARGS: dict[str, dict[str, Any]] = {
 }
 
 
-def scheduler(get: Any, name: str) -> Any:
-    """One for an optimizer with one group, past its warmup."""
+def scheduler(get: Any, name: str, *measured: float) -> Any:
+    """One for an optimizer with one group, past its warmup; `measured` is what its rule is told."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     result = get(name, optimizer, 0, STEPS, KWARGS.get(name))
     optimizer.step()
-    result.step()
+    result.step(*measured)
     return result
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         row = [f"{statistics.median(seen):.2f}" for seen in times] + ([] if theirs else ["-"])
         table.add_row(name, *row, f"{statistics.median(at_once) * 1e3:.0f}")
     for rule in (schedules.Plateau(), schedules.Greedy(), schedules.GradientNorm(), schedules.GradientSparsity()):
-        contender = scheduler(fusedopt.get_scheduler, rule.name)
+        contender = scheduler(fusedopt.get_scheduler, rule.name, 0.5)
         seen = [timeit.timeit(lambda c=contender: c.step(0.5), number=2_000) / 2_000 * 1e6 for _ in range(25)]
         table.add_row(rule.name, f"{statistics.median(seen):.2f}", "-", "-")
     Console().print(table)
