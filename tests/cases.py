@@ -162,6 +162,22 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+# (parameters' dtype, how they are rounded, what they keep beside them)
+MASTERS = [
+    ("bf16", "stochastic", None),
+    ("bf16", "nearest", "kahan"),
+    ("bf16", "stochastic", "kahan"),
+    ("bf16", "nearest", "split24"),
+    ("bf16", "stochastic", "split24"),
+    ("bf16", "nearest", "split32"),
+    ("bf16", "nearest", "float32"),
+    ("bf16", "stochastic", "float32"),
+    ("fp16", "stochastic", None),
+    ("fp16", "nearest", "float32"),
+    ("fp16", "stochastic", "float32"),
+]
+
+
 def format_kwargs(case: Case, kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     """A format's arguments for an optimizer; "mixed" gives each of its states another."""
     if name != "mixed":

@@ -11,6 +11,7 @@ from cases import (
     DTYPES,
     FORMATS,
     ISAS,
+    MASTERS,
     ODD_SIZES,
     SANITIZED,
     SHAPES_2D,
@@ -58,21 +59,6 @@ def test_every_path_gives_the_same_bits(
         lambda backend: train(case.ours(offset_params(DTYPES[dtype], shapes), **kwargs, backend=backend), STEPS),
         monkeypatch,
     )
-
-
-MASTERS = [
-    ("bf16", "stochastic", None),
-    ("bf16", "nearest", "kahan"),
-    ("bf16", "stochastic", "kahan"),
-    ("bf16", "nearest", "split24"),
-    ("bf16", "stochastic", "split24"),
-    ("bf16", "nearest", "split32"),
-    ("bf16", "nearest", "float32"),
-    ("bf16", "stochastic", "float32"),
-    ("fp16", "stochastic", None),
-    ("fp16", "nearest", "float32"),
-    ("fp16", "stochastic", "float32"),
-]
 
 
 @pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])

@@ -144,3 +144,21 @@ def test_no_memory_for_state_changes_nothing(case: Any, monkeypatch: pytest.Monk
     for optimizer in runs:
         optimizer.step()
     assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.usefixtures("emulated")
+def test_groups_on_the_cpu_and_on_a_device_in_one_optimizer(found: float | None) -> None:
+    """One norm over both, one loss scale, and neither steps if one of the gradients is not finite."""
+    runs = []
+    for name in ("cuda", "cpu"):
+        params = make_params([(300,), (4, 64), (70,)], torch.float32)
+        groups = [{"params": params[:2], "backend": name}, {"params": params[2:], "backend": "cpu"}]
+        optimizer = train(AdamW(groups, max_grad_norm=0.5), 1)
+        if found is not None:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor([8.0]), torch.tensor([found])
+        runs.append(train(optimizer, 1, first=1))
+        assert optimizer.state[params[0]]["step"] == optimizer.state[params[2]]["step"] == 2 - (found or 0)
+    assert [len(session._tables) for session in (runs[0]._sessions()["cuda"],)] == [1]
+    assert_same_run(*runs)
+    assert runs[0].last_grad_norm == runs[1].last_grad_norm

@@ -10,6 +10,7 @@ from cases import (
     CASES,
     DTYPES,
     FORMATS,
+    MASTERS,
     ODD_SIZES,
     Case,
     assert_same_bits,
@@ -53,21 +54,6 @@ def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state
     has_codes = state_format.startswith("8bit") or state_format == "mixed"
     shapes = SHAPES_2D if has_codes else [(n,) for n in SIZES]
     assert_kernels_agree(case, kwargs, DTYPES[dtype], shapes, 3)
-
-
-MASTERS = [
-    ("bf16", "stochastic", None),
-    ("bf16", "nearest", "kahan"),
-    ("bf16", "stochastic", "kahan"),
-    ("bf16", "nearest", "split24"),
-    ("bf16", "stochastic", "split24"),
-    ("bf16", "nearest", "split32"),
-    ("bf16", "nearest", "float32"),
-    ("bf16", "stochastic", "float32"),
-    ("fp16", "stochastic", None),
-    ("fp16", "nearest", "float32"),
-    ("fp16", "stochastic", "float32"),
-]
 
 
 @pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FORMATS, ODD_SIZES, SHAPES_2D, Case, each_variant, format_kwargs
+from cases import CASES, DTYPES, FORMATS, MASTERS, ODD_SIZES, SHAPES_2D, Case, each_variant, format_kwargs
 from gpu import DRY, assert_device_agrees, gpu, params_on
 from test_adafactor_bits import SHAPES as FACTORED_SHAPES
 from test_adafactor_bits import VARIANTS as FACTORED_VARIANTS
-from test_cuda_bits import MASTERS
 
 import fusedopt
 

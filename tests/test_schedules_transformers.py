@@ -261,3 +261,23 @@ def test_a_checkpoint_of_theirs_goes_on() -> None:
     ours = get_scheduler("cosine", make_optimizer(), 5, 50)
     ours.load_state_dict(theirs.state_dict())
     assert np.abs(np.array(lrs_of(ours, 20)[1:]) - lrs_of(theirs, 20)[1:]).max() <= TOLERANCE * LR
+
+
+def test_warmup_before_a_plateau() -> None:
+    """torch's SequentialLR takes no plateau; a warmup composed with one is a schedule like any other."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    phases = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2),
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+    ]
+    with pytest.raises(ValueError, match="SequentialLR does not support `ReduceLROnPlateau`"):
+        torch.optim.lr_scheduler.SequentialLR(optimizer, phases, milestones=[2])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(schedules.warmup(2) >> schedules.Plateau(patience=0), optimizer)
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(1.0)  # never better than the first
+    assert seen[:3] == [0.0, 0.5, 1.0]
+    assert optimizer.param_groups[0]["lr"] < 1.0

@@ -10,6 +10,7 @@ from cases import (
     CASES,
     DTYPES,
     FORMATS,
+    MASTERS,
     Case,
     assert_same_bits,
     assert_same_run,
@@ -77,21 +78,6 @@ def test_rules_are_those_of_the_core() -> None:
     assert {name: tuple(state for state, _ in rule.states) for name, rule in RULES.items()} == {
         name: states for name, states in _core.rules().items() if not name.startswith("adafactor")
     }
-
-
-MASTERS = [
-    ("bf16", "stochastic", None),
-    ("bf16", "nearest", "kahan"),
-    ("bf16", "stochastic", "kahan"),
-    ("bf16", "nearest", "split24"),
-    ("bf16", "stochastic", "split24"),
-    ("bf16", "nearest", "split32"),
-    ("bf16", "nearest", "float32"),
-    ("bf16", "stochastic", "float32"),
-    ("fp16", "stochastic", None),
-    ("fp16", "nearest", "float32"),
-    ("fp16", "stochastic", "float32"),
-]
 
 
 @pytest.mark.parametrize("state_format", ["fp32", "8bit-stochastic"])

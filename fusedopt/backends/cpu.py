@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _core
 from .base import GroupStep, Health, ParamStep
-from .table import PARAM_DTYPES, add_groups
+from .table import PARAM_DTYPES, add_entry, add_groups
 
 
 class CpuSession:
@@ -33,16 +33,7 @@ class CpuSession:
     def add(self, entry: ParamStep) -> bool:
         if entry.group in self._waits:
             return False
-        return self._table.add(
-            group=entry.group,
-            position=entry.position,
-            param=entry.param,
-            grad=entry.grad,
-            states=entry.states,
-            master=entry.master,
-            step=entry.step,
-            first_index=entry.first_index,
-        )
+        return add_entry(self._table, entry)
 
     def __len__(self) -> int:
         return len(self._table)

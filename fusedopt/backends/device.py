@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _core
 from .base import GroupStep, Health, ParamStep, Scaling
 from .eager import count_health, weights
-from .table import add_groups
+from .table import add_entry, add_groups
 
 
 class DeviceBackend(Protocol):
@@ -88,16 +88,7 @@ class DeviceSession:
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
     def add(self, entry: ParamStep) -> bool:
-        if not self._table(entry.param).add(
-            group=entry.group,
-            position=entry.position,
-            param=entry.param,
-            grad=entry.grad,
-            states=entry.states,
-            master=entry.master,
-            step=entry.step,
-            first_index=entry.first_index,
-        ):
+        if not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True

@@ -9,7 +9,7 @@ import torch
 from .. import _core
 from ..masters import KEYS
 from ..state import ROUNDINGS
-from .base import GroupStep
+from .base import GroupStep, ParamStep
 
 # DType and Master in csrc/core/tensors.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
@@ -45,3 +45,17 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             param_group=group.param_group,
             positions=places or [],
         )
+
+
+def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:
+    """Adds one parameter; False if it does not fit."""
+    return table.add(
+        group=entry.group,
+        position=entry.position,
+        param=entry.param,
+        grad=entry.grad,
+        states=entry.states,
+        master=entry.master,
+        step=entry.step,
+        first_index=entry.first_index,
+    )
