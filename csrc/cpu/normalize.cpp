@@ -311,7 +311,8 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     const int64_t steps = last.steps.size(), units = next.units.size(), elements = next.elements.size();
     parallel_items(steps + units + elements + next.small.size(), threads, [&](int64_t i) {
       if (i < steps) {
-        const auto [member, item] = last.steps.at(i);
+        // Backwards: of what does not fit in cache as a whole, the last is still there.
+        const auto [member, item] = last.steps.at(steps - 1 - i);
         member->step(kernels, item, health);
       } else if (i < steps + units) {
         const auto [member, unit] = next.units.at(i - steps);
