@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -40,9 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+def offset_params(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.nn.Parameter]:
     """Each shape once, and the first ones once more at an address one element behind an aligned one."""
-    params = make_params(SHAPES, dtype)
+    params = make_params(list(shapes), dtype)
     for param in make_params(SHAPES[:2], dtype, seed=1):
         memory = torch.empty(param.numel() + 1, dtype=dtype)
         memory[1:] = param.detach().flatten()
@@ -50,9 +51,14 @@ def offset_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return params
 
 
-def assert_all_agree(kwargs: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_all_agree(
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+) -> None:
     assert_paths_agree(
-        lambda backend: train(Adafactor(offset_params(dtype), **kwargs, backend=backend), STEPS), monkeypatch
+        lambda backend: train(Adafactor(offset_params(dtype, shapes), **kwargs, backend=backend), STEPS), monkeypatch
     )
 
 
@@ -78,7 +84,9 @@ def test_every_path_gives_the_same_bits(variant: str, dtype: str, monkeypatch: p
 def test_formats_of_weights_and_first_moments(
     variant: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_all_agree({**VARIANTS[variant], **how}, torch.bfloat16, monkeypatch)
+    # How matrices are cut into slabs and panels hangs on no format, so the one that has most of both stays out.
+    shapes = [shape for shape in SHAPES if shape != (641, 4100)]
+    assert_all_agree({**VARIANTS[variant], **how}, torch.bfloat16, monkeypatch, shapes)
 
 
 def test_the_core_takes_them() -> None:
