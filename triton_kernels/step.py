@@ -35,6 +35,7 @@ def step_tile(
     begin,
     extents,
     UPDATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     STATES: tl.constexpr,
     SIGNS: tl.constexpr,
     ROOTED: tl.constexpr,
@@ -66,7 +67,10 @@ def step_tile(
     for k in tl.static_range(STATES):
         s = s + (load_state(row, k, SIGNS, FORMATS, place, scales, WHOLE),)
 
-    p, s, rooted = UPDATE(p, g * float_of(tl.load(derived + words.MULTIPLIER)), s, hyper)
+    g = g * float_of(tl.load(derived + words.MULTIPLIER))
+    if NORMALIZE is not None:
+        g = NORMALIZE(row, derived, g, s, hyper, place, COUNT, WHOLE)
+    p, s, rooted = UPDATE(p, g, s, hyper)
 
     random = tl.zeros((COUNT, BLOCK), tl.uint32)  # where nothing is drawn
     for k in tl.static_range(STATES):
@@ -85,6 +89,7 @@ def step_kernel(
     derived,
     count,
     UPDATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     STATES: tl.constexpr,
     SIGNS: tl.constexpr,
     ROOTED: tl.constexpr,
@@ -111,7 +116,23 @@ def step_kernel(
             begin = tile * BLOCKS
             end = begin + BLOCKS
             if can_be_whole & (end * BLOCK <= numel):
-                step_tile(row, derived, hyper, begin, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True)
+                step_tile(
+                    row, derived, hyper, begin, extents, UPDATE, NORMALIZE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True
+                )
             else:
                 for part in range(begin, tl.minimum(end, blocks), PART):
-                    step_tile(row, derived, hyper, part, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, PART, False)
+                    step_tile(
+                        row,
+                        derived,
+                        hyper,
+                        part,
+                        extents,
+                        UPDATE,
+                        NORMALIZE,
+                        STATES,
+                        SIGNS,
+                        ROOTED,
+                        FORMATS,
+                        PART,
+                        False,
+                    )
