@@ -23,7 +23,7 @@ FIRST_PROGRAM = tl.constexpr(21)  # of the tensor, in the launch that steps it
 IS_ALIGNED = tl.constexpr(22)  # every buffer lies on a multiple of 16 bytes
 FIRST_SUM_PROGRAM = tl.constexpr(23)  # of the tensor, in the launch that adds squares
 FIRST_CHUNK = tl.constexpr(24)  # where its sums go
-WIDTH = tl.constexpr(26)  # even, so that rows lie on multiples of 16 bytes
+WIDTH = tl.constexpr(26)  # so that rows lie on multiples of 16 bytes, as of the next tables
 
 # A row of the table of param groups; their hyperparameters follow, as float64.
 LR = tl.constexpr(0)  # a pointer, or 0
@@ -68,7 +68,7 @@ KEYS = tl.constexpr(2)  # three
 HYPER = tl.constexpr(5)
 # Of rules that normalize, behind hyperparameters: where the factors of rows and columns are (int64).
 FACTORS = tl.constexpr(18)
-DERIVED_WIDTH = tl.constexpr(22)
+DERIVED_WIDTH = tl.constexpr(24)  # so that rows lie on multiples of 16 bytes
 
 
 @triton.jit
