@@ -11,6 +11,7 @@ namespace fusedopt {
 
 constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kMinSlabRows = 320;
+constexpr int kWeighedRows = 4;  // whose weighted squares are added to each other in float32 first
 
 struct MatrixCut {
   int64_t matrices = 0;

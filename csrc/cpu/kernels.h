@@ -23,7 +23,8 @@ using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, in
 using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 
 constexpr int kMaxRules = 32;
-constexpr int kMaxPanels = 8;  // of a unit
+constexpr int kMaxPanels =
+    4;  // of a unit, so that two groups of rows and the sums of columns fit in second-level caches
 
 // What a slab of rows has of a panel of at most kReductionChunk columns; or whole rows of few panels.
 struct MatrixUnit {

@@ -11,7 +11,8 @@
 namespace fusedopt::cuda {
 
 constexpr int kSlabThreads = 384;
-constexpr int kSlabRows = kSlabThreads / kSumLanes;           // that a block sums at a time
+constexpr int kSlabRows = kSlabThreads / kSumLanes;  // that a block sums at a time
+static_assert(kSlabRows % kWeighedRows == 0);
 constexpr int kSlabColumns = 3;                               // of a thread
 constexpr int kMaxSlabColumns = kSlabColumns * kSlabThreads;  // of a matrix whose slabs are taken whole
 constexpr int kSumBlocks = 4;                   // of a multiprocessor; to have room for more, the compiler would spill
@@ -50,31 +51,59 @@ FUSEDOPT_DEVICE RowChunk row_chunk(const NormalizedMatrix& m) {
 }
 
 // Brings the average of a row up to date; what the row weighs in the sums of columns.
-FUSEDOPT_DEVICE double move_row(const NormalizedMatrix& m, int64_t row, double square_sum, const Moments& moments) {
+FUSEDOPT_DEVICE float move_row(const NormalizedMatrix& m, int64_t row, double square_sum, const Moments& moments) {
   const float average = moved_average(m.rows[row], square_sum, m.column_count, moments);
   m.rows[row] = average;
-  return 1.0 / static_cast<double>(average);
+  return weight_of_row(average);
 }
+
+// Adds rows to a column's weighted sum: four squares in pairs, as they come.
+struct WeighedColumn {
+  double sum = 0.0;
+  float first = 0.0f, second = 0.0f;
+
+  FUSEDOPT_DEVICE void add(float weighed, int row) {
+    const float square = weighed * weighed;
+    switch (row % kWeighedRows) {  // known where loops are unrolled
+      case 0:
+        first = square;
+        break;
+      case 1:
+        first = first + square;
+        break;
+      case 2:
+        second = square;
+        break;
+      default:
+        sum = sum + static_cast<double>(first + (second + square));
+        first = second = 0.0f;
+    }
+  }
+  // The last rows of a slab, of which there may be fewer than four.
+  FUSEDOPT_DEVICE void finish() { sum = sum + static_cast<double>(first + second); }
+};
 
 // Adds `count` rows of a column to its sums, the first of them element `begin`, weight(row) being that of a row.
 template <class Weight>
 FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
-                                   const Weight& weight, double& sum, double& weighted) {
+                                   const Weight& weight, double& sum, WeighedColumn& weighted) {
   with_numbers(m.grad, m.formats.grad, [&](const auto& grad) {
     for_each_loaded<8>(
         0, count, 1, [&](int row) { return grad(begin + row * m.column_count); },
         [&](float g, int row) {
-          const double x = static_cast<double>(g * multiplier), square = x * x;
-          sum = sum + square;
-          weighted = weighted + square * weight(row);
+          const double x = static_cast<double>(g * multiplier);
+          sum = sum + x * x;
+          weighted.add((g * multiplier) * weight(row), row);
         });
   });
 }
 
 FUSEDOPT_DEVICE void store_column(const NormalizedMatrix& m, int64_t slab, int64_t column, double sum,
-                                  double weighted) {
+                                  WeighedColumn& weighted) {
   m.column_sums[slab * m.column_count + column] = sum;
-  if (m.weighted_sums != nullptr) m.weighted_sums[slab * m.column_count + column] = weighted;
+  if (m.weighted_sums == nullptr) return;
+  weighted.finish();
+  m.weighted_sums[slab * m.column_count + column] = weighted.sum;
 }
 
 struct SlabRows {
@@ -117,10 +146,11 @@ __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const __grid_co
   if (known.skips || slab >= m.cut.matrices * m.cut.slabs) return;
   const SlabRows rows = rows_of_slab(m, slab);
   const double* weights = m.row_sums + rows.begin * m.cut.panels;
-  double sum = 0.0, weighted = 0.0;
+  double sum = 0.0;
+  WeighedColumn weighted;
   add_to_column(
       m, rows.begin * m.column_count + column, rows.count, known.multiplier,
-      [&](int row) { return weights[row * m.cut.panels]; }, sum, weighted);
+      [&](int row) { return static_cast<float>(weights[row * m.cut.panels]); }, sum, weighted);
   store_column(m, slab, column, sum, weighted);
 }
 
@@ -145,7 +175,8 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
   const SlabRows rows = rows_of_slab(m, slab);
   const int columns = static_cast<int>(m.column_count), thread = static_cast<int>(threadIdx.x);
   const int own = thread / kSumLanes;  // row, of those that are summed at a time
-  double sums[kSlabColumns] = {}, weighted[kSlabColumns] = {};
+  double sums[kSlabColumns] = {};
+  WeighedColumn weighted[kSlabColumns];
   for (int done = 0; done < rows.count; done += kSlabRows) {
     const int64_t first = rows.begin + done;
     const int count = rows.count - done < kSlabRows ? rows.count - done : kSlabRows;
@@ -166,7 +197,8 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
       const int column = thread + k * kSlabThreads;
       if (column >= columns) continue;
       add_to_column(
-          m, first * columns + column, count, multiplier, [&](int row) { return weights[row]; }, sums[k], weighted[k]);
+          m, first * columns + column, count, multiplier, [&](int row) { return static_cast<float>(weights[row]); },
+          sums[k], weighted[k]);
     }
     __syncthreads();
   }

@@ -65,6 +65,10 @@ FUSEDOPT_FN float column_factor(float average, const Moments& m) {
   return m.is_clamped ? average : 1.0f / root(average);
 }
 
+// What a row's gradients are multiplied by before their squares go to the weighted sums of columns: sum of u u =
+// mean R * sum over columns of (sum over rows of (weight g)^2) / C.
+FUSEDOPT_FN float weight_of_row(float average) { return 1.0f / root(average); }
+
 template <bool kClamped>
 FUSEDOPT_FN float normalize(float g, float row, float column, const Moments& m) {
   return kClamped ? normalize<true>(g, row * column, m) : (row * column) * g;

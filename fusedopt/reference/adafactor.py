@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import root, rounded
-from .factored import column_sums, row_sums, unit_sums
+from .factored import column_sums, row_sums, unit_sums, weighted_column_sums
 from .norm import chunk_sums, pairwise_sum, square_sums
 
 
@@ -113,7 +113,7 @@ def _matrix_update(
         row_factor, col_factor = 1.0 / root(row / mean), 1.0 / root(col)
         update = (row_factor.unsqueeze(-1) * col_factor.unsqueeze(-2)) * grad
         # mean R / (R C) g g, added up without another look at g: a row is weighed as soon as its average is known.
-        weighted = column_sums(squares * (1.0 / row.double()).unsqueeze(-1))
+        weighted = weighted_column_sums(grad, 1.0 / root(row))
         sums = pairwise_sum(weighted / col.double()) * mean.double().squeeze(-1)
     return update, sums, row, col
 

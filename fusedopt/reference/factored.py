@@ -13,6 +13,7 @@ from .norm import CHUNK, chunk_sums, in_lanes, lane_total, ordered_sum, pairwise
 
 _MAX_SLABS = 64
 _MIN_ROWS = 320  # of a slab, unless the matrix has fewer
+_WEIGHED_ROWS = 4
 
 
 def row_sums(values: Tensor) -> Tensor:
@@ -23,6 +24,20 @@ def row_sums(values: Tensor) -> Tensor:
 def column_sums(values: Tensor) -> Tensor:
     """The sum of every column of float64 matrices (..., rows, columns): in order within slabs, which are paired."""
     return pairwise_sum(ordered_sum(_slabs(values)).movedim(-2, -1))
+
+
+def weighted_column_sums(values: Tensor, weights: Tensor) -> Tensor:
+    """The double sums of columns of (weight of the row * value)^2 of matrices (..., rows, columns).
+
+    Within slabs, the squares of every four rows are added in pairs in the values' own precision, then those sums in
+    double: in order within slabs, which are paired.
+    """
+    slabs = _slabs(values * weights.unsqueeze(-1))
+    groups = torch.nn.functional.pad(slabs, (0, 0, 0, -slabs.shape[-2] % _WEIGHED_ROWS)).unflatten(
+        -2, (-1, _WEIGHED_ROWS)
+    )
+    first, second, third, fourth = (groups * groups).unbind(-2)
+    return pairwise_sum(ordered_sum(((first + second) + (third + fourth)).double()).movedim(-2, -1))
 
 
 def unit_sums(values: Tensor) -> Tensor:
