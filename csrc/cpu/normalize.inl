@@ -18,17 +18,13 @@ namespace {
 constexpr int64_t kPagesAhead = 8192;  // bytes
 constexpr int64_t kLinesAhead = 3072;
 
-// Asks for a number two pages on, to have its address translated in time: hardware's own prefetching ends with a page.
-FUSEDOPT_FN void prefetch_page(const Buffer& buffer, int64_t begin) {
-  __builtin_prefetch(static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype) + kPagesAhead);
-}
-
-// That, and asks for what comes somewhat after n elements to be brought to the second-level cache. On Zen 4, with pages
-// of 4 KiB, a thread reads two tensors in .34 ns per element instead of .41.
+// Asks for what comes somewhat after n elements to be brought to the second-level cache; and for a number two pages on,
+// to have its address translated in time, as hardware's own prefetching ends with a page. On Zen 4, with pages of 4
+// KiB, a thread reads two tensors in .34 ns per element instead of .41.
 FUSEDOPT_FN void prefetch(const Buffer& buffer, int64_t begin, int n) {
-  prefetch_page(buffer, begin);
-  const char* first = static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype) + kLinesAhead;
-  for (int64_t i = 0; i < n * size_of(buffer.dtype); i += 64) __builtin_prefetch(first + i, 0, 2);
+  const char* first = static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype);
+  __builtin_prefetch(first + kPagesAhead);
+  for (int64_t i = 0; i < n * size_of(buffer.dtype); i += 64) __builtin_prefetch(first + kLinesAhead + i, 0, 2);
 }
 
 FUSEDOPT_FN void add_weights(const TensorDesc& tensor, int64_t begin, int n, float* tile, float* spare, LaneSum& sum) {

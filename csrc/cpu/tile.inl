@@ -72,10 +72,6 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
     const int n = tile_length(tensor, kHasBlocks, at, end);
 
-    if constexpr (kIsNormalizing<Rule>) {
-      prefetch_page(tensor.param, at);
-      prefetch_page(tensor.grad, at);
-    }
     float* p = load_param(tensor, at, n, param_tile, spare);
     const float* g = load(tensor.grad, at, n, grad_tile);
     float* s[kSlots<Rule>];

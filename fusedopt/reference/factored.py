@@ -33,9 +33,8 @@ def weighted_column_sums(values: Tensor, weights: Tensor) -> Tensor:
     double: in order within slabs, which are paired.
     """
     slabs = _slabs(values * weights.unsqueeze(-1))
-    groups = torch.nn.functional.pad(slabs, (0, 0, 0, -slabs.shape[-2] % _WEIGHED_ROWS)).unflatten(
-        -2, (-1, _WEIGHED_ROWS)
-    )
+    slabs = torch.nn.functional.pad(slabs, (0, 0, 0, -slabs.shape[-2] % _WEIGHED_ROWS))
+    groups = slabs.reshape(*slabs.shape[:-2], -1, _WEIGHED_ROWS, slabs.shape[-1])
     first, second, third, fourth = (groups * groups).unbind(-2)
     return pairwise_sum(ordered_sum(((first + second) + (third + fourth)).double()).movedim(-2, -1))
 
