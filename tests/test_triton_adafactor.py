@@ -20,9 +20,9 @@ from fusedopt.reference.norm import pairwise_sum
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
-# Whole tiles, of which each block is of one row, and not; several matrices; one row, one column; what has no elements;
-# what is no matrix. Interpreted, a program takes milliseconds, hence so few.
-SHAPES = [(17, 64), (33, 40), (3, 4, 10), (1, 65), (5, 1), (6, 0), (0,), (), (70,)]
+# Whole tiles, of which each block is of one row, and not; several matrices; one column; no elements; what is no matrix.
+# Interpreted, a program takes milliseconds, hence so few.
+SHAPES = [(17, 64), (33, 40), (3, 4, 10), (5, 1), (6, 0), (0,), (), (70,)]
 
 
 def assert_kernels_agree(
@@ -62,7 +62,7 @@ def test_dtypes(variant: str, dtype: str) -> None:
 @pytest.mark.parametrize("state_format", FORMATS)
 def test_first_moments(state_format: str) -> None:
     kwargs = {**VARIANTS["momentum"], **FORMATS[state_format]}
-    assert_kernels_agree(kwargs, lambda: make_params([(17, 64), (3, 130), (2, 3, 40), (33,)], torch.bfloat16))
+    assert_kernels_agree(kwargs, lambda: make_params([(17, 64), (3, 130), (33,)], torch.bfloat16))
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
@@ -70,7 +70,7 @@ def test_masters_and_rounded_parameters(dtype: str, rounding: str, master: str |
     """The RMS is that of weights in full precision. Somebody else writes a parameter between the steps, too."""
     runs = []
     for backend in ("triton", "cpu"):
-        params = make_params([(17, 64), (6, 20), (33,)], DTYPES[dtype])
+        params = make_params([(17, 64), (33,)], DTYPES[dtype])
         kwargs = {**VARIANTS["momentum"], "rounding": rounding, "master_weights": master}
         optimizer = train(Adafactor(params, **kwargs, backend=backend), 1)
         with torch.no_grad():
@@ -82,9 +82,9 @@ def test_masters_and_rounded_parameters(dtype: str, rounding: str, master: str |
 @pytest.mark.parametrize(
     ("variant", "shapes"),
     [
-        ("relative", [(643, 3), (2, 4100), (2, 1, 8193)]),
-        ("torch", [(643, 3), (2, 4097), (4099,)]),
-        ("momentum", [(4101, 1)]),  # means over more than a chunk of rows
+        ("relative", [(643, 3), (2, 1, 8193)]),
+        ("torch", [(2, 4097), (4099,)]),
+        ("compat", [(4101, 1)]),  # means over more than a chunk of rows
     ],
 )
 def test_slabs_and_panels(variant: str, shapes: list[Any]) -> None:
@@ -134,7 +134,7 @@ def test_sums_before_they_are_rounded(variant: str, monkeypatch: pytest.MonkeyPa
         found.append(sums.handle.data.tolist())
         return sums
 
-    shapes = [(641, 3), (70, 66), (3, 40, 50), (2, 4400), (9000,)]
+    shapes = [(641, 3), (3, 40, 50), (2, 4400), (9000,)]
     kwargs = {**VARIANTS[variant], "max_grad_norm": None}
     monkeypatch.setattr(reference, "_rms", recorded)
     train(Adafactor(make_params(shapes, torch.float32), **kwargs, backend="eager"), 1)
@@ -168,7 +168,7 @@ def test_many_groups_in_one_list() -> None:
     """In an order that is not that of the launches, with more tensors than a program of `prepare` has."""
 
     def groups() -> list[dict[str, Any]]:
-        shapes = [(n % 7 + 1, n % 5 + 1) for n in range(12)] + [(n % 9 + 1,) for n in range(66)]
+        shapes = [(n % 7 + 1, n % 5 + 1) for n in range(6)] + [(n % 9 + 1,) for n in range(66)]
         params = make_params(shapes, torch.float32)
         return [{"params": params[i::5], "weight_decay": 10.0 ** -(i % 3)} for i in range(5)]
 
