@@ -117,7 +117,7 @@ def test_slabs_are_those_of_the_reference(rows: int) -> None:
 @pytest.mark.parametrize("variant", ["relative", "torch"])
 def test_sums_before_they_are_rounded(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An order of additions hardly ever shows in float32: here the doubles are compared, as the kernels leave them."""
-    from fusedopt.triton_kernels import prepare
+    from fusedopt.triton_kernels import passes, prepare
 
     expected = []
     rms = reference._rms
@@ -139,6 +139,8 @@ def test_sums_before_they_are_rounded(variant: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "_rms", recorded)
     train(Adafactor(make_params(shapes, torch.float32), **kwargs, backend="eager"), 1)
     monkeypatch.setattr(prepare, "paired", recorded_pairs)
+    workspace = passes.workspace  # which is not to be read before it is written
+    monkeypatch.setattr(passes, "workspace", lambda *args: tuple(x.fill_(torch.nan) for x in workspace(*args)))
     train(Adafactor(make_params(shapes, torch.float32), **kwargs, backend="triton"), 1)
     assert len(expected) == 2 * len(shapes)
     assert sorted(expected) == sorted(number for numbers in found for number in numbers)
@@ -239,6 +241,18 @@ def test_a_gradient_that_is_not_finite_reaches_what_its_means_reach(variant: str
         params[2].grad[0, 68] = float("-inf")
 
     assert_kernels_agree(VARIANTS[variant], lambda: make_params([(9, 30), (50,), (2, 70)], torch.float32), grads=grads)
+
+
+def test_zeros_keep_their_sign() -> None:
+    def zeros() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.full(shape, -0.0)) for shape in ((4, 6), (9,))]
+
+    def no_grads(params: list[torch.nn.Parameter], step: int) -> None:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+
+    optimizer = assert_kernels_agree(VARIANTS["relative"], zeros, steps=1, grads=no_grads)
+    assert all(param.signbit().all() for param in optimizer.param_groups[0]["params"])
 
 
 def test_steps_counted_for_health() -> None:
