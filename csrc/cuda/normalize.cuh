@@ -62,9 +62,10 @@ struct WeighedColumn {
   double sum = 0.0;
   float first = 0.0f, second = 0.0f;
 
+  // `row` counts from a multiple of four; the compiler knows it, or sums would not stay in registers.
   FUSEDOPT_DEVICE void add(float weighed, int row) {
     const float square = weighed * weighed;
-    switch (row % kWeighedRows) {  // known where loops are unrolled
+    switch (row % kWeighedRows) {
       case 0:
         first = square;
         break;
@@ -88,12 +89,14 @@ template <class Weight>
 FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
                                    const Weight& weight, double& sum, WeighedColumn& weighted) {
   with_numbers(m.grad, m.formats.grad, [&](const auto& grad) {
-    for_each_loaded<8>(
+    constexpr int kLoads = 8;
+    static_assert(kLoads % kWeighedRows == 0);
+    for_each_loaded<kLoads>(
         0, count, 1, [&](int row) { return grad(begin + row * m.column_count); },
-        [&](float g, int row) {
+        [&](float g, int row, int k) {
           const double x = static_cast<double>(g * multiplier);
           sum = sum + x * x;
-          weighted.add((g * multiplier) * weight(row), row);
+          weighted.add((g * multiplier) * weight(row), k);
         });
   });
 }
@@ -257,7 +260,7 @@ __global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant
     double sum = 0.0;
     for_each_loaded<8>(
         sum_lane(), length, kSumLanes, [&](int i) { return averages[begin + i]; },
-        [&](float average, int) { sum = sum + static_cast<double>(average); });
+        [&](float average, int, int) { sum = sum + static_cast<double>(average); });
     sum = total_of_lanes(sum);
     if (sum_lane() == 0 && length > 0) sums[chunk] = sum;
   }

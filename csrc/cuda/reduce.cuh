@@ -38,8 +38,9 @@ FUSEDOPT_DEVICE double total_of_lanes(double sum) {
   return sum;
 }
 
-// Calls use(load(i), i) for every `stride`th i from `first` on, in order, so many loads being under way at once. They
-// are kept apart from what is done with them, as the compiler moves no load across a branch or a store.
+// Calls use(load(i), i, k) for every `stride`th i from `first` on, in order, kLoads of them being under way at once, k
+// counting those. They are kept apart from what is done with them, as the compiler moves no load across a branch or a
+// store.
 template <int kLoads, class Load, class Use>
 FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load& load, const Use& use) {
   const auto take = [&](auto is_whole) {
@@ -52,7 +53,7 @@ FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load&
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = first + k * stride;
-      if (is_whole() || i < end) use(held[k], i);
+      if (is_whole() || i < end) use(held[k], i, k);
     }
   };
 #pragma unroll 1
@@ -64,7 +65,7 @@ FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load&
 template <int kLoads, class Load, class Value>
 FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
   double sum = 0.0;
-  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i) {
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i, int) {
     const double x = static_cast<double>(value(loaded, i));
     sum = sum + x * x;  // the product is exact
   });
