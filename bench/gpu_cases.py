@@ -79,6 +79,15 @@ def adafactor(params: list[Parameter]) -> Optimizer:
     return Adafactor(params, backend="cuda")
 
 
+def triton(optimizer: type[Optimizer], **options: Any) -> Callable[[list[Parameter]], Optimizer]:
+    def build(params: list[Parameter]) -> Optimizer:
+        if importlib.util.find_spec("triton") is None:
+            raise ImportError("triton is not installed")
+        return optimizer(params, backend="triton", **options)
+
+    return build
+
+
 def torch_fused(params: list[Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, **HYPER, fused=True)
 
@@ -173,5 +182,29 @@ CASES = (
             Contender("fusedopt Adafactor", adafactor, gradient_reads=None, speed_up_aimed_at=10.0),
             Contender("torch fused AdamW", torch_fused),
         ),
+    ),
+    Case(
+        "Triton",
+        "64 matrices of 4096 x 4096, float32, compiled kernels and Triton's",
+        _BILLION,
+        _TINY,
+        torch.float32,
+        (
+            Contender("fusedopt", ours()),
+            Contender("fusedopt, Triton", triton(AdamW, **HYPER), speed_up_aimed_at=0.85),
+        ),
+        counts_launches=True,
+    ),
+    Case(
+        "Triton Adafactor",
+        "64 matrices of 4096 x 4096, float32, Adafactor by compiled kernels and Triton's",
+        _BILLION,
+        _TINY,
+        torch.float32,
+        (
+            Contender("fusedopt Adafactor", adafactor, gradient_reads=None),
+            Contender("fusedopt Adafactor, Triton", triton(Adafactor), gradient_reads=None, speed_up_aimed_at=0.85),
+        ),
+        counts_launches=True,
     ),
 )

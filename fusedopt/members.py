@@ -63,11 +63,8 @@ def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_
     reason = sharding.refusal(param, max_grad_norm)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
-    layout = optimizer.layout_of(group, param)
-    rule = f"{optimizer.rule(group)}_{layout}" if layout else optimizer.rule(group)
     refusals = [
-        (backend.name, backend.refusal(sharding.local(param)) or backend.lacks(rule))
-        for backend in optimizer.backends_of(group_index)
+        (backend.name, backend.refusal(sharding.local(param))) for backend in optimizer.backends_of(group_index)
     ]
     if all(reason is not None for _, reason in refusals):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)

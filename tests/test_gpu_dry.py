@@ -30,7 +30,9 @@ def test_tests() -> None:
     """All of steps, and of bits some of each kind; what needs CUDA itself is skipped."""
     of_adamw = "adamw and (late or (default and bf16) or (masters and split24))"
     chosen = f"test_gpu_steps or ({of_adamw}) or (factored and relative and bf16)"
-    tests = [str(path) for path in sorted((ROOT / "tests").glob("test_gpu_*.py")) if path.stem != "test_gpu_dry"]
+    chosen += " or (test_gpu_triton and (lion or momentum)) or (test_triton_gpu and factored and compat and fp32)"
+    chosen += " or (test_triton_gpu and masters and kahan and fp32)"
+    tests = [str(path) for path in sorted((ROOT / "tests").glob("test_*gpu*.py")) if path.stem != "test_gpu_dry"]
     said = dry("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *tests)
     assert "a dry run has no CUDA" in said
     assert int(said.rpartition(" passed")[0].split()[-1]) > 20
@@ -40,6 +42,8 @@ def test_bench(tmp_path: Path) -> None:
     cases = ["1B float32", "1B bfloat16", "1B float32, clipped", "W2", "W3"]
     if (ROOT / "csrc" / "cuda" / "normalize.cu").exists():
         cases.append("Adafactor")
+    if importlib.util.find_spec("triton") is not None:
+        cases += ["Triton", "Triton Adafactor"]
     said = dry("bench/gpu.py", "--rounds", "2", "--warmup", "0", "--out", str(tmp_path), "--cases", *cases)
     assert said.startswith("A dry run")
     for part in (*(f"{case}: " for case in cases), "fusedopt Lion", "speed-up to torch fused"):

@@ -37,12 +37,23 @@ def compiled(tmp_path: Path) -> Compiled:
 )
 def test_every_kernel_compiles(compiled: Compiled, target: str, made: str) -> None:
     kernels = compiled("all", target)
-    assert len(kernels) > 50
+    assert len(kernels) > 80
     assert all(made in stages for stages in kernels.values())
 
 
 def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Compiled) -> None:
     for formats, counts in compiled("instructions", "cuda:90").items():
+        if "preparation" in formats:
+            continue  # where steps are raised to powers: in double, by the toolkit's logarithm
+        for name in counts:
+            assert not name.startswith(("fma", "mad", "rcp")), (formats, name)
+            assert "ftz" not in name, (formats, name)
+            assert "approx" not in name, (formats, name)
+            assert "full" not in name, (formats, name)
+        if "sum_kernel" in formats and "unit" not in formats:
+            assert counts["ld.global.v2.b32"] % 4 == 0  # a thread has two elements, and four loads on their way
+        if not formats.startswith(("float32", "bfloat16")):
+            continue
         # A thread has 8 elements of a tile: of float32 two accesses of 16 bytes, of 16 bits one, of 8 bits one of 8.
         word = int(formats.split()[1], 16)
         of_16_bytes = {0: (2 * 4, 2 * 3)}.get(word, (4, 3))
@@ -53,18 +64,13 @@ def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Co
         assert counts["st.global.v4.b32"] == of_16_bytes[1], formats
         assert counts["div.rn.f32"] > 0
         assert counts["sqrt.rn.f32"] > 0
-        for name in counts:
-            assert not name.startswith(("fma", "mad", "rcp")), (formats, name)
-            assert "ftz" not in name, (formats, name)
-            assert "approx" not in name, (formats, name)
-            assert "full" not in name, (formats, name)
 
 
 def test_a_schedule_compiles_nothing(compiled: Compiled) -> None:
     """All that is compiled ahead is found in the first step: what it launches has the same key."""
-    ahead, first, last = compiled("training", "cuda:90")
-    assert ahead == first == last
-    assert ahead > 0
+    for ahead, first, last in compiled("training", "cuda:90"):
+        assert ahead == first == last
+        assert ahead > 0
 
 
 def test_targets_and_formats_are_checked() -> None:

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from cases import CASES, make_params, set_grads
-from fusedopt.triton_kernels import ahead, launch, prepare, reduce, step
+from fusedopt.triton_kernels import ahead, launch, prepare, reduce, step, sums
 
+from fusedopt import Adafactor
 from fusedopt.backends import triton as backend
 
 FORMATS = ["float32/float32", "bfloat16/8bit/split24"]  # of both kinds; what lies between is made of the same
-KERNELS = [step.step_kernel, prepare.prepare_kernel, reduce.square_sum_kernel, reduce.pairwise_kernel]
+KERNELS = [
+    kernel
+    for module in (step, prepare, reduce, sums)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+]
 
 
 def compile_all(target: str) -> dict[str, list[str]]:
@@ -24,22 +30,25 @@ def compile_all(target: str) -> dict[str, list[str]]:
 
 
 def instructions(target: str) -> dict[str, dict[str, int]]:
-    """How often each instruction of memory or of floating point occurs in the PTX of AdamW's kernels."""
+    """How often each instruction of memory or of floating point occurs in PTX: of AdamW's step, all of Adafactor's."""
+    jobs = []
+    for formats in ("float32/float32", "bfloat16/bfloat16", "bfloat16/8bit/split24"):
+        for word in ahead.words_of("adamw", formats):
+            constants = launch.Launch("adamw", word, 0, 1, 1).step_constants()
+            arguments = (torch.int64, torch.int32, 2)
+            jobs.append(ahead.Job(f"{formats} {word:#x}", step.step_kernel, arguments, constants))
+    jobs += ahead.jobs(["adafactor_matrix", "adafactor_vector"], ["float32/float32"])
     found: dict[str, dict[str, int]] = {}
     with ahead.on(ahead.parse_target(target)):
-        for formats in ("float32/float32", "bfloat16/bfloat16", "bfloat16/8bit/split24"):
-            for word in ahead.words_of("adamw", formats):
-                constants = launch.Launch("adamw", word, 0, 1, 1).step_constants()
-                job = ahead.Job("", step.step_kernel, (torch.int64, torch.int32, 2), constants)
-                ptx = job.compile().asm["ptx"]
-                counts = found.setdefault(f"{formats} {word:#x}", {})
-                for name in re.findall(r"^\s*(?:@\S+\s+)?([a-z][a-z0-9_.]+)", ptx, re.MULTILINE):
-                    if re.match(r"(ld|st)\.global|(fma|mad|div|sqrt|add|mul|rcp)\..*f(32|64)", name):
-                        counts[name] = counts.get(name, 0) + 1
+        for job in jobs:
+            counts = found.setdefault(job.label, {})
+            for name in re.findall(r"^\s*(?:@\S+\s+)?([a-z][a-z0-9_.]+)", job.compile().asm["ptx"], re.MULTILINE):
+                if re.match(r"(ld|st)\.global|(fma|mad|div|sqrt|add|mul|rcp)\..*f(32|64)", name):
+                    counts[name] = counts.get(name, 0) + 1
     return found
 
 
-def compiled_in_training(target: str) -> list[int]:
+def compiled_in_training(target: str) -> list[list[int]]:
     """How many kernels there are: compiled ahead, after the first of 100 steps of a schedule, and after the last.
 
     Launches end before the launch itself, and tensors are on the CPU; all before that is as on the device.
@@ -50,28 +59,39 @@ def compiled_in_training(target: str) -> list[int]:
 
     type(step.step_kernel).__getitem__ = without_launching
     backend.is_interpreting = lambda: True
+    with ahead.on(ahead.parse_target(target)):
+        return [
+            _compiled_by(CASES[0].ours, ["adamw"], {}),
+            _compiled_by(
+                Adafactor,
+                ["adafactor_momentum_matrix", "adafactor_momentum_vector"],
+                {"beta1": 0.9, "lr": 1e-2, "relative_step": False},
+            ),
+        ]
+
+
+def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any]) -> list[int]:
     counts = []
 
     def count() -> None:
         counts.append(sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values()))
 
-    with ahead.on(ahead.parse_target(target)):
-        for job in ahead.jobs(["adamw"], ["bfloat16/8bit"]):
-            job.compile()
-        count()
-        params = make_params([(64, 100), (70, 64), (33,), (5000,)], torch.bfloat16)
-        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
-        optimizer = CASES[0].ours(groups, backend="triton", state_dtype="8bit", max_grad_norm=1.0)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=100)
-        for i in range(100):
-            # Sums of chunks in pairs are as many as gradients have elements: parameters come and go.
-            set_grads(params, i)
-            params[i % 4].grad = None
-            optimizer.step()
-            schedule.step()
-            if i == 0:
-                count()
-        count()
+    for job in ahead.jobs(rules, ["bfloat16/8bit"]):
+        job.compile()
+    count()
+    params = make_params([(64, 100), (70, 64), (33,), (5000,)], torch.bfloat16)
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    optimizer = kind(groups, **kwargs, backend="triton", state_dtype="8bit", max_grad_norm=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=100)
+    for i in range(100):
+        # Sums of chunks in pairs are as many as gradients have elements: parameters come and go.
+        set_grads(params, i)
+        params[i % 4].grad = None
+        optimizer.step()
+        schedule.step()
+        if i == 0:
+            count()
+    count()
     return counts
 
 

@@ -24,7 +24,7 @@ from fusedopt.masters import rounding_of as param_rounding_of
 from fusedopt.names import CLASSES
 from fusedopt.state import DTYPES, EIGHT_BIT, FORMATS, ROUNDINGS, StateSpec, requested_format, rounding_of
 
-from . import launch, prepare, reduce, rules, step
+from . import launch, passes, prepare, reduce, rules, step
 
 # What training usually has: parameters and gradients / states / what 16-bit parameters keep.
 USUAL_FORMATS = (
@@ -108,29 +108,31 @@ def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = Non
         Job("square sums", reduce.square_sum_kernel, (torch.int64, torch.float64, 2)),
         Job("pairwise sum", reduce.pairwise_kernel, (torch.float64, torch.float64, 2)),
     ]
-    prepared = set()
     for name in chosen:
         for clips in (False, True):
-            constants = launch.prepare_constants(name, clips=clips)
-            key = (constants["DERIVE"], clips)
-            if key not in prepared:
-                prepared.add(key)
-                square_sum = torch.float64 if clips else torch.float32
-                floats = (torch.float32, torch.float32, square_sum, torch.float32)
-                arguments = (torch.int64, torch.int64, torch.int32, *floats, 2)
-                found.append(
-                    Job(
-                        f"{name}, preparation{', clipping' if clips else ''}",
-                        prepare.prepare_kernel,
-                        arguments,
-                        constants,
-                    )
-                )
-        words = sorted({word for text in formats or USUAL_FORMATS for word in words_of(name, text)})
-        for word in words:
+            square_sum = torch.float64 if clips else torch.float32
+            floats = (torch.float32, torch.float32, square_sum, torch.float32)
+            arguments = (torch.int64, torch.int64, torch.int32, *floats, 2)
+            label = f"{name}, preparation{', clipping' if clips else ''}"
+            found.append(Job(label, prepare.prepare_kernel, arguments, launch.prepare_constants(name, clips=clips)))
+        for word in sorted({word for text in formats or USUAL_FORMATS for word in words_of(name, text)}):
+            label = f"{name}, formats {word:#x}"
+            if rules.RULES[name].normalizing:
+                found += _sums(label, rules.RULES[name], word)
             constants = launch.Launch(name, word, 0, 1, 1).step_constants()
-            found.append(Job(f"{name}, formats {word:#x}", step.step_kernel, (torch.int64, torch.int32, 2), constants))
-    return found
+            found.append(Job(label, step.step_kernel, (torch.int64, torch.int32, 2), constants))
+    once: dict[Any, Job] = {}
+    for job in found:
+        once.setdefault((job.kernel, job.arguments, tuple(job.constants.items())), job)
+    return list(once.values())
+
+
+def _sums(label: str, rule: rules.Rule, formats: int) -> list[Job]:
+    """What comes before the step of a rule that normalizes."""
+    arguments = (torch.int64, torch.int64, torch.int64, torch.int32, torch.float64, torch.float32, 2)
+    kernels = [(each.kernel, each.constants) for each in passes.passes(rule, formats)]
+    kernels.append((prepare.finish_kernel, passes.finish_constants(rule)))
+    return [Job(f"{label}, {kernel.fn.__name__}", kernel, arguments, constants) for kernel, constants in kernels]
 
 
 class _Pretended:

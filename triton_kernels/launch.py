@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import prepare, reduce, step, table
+from . import passes, prepare, reduce, step, table
+from .normalize import MOMENTS
 from .rules import RULES
 
 # Kernels add and multiply in separate roundings.
@@ -35,12 +36,14 @@ class Launch:
     first: int
     last: int
     programs: int
+    cuts: passes.Cuts | None = None
 
     def step_constants(self) -> dict[str, Any]:
         """What `step_kernel` is compiled for."""
         rule = RULES[self.rule]
         return {
             "UPDATE": rule.update,
+            "NORMALIZE": rule.normalizing and rule.normalizing.quotient,
             "STATES": len(rule.states),
             "SIGNS": rule.signs,
             "ROOTED": rule.rooted,
@@ -52,7 +55,14 @@ class Launch:
 def prepare_constants(name: str, *, clips: bool) -> dict[str, Any]:
     """What `prepare_kernel` is compiled for."""
     rule = RULES[name]
-    return {"DERIVE": rule.derive, "CONFIG": len(rule.config), "HYPER": rule.hyper, "CLIPS": clips}
+    normalizing = rule.normalizing
+    return {
+        "DERIVE": normalizing.moments if normalizing else rule.derive,
+        "CONFIG": len(rule.config),
+        "HYPER": MOMENTS.value if normalizing else rule.hyper,
+        "NORMALIZES": normalizing is not None,
+        "CLIPS": clips,
+    }
 
 
 class Mirror:
@@ -115,10 +125,17 @@ class Plan:
         programs = -(-blocks * 64 // _PROGRAM)
         begins = np.flatnonzero(np.diff(rule, prepend=-1) | np.diff(formats, prepend=-1))
         self.launches = []
+        # How tensors are cut up for sums, row by row, if a rule asks for that.
+        normalizes = any(RULES[name].normalizing for name in names)
+        self.cuts = np.zeros((len(rows), table.CUT_WIDTH.value), np.int64) if normalizes else None
         for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(rows)]):
             until = np.cumsum(programs[first:last])
             filled[first:last, table.FIRST_PROGRAM.value] = until - programs[first:last]
-            self.launches.append(Launch(names[rule[first]], int(formats[first]), first, last, int(until[-1])))
+            name, cuts = names[rule[first]], None
+            normalizing = RULES[name].normalizing
+            if self.cuts is not None and normalizing is not None:
+                cuts = passes.Cuts.fill(self.cuts[first:last], filled[first:last], normalizing.second)
+            self.launches.append(Launch(name, int(formats[first]), first, last, int(until[-1]), cuts))
         self.rows = filled
 
     def of_rules(self) -> list[tuple[str, int, int]]:
@@ -175,12 +192,16 @@ def pairwise_sum(sums: Tensor) -> Tensor:
 def take_step(
     plan: Plan,
     rows: Tensor,
+    cuts: Tensor | None,
     groups: Tensor,
     grad_scale: Tensor,
     found_inf: Tensor,
     norm: Tensor | None,
 ) -> None:
-    """Steps everything; `norm` takes the gradient norm, and gradients are clipped if it is given."""
+    """Steps everything; `norm` takes the gradient norm, and gradients are clipped if it is given.
+
+    `rows` and `cuts` are the plan's, on the device.
+    """
     square_sum = grad_norm = grad_scale
     if norm is not None:
         square_sum, grad_norm = pairwise_sum(square_sums(plan, rows)), norm
@@ -198,9 +219,14 @@ def take_step(
             **prepare_constants(name, clips=norm is not None),
             **OPTIONS,
         )
+    if cuts is not None:
+        workspace = passes.workspace([launch.cuts for launch in plan.launches if launch.cuts], rows.device)
     for launch in plan.launches:
         if launch.programs > 0:
             first, last = launch.first, launch.last
+            if cuts is not None and launch.cuts is not None:
+                arguments = (rows[first:last], cuts[first:last], groups, derived[first:last], *workspace)
+                passes.take(RULES[launch.rule], launch.formats, launch.cuts, arguments, last - first, OPTIONS)
             step.step_kernel[(launch.programs,)](
                 rows[first:last], derived[first:last], last - first, **launch.step_constants(), **OPTIONS
             )

@@ -1,4 +1,4 @@
-"""Sums of squares of gradients for their norm: the additions of fusedopt/reference/norm.py in the same order.
+"""Sums in an order that nothing changes: the additions of fusedopt/reference/norm.py, and the gradient norm.
 
 A sum has the bits of one that leaves out what is past the end, because adding 0 to it changes none.
 """
@@ -7,14 +7,17 @@ import triton
 import triton.language as tl
 
 from . import table as words
-from .formats import BFLOAT16, FLOAT16, decode16
+from .formats import BFLOAT16, FLOAT16, FLOAT32, decode16
 from .table import find_row
+from .tiles import load
 
 LANES = tl.constexpr(16)  # of a chunk, each summed in order
 TERMS = tl.constexpr(256)  # of a lane
-CHUNKS = tl.constexpr(8)  # of a program
+CHUNKS = tl.constexpr(16)  # of a program
 PAIRS = tl.constexpr(64)  # numbers that are added in pairs at a time
 ROWS = tl.constexpr(16)  # of them, of a program
+AT_ONCE = tl.constexpr(4)  # loads on their way, behind each other
+_LEVELS = tl.constexpr(24)  # of pairs of blocks
 
 
 @triton.jit
@@ -26,29 +29,113 @@ def in_pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr, LEVELS: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
+@triton.jit
+def chunk_sums(TERM: tl.constexpr, source, begin, length, is_aligned, FORMATS: tl.constexpr):
+    """The sums of CHUNKS chunks.
+
+    TERM(source, place, FORMATS, WHOLE) are float64 terms, 0 where none exists: of each chunk `length` from `begin` on.
+    `is_aligned` tells that each `begin` is a multiple of 16 in aligned memory.
+    """
+    total = tl.zeros((CHUNKS, LANES), tl.float64)
+    lanes = tl.arange(0, LANES)[None, :]
+    base = tl.min(begin, 0)
+    begin = (begin - base)[:, None]
+    whole = tl.where(is_aligned, tl.min(length, 0) // (LANES * AT_ONCE) * AT_ONCE, 0)
+    multiple = begin // LANES * LANES  # now the compiler knows it
+    for term in range(0, whole, AT_ONCE):
+        for k in tl.static_range(AT_ONCE):
+            at = multiple + ((term + k) * LANES + lanes)
+            total = total + TERM(source, (base, at, at >= 0), FORMATS, True)
+    for term in range(whole, (tl.max(length, 0) + LANES - 1) // LANES, AT_ONCE):
+        for k in tl.static_range(AT_ONCE):
+            lane = (term + k) * LANES + lanes
+            total = total + TERM(source, (base, begin + lane, lane < length[:, None]), FORMATS, False)
+    return in_pairs(total, CHUNKS, LANES, 4)
+
+
+@triton.jit
+def squared(x):
+    """In float64, exact."""
+    wide = x.to(tl.float64)
+    return wide * wide
+
+
+# ---- any number of numbers in pairs ------------------------------------------------------------
+#
+# Blocks of 2^k numbers come one after the other. A stack has, of each `level`, the sum of the last complete 2^level of
+# them where the number of blocks so far has that bit: what pairs up by then does, what is odd waits.
+
+
+@triton.jit
+def empty_stack(ROWS: tl.constexpr):
+    """Of as many sums side by side."""
+    stack = ()
+    for _ in tl.static_range(_LEVELS):
+        stack = stack + (tl.zeros((ROWS,), tl.float64),)
+    return stack
+
+
+@triton.jit
+def pushed(stack, index, total):
+    """The stack with the sums of block `index`, which comes behind those that it has."""
+    after = ()
+    carried = (index & 0) == 0
+    for level in tl.static_range(_LEVELS):
+        is_held = ((index >> level) & 1) == 1
+        after = after + (tl.where(carried, total, stack[level]),)
+        total = stack[level] + total
+        carried = carried & is_held
+    return after
+
+
+@triton.jit
+def popped(stack, count):
+    """The sums of all blocks, of which there were `count`."""
+    total = tl.zeros_like(stack[0])
+    for level in tl.static_range(_LEVELS):
+        total = tl.where(((count >> level) & 1) == 1, stack[level] + total, total)
+    return total
+
+
+@triton.jit
+def paired(numbers, begin, count, ROWS: tl.constexpr, LENGTH: tl.constexpr, LEVELS: tl.constexpr):
+    """The sums in pairs of `count` numbers each, from `begin` on: ROWS of them, LENGTH = 2^LEVELS at a time."""
+    stack = empty_stack(ROWS)
+    blocks = (tl.max(count, 0) + LENGTH - 1) // LENGTH
+    for block in range(blocks):
+        at = block * LENGTH + tl.arange(0, LENGTH)[None, :]
+        x = tl.load(numbers + begin[:, None] + at, mask=at < count[:, None], other=0.0)
+        stack = pushed(stack, block, in_pairs(x, ROWS, LENGTH, LEVELS))
+    return popped(stack, blocks)
+
+
+# ---- the gradient norm -------------------------------------------------------------------------
+
+
+@triton.jit
+def _square_of_gradient(source, place, FORMATS: tl.constexpr, WHOLE: tl.constexpr):
+    address, dtype = source
+    if dtype == FLOAT32:
+        x = load(address, tl.float32, place, WHOLE)
+    else:
+        codes = load(address, tl.uint16, place, WHOLE)
+        x = tl.where(dtype == BFLOAT16, decode16(codes, BFLOAT16), decode16(codes, FLOAT16))
+    return squared(x)
+
+
 @triton.jit(do_not_specialize=["count"])
 def square_sum_kernel(table, sums, count):
-    """The sum of the squares of each chunk of 4,096 elements; programs of 8 chunks of one tensor."""
+    """The sum of the squares of each chunk of 4,096 elements; programs of 16 chunks of one tensor."""
     program = tl.program_id(0)
     row = table + find_row(table, count, program, words.FIRST_SUM_PROGRAM) * words.WIDTH
     numel = tl.load(row + words.NUMEL)
-    dtype = (tl.load(row + words.FORMATS) >> 3) & 7
-    grad = tl.load(row + words.GRAD)
+    source = (tl.load(row + words.GRAD), (tl.load(row + words.FORMATS) >> 3) & 7)
     chunk = (program - tl.load(row + words.FIRST_SUM_PROGRAM)) * CHUNKS + tl.arange(0, CHUNKS)
-    at = (chunk * (LANES * TERMS))[:, None] + tl.arange(0, LANES)[None, :]
-    total = tl.zeros((CHUNKS, LANES), tl.float64)
-    for _ in range(TERMS):
-        mask = at < numel
-        if dtype == 0:
-            x = tl.load(grad.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
-        else:
-            codes = tl.load(grad.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0)
-            x = tl.where(dtype == 1, decode16(codes, BFLOAT16), decode16(codes, FLOAT16))
-        wide = x.to(tl.float64)
-        total = total + wide * wide  # the product is exact
-        at += LANES
-    exists = chunk * (LANES * TERMS) < numel
-    tl.store(sums + tl.load(row + words.FIRST_CHUNK) + chunk, in_pairs(total, CHUNKS, LANES, 4), mask=exists)
+    begin = chunk * (LANES * TERMS)
+    length = tl.minimum(tl.maximum(numel - begin, 0), LANES * TERMS)
+    is_aligned = tl.load(row + words.IS_ALIGNED) != 0
+    total = chunk_sums(_square_of_gradient, source, begin, length, is_aligned, 0)
+    tl.store(sums + tl.load(row + words.FIRST_CHUNK) + chunk, total, mask=length > 0)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -8,177 +8,15 @@ import triton
 import triton.language as tl
 
 from . import table as words
-from .arithmetic import float_of, root
-from .codes import BLOCK, decode_codes, encode_codes
-from .formats import (
-    CODES,
-    FLOAT32,
-    FLOAT32_MASTER,
-    KAHAN,
-    NO_MASTER,
-    SPLIT24,
-    SPLIT32,
-    adopt_written,
-    canonical,
-    decode16,
-    draw,
-    encode16,
-    half_of,
-    join,
-    remainder_of,
-    split,
-)
+from .arithmetic import float_of
+from .codes import BLOCK
+from .formats import draw
 from .table import find_row
+from .tiles import load_dense, load_param, load_state, store_param, store_state
 
 BLOCKS = tl.constexpr(16)  # of a tile
 PART = tl.constexpr(4)  # of them, taken at a time where a tile is not whole: less code to compile
 TILES = tl.constexpr(4)  # of a program, one after the other
-
-
-@triton.jit
-def load(address, NUMBER: tl.constexpr, place, WHOLE: tl.constexpr):
-    """A tile of a buffer as it lies in memory; 0 past the ends of blocks."""
-    begin, offsets, mask = place
-    numbers = address.to(tl.pointer_type(NUMBER)) + begin
-    if WHOLE:
-        return tl.load(tl.multiple_of(numbers, 16) + offsets)
-    else:
-        return tl.load(numbers + offsets, mask=mask, other=0)
-
-
-@triton.jit
-def store(address, numbers, NUMBER: tl.constexpr, place, WHOLE: tl.constexpr):
-    """The inverse."""
-    begin, offsets, mask = place
-    target = address.to(tl.pointer_type(NUMBER)) + begin
-    if WHOLE:
-        tl.store(tl.multiple_of(target, 16) + offsets, numbers)
-    else:
-        tl.store(target + offsets, numbers, mask=mask)
-
-
-@triton.jit
-def load_dense(address, DTYPE: tl.constexpr, place, WHOLE: tl.constexpr):
-    """Decoded."""
-    if DTYPE == FLOAT32:
-        return load(address, tl.float32, place, WHOLE)
-    else:
-        return decode16(load(address, tl.uint16, place, WHOLE), DTYPE)
-
-
-@triton.jit
-def store_dense(address, x, random, DTYPE: tl.constexpr, ROUNDS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """Encoded."""
-    if DTYPE == FLOAT32:
-        store(address, x, tl.float32, place, WHOLE)
-    else:
-        store(address, encode16(x, random, DTYPE, ROUNDS), tl.uint16, place, WHOLE)
-
-
-@triton.jit
-def load_param(row, FORMATS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """A parameter in full precision: with what its master keeps."""
-    DTYPE: tl.constexpr = FORMATS & 7
-    KEPT: tl.constexpr = (FORMATS >> 6) & 7
-    KIND: tl.constexpr = (FORMATS >> 9) & 7
-    param = tl.load(row + words.PARAM)
-    master = tl.load(row + words.MASTER)
-    if KIND == NO_MASTER:
-        return load_dense(param, DTYPE, place, WHOLE)
-    elif KIND == KAHAN:
-        return load_dense(param, DTYPE, place, WHOLE) + load_dense(master, KEPT, place, WHOLE)
-    else:
-        codes = load(param, tl.uint16, place, WHOLE)
-        if KIND == SPLIT24:
-            return join(codes, load(master, tl.int8, place, WHOLE).to(tl.int32) * 256)
-        elif KIND == SPLIT32:
-            return join(codes, load(master, tl.int16, place, WHOLE).to(tl.int32))
-        else:
-            return adopt_written(codes, load(master, tl.float32, place, WHOLE), DTYPE)
-
-
-@triton.jit
-def store_param(row, w, random, FORMATS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """The inverse; `random` are the 32 bits of the parameter's stream."""
-    DTYPE: tl.constexpr = FORMATS & 7
-    KEPT: tl.constexpr = (FORMATS >> 6) & 7
-    KIND: tl.constexpr = (FORMATS >> 9) & 7
-    ROUNDS: tl.constexpr = ((FORMATS >> 12) & 1) == 1
-    param = tl.load(row + words.PARAM)
-    master = tl.load(row + words.MASTER)
-    if (KIND == NO_MASTER) | (KIND == FLOAT32_MASTER):
-        store_dense(param, w, half_of(random, 0), DTYPE, ROUNDS, place, WHOLE)
-        if KIND == FLOAT32_MASTER:
-            store(master, w, tl.float32, place, WHOLE)
-    elif KIND == KAHAN:
-        codes = encode16(w, random, DTYPE, False)
-        store(param, codes, tl.uint16, place, WHOLE)
-        rest = remainder_of(w, decode16(codes, DTYPE))
-        store_dense(master, rest, half_of(random, 0), KEPT, ROUNDS, place, WHOLE)
-    elif KIND == SPLIT24:
-        # To 24 bits first; 0x80 rounds to nearest.
-        cut = random >> 24 if ROUNDS else 0x80
-        codes, low = split((canonical(w) + cut) & 0xFFFFFF00)
-        store(param, codes, tl.uint16, place, WHOLE)
-        store(master, (low >> 8).to(tl.int8), tl.int8, place, WHOLE)
-    else:
-        codes, low = split(canonical(w))
-        store(param, codes, tl.uint16, place, WHOLE)
-        store(master, low.to(tl.int16), tl.int16, place, WHOLE)
-
-
-@triton.jit
-def load_state(
-    row, STATE: tl.constexpr, SIGNS: tl.constexpr, FORMATS: tl.constexpr, place, scales, WHOLE: tl.constexpr
-):
-    """A state, decoded."""
-    DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * STATE)) & 7
-    address = tl.load(row + words.STATES + STATE)
-    if DTYPE == CODES:
-        first, offsets, mask = scales
-        at = tl.load(row + words.SCALES + STATE).to(tl.pointer_type(tl.uint8)) + first + offsets
-        scale = tl.load(at, mask=mask, other=0)
-        return decode_codes(load(address, tl.uint8, place, WHOLE), scale, ((SIGNS >> STATE) & 1) == 1)
-    else:
-        return load_dense(address, DTYPE, place, WHOLE)
-
-
-@triton.jit
-def store_state(
-    row,
-    x,
-    rooted,
-    random,
-    STATE: tl.constexpr,
-    SIGNS: tl.constexpr,
-    ROOTED: tl.constexpr,
-    FORMATS: tl.constexpr,
-    place,
-    scales,
-    WHOLE: tl.constexpr,
-):
-    """The inverse; `random` are the 32 bits of the state's stream."""
-    DTYPE: tl.constexpr = (FORMATS >> (13 + 3 * STATE)) & 7
-    ROUNDS: tl.constexpr = ((FORMATS >> (25 + STATE)) & 1) == 1
-    address = tl.load(row + words.STATES + STATE)
-    if DTYPE == CODES:
-        if STATE == ROOTED:
-            roots = rooted
-        else:
-            roots = root(tl.abs(x))
-        if ROUNDS:
-            bits = half_of(random, STATE) | 1
-        else:
-            bits = random * 0 + 0x8000
-        if not WHOLE:
-            x = tl.where(place[2], x, 0.0)  # for the scale
-        codes, scale = encode_codes(x, roots, bits, ((SIGNS >> STATE) & 1) == 1)
-        store(address, codes, tl.uint8, place, WHOLE)
-        first, at_scales, exists = scales
-        at = tl.load(row + words.SCALES + STATE).to(tl.pointer_type(tl.uint8)) + first + at_scales
-        tl.store(at, scale, mask=exists)
-    else:
-        store_dense(address, x, half_of(random, STATE), DTYPE, ROUNDS, place, WHOLE)
 
 
 @triton.jit
@@ -197,6 +35,7 @@ def step_tile(
     begin,
     extents,
     UPDATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     STATES: tl.constexpr,
     SIGNS: tl.constexpr,
     ROOTED: tl.constexpr,
@@ -228,7 +67,10 @@ def step_tile(
     for k in tl.static_range(STATES):
         s = s + (load_state(row, k, SIGNS, FORMATS, place, scales, WHOLE),)
 
-    p, s, rooted = UPDATE(p, g * float_of(tl.load(derived + words.MULTIPLIER)), s, hyper)
+    g = g * float_of(tl.load(derived + words.MULTIPLIER))
+    if NORMALIZE is not None:
+        g = NORMALIZE(row, derived, g, s, hyper, place, COUNT, WHOLE)
+    p, s, rooted = UPDATE(p, g, s, hyper)
 
     random = tl.zeros((COUNT, BLOCK), tl.uint32)  # where nothing is drawn
     for k in tl.static_range(STATES):
@@ -247,6 +89,7 @@ def step_kernel(
     derived,
     count,
     UPDATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     STATES: tl.constexpr,
     SIGNS: tl.constexpr,
     ROOTED: tl.constexpr,
@@ -273,7 +116,23 @@ def step_kernel(
             begin = tile * BLOCKS
             end = begin + BLOCKS
             if can_be_whole & (end * BLOCK <= numel):
-                step_tile(row, derived, hyper, begin, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True)
+                step_tile(
+                    row, derived, hyper, begin, extents, UPDATE, NORMALIZE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True
+                )
             else:
                 for part in range(begin, tl.minimum(end, blocks), PART):
-                    step_tile(row, derived, hyper, part, extents, UPDATE, STATES, SIGNS, ROOTED, FORMATS, PART, False)
+                    step_tile(
+                        row,
+                        derived,
+                        hyper,
+                        part,
+                        extents,
+                        UPDATE,
+                        NORMALIZE,
+                        STATES,
+                        SIGNS,
+                        ROOTED,
+                        FORMATS,
+                        PART,
+                        False,
+                    )

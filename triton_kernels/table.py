@@ -15,11 +15,15 @@ ROW = tl.constexpr(13)  # blocks of codes do not cross multiples of this; where 
 FIRST_INDEX = tl.constexpr(14)
 GROUP = tl.constexpr(15)
 FORMATS = tl.constexpr(16)
-FIRST_PROGRAM = tl.constexpr(17)  # of the tensor, in the launch that steps it
-IS_ALIGNED = tl.constexpr(18)  # every buffer lies on a multiple of 16 bytes
-FIRST_SUM_PROGRAM = tl.constexpr(19)  # of the tensor, in the launch that adds squares
-FIRST_CHUNK = tl.constexpr(20)  # where its sums go
-WIDTH = tl.constexpr(22)  # even, so that rows lie on multiples of 16 bytes
+ROW_AVERAGES = tl.constexpr(17)  # of a second moment that is factored
+COLUMN_AVERAGES = tl.constexpr(18)
+ROW_COUNT = tl.constexpr(19)  # of one of the tensor's matrices
+COLUMN_COUNT = tl.constexpr(20)
+FIRST_PROGRAM = tl.constexpr(21)  # of the tensor, in the launch that steps it
+IS_ALIGNED = tl.constexpr(22)  # every buffer lies on a multiple of 16 bytes
+FIRST_SUM_PROGRAM = tl.constexpr(23)  # of the tensor, in the launch that adds squares
+FIRST_CHUNK = tl.constexpr(24)  # where its sums go
+WIDTH = tl.constexpr(26)  # so that rows lie on multiples of 16 bytes, as of the next tables
 
 # A row of the table of param groups; their hyperparameters follow, as float64.
 LR = tl.constexpr(0)  # a pointer, or 0
@@ -30,16 +34,45 @@ MAX_GRAD_NORM = tl.constexpr(4)  # float64
 CONFIG = tl.constexpr(5)
 GROUP_WIDTH = tl.constexpr(18)
 
+# How a tensor is cut up for sums (csrc/core/matrices.h), and where these go: the table of rules that normalize. Offsets
+# are in the workspace of float64 or of float32.
+MATRICES = tl.constexpr(0)
+HEIGHT = tl.constexpr(1)  # rows of a slab; the last may be shorter
+SLABS = tl.constexpr(2)  # of a matrix
+PANELS = tl.constexpr(3)  # of a slab
+UNITS = tl.constexpr(4)  # what slabs have of panels; of a vector, chunks
+WEIGHED = tl.constexpr(5)  # sums of updates, where those of matrices are told from weighted sums of columns
+ROW_SUMS = tl.constexpr(6)  # of a row's part in a panel: of squared gradients; of squared updates, later
+WEIGHT_SUMS = tl.constexpr(7)  # the same of squared weights
+COLUMN_SUMS = tl.constexpr(8)  # of slabs
+WEIGHTED_SUMS = tl.constexpr(9)  # the same, weighted by the averages of rows
+PARAM_SUMS = tl.constexpr(10)  # of units
+UPDATE_SUMS = tl.constexpr(11)  # of units or matrices
+ROW_FACTORS = tl.constexpr(12)  # float32, as the next two
+COLUMN_FACTORS = tl.constexpr(13)
+MEANS = tl.constexpr(14)  # of a matrix's row averages
+# The tensor's first program in launches over parts of rows, rows, strips of slabs, columns, matrices, units.
+FIRST_OF_PARTS = tl.constexpr(15)
+FIRST_OF_ROWS = tl.constexpr(16)
+FIRST_OF_STRIPS = tl.constexpr(17)
+FIRST_OF_COLUMNS = tl.constexpr(18)
+FIRST_OF_MATRICES = tl.constexpr(19)
+FIRST_OF_UNITS = tl.constexpr(20)
+SECOND = tl.constexpr(21)  # where the second moment of a vector is
+CUT_WIDTH = tl.constexpr(22)
+
 # What is derived for a tensor, as int32; hyperparameters follow, as float32.
 SKIPS = tl.constexpr(0)
 MULTIPLIER = tl.constexpr(1)  # float32
 KEYS = tl.constexpr(2)  # three
 HYPER = tl.constexpr(5)
-DERIVED_WIDTH = tl.constexpr(20)
+# Of rules that normalize, behind hyperparameters: where the factors of rows and columns are (int64).
+FACTORS = tl.constexpr(18)
+DERIVED_WIDTH = tl.constexpr(24)  # so that rows lie on multiples of 16 bytes
 
 
 @triton.jit
-def find_row(table, count, program, WORD: tl.constexpr):
+def find_row(table, count, program, WORD: tl.constexpr, WIDTH: tl.constexpr = WIDTH):
     """The last of the rows whose first program is this one or one before it."""
     low = count * 0
     high = count

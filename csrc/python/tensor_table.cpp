@@ -30,7 +30,7 @@ py::object interned(const std::string& text) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
 }
 
-constexpr size_t kRowWords = 3 + 2 * kMaxStates + 6;
+constexpr size_t kRowWords = 3 + 2 * kMaxStates + 6 + 4;
 
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
@@ -384,7 +384,7 @@ void TensorTable::list_groups(const std::vector<double>& grad_multipliers) {
   }
 }
 
-// Pointers, sizes, group, and formats in one word (fusedopt/backends/triton.py reads them).
+// Pointers, sizes, group, formats in one word, and factors (triton_kernels/table.py names them).
 void write_row(const TensorDesc& tensor, int64_t* row) {
   const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); };
   int64_t formats = static_cast<int64_t>(tensor.param.dtype) | static_cast<int64_t>(tensor.grad.dtype) << 3 |
@@ -405,6 +405,10 @@ void write_row(const TensorDesc& tensor, int64_t* row) {
   *row++ = tensor.first_index;
   *row++ = tensor.group;
   *row++ = formats;
+  *row++ = address(tensor.factors.rows);
+  *row++ = address(tensor.factors.columns);
+  *row++ = tensor.factors.row_count;
+  *row++ = tensor.factors.column_count;
 }
 
 std::vector<int64_t> TensorTable::rows() {

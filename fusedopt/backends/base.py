@@ -133,8 +133,5 @@ class Backend(Protocol):
     def refusal(self, param: Tensor) -> str | None:
         """Why it cannot step this parameter, as a clause; None if it can."""
 
-    def lacks(self, rule: str) -> str | None:
-        """Why it cannot take steps by a rule, as a clause; None if it can."""
-
     def session(self) -> Session:
         """A new session for one optimizer."""

@@ -64,8 +64,5 @@ class CpuBackend:
             return f"its dtype is {param.dtype}"
         return None
 
-    def lacks(self, rule: str) -> str | None:
-        return None
-
     def session(self) -> CpuSession:
         return CpuSession()

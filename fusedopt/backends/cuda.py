@@ -112,8 +112,5 @@ class CudaBackend:
             return NOT_BUILT
         return None
 
-    def lacks(self, rule: str) -> str | None:
-        return None
-
     def session(self) -> CudaSession:
         return CudaSession(self)

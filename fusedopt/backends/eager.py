@@ -162,8 +162,5 @@ class EagerBackend:
             return f"its dtype is {param.dtype}"
         return None
 
-    def lacks(self, rule: str) -> str | None:
-        return None
-
     def session(self) -> EagerSession:
         return EagerSession()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import ParamStep, Scaling
+from .base import Scaling
 from .device import DeviceSession, guard
 from .table import PARAM_DTYPES
 
@@ -57,35 +57,19 @@ def unreachable(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _warn_lacking(rule: str) -> None:
-    warnings.warn(
-        f"parameters are stepped by plain torch, slowly: no Triton kernel has the equation {rule!r} yet", stacklevel=2
-    )
-
-
 class TritonSession(DeviceSession):
     """See DeviceSession. It remembers a device's plan for as long as the tensors stay where they are."""
 
     def __init__(self, backend: TritonBackend) -> None:
         super().__init__(backend)
         self._plans: dict[torch.device, tuple[tuple[bytes, tuple[str, ...]], Any]] = {}
-        self._mirrors: dict[torch.device, tuple[Any, Any]] = {}
+        self._mirrors: dict[torch.device, tuple[Any, Any, Any]] = {}
         self._defaults: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
-        if params and (unreachable(params[0].device) or self._lacks(group)):
+        if params and unreachable(params[0].device):
             return [i for i, param in enumerate(params) if param.grad is not None]
         return super().collect(group, params, state)
-
-    def add(self, entry: ParamStep) -> bool:
-        if self._lacks(entry.group):
-            _warn_lacking(self._groups[entry.group].rule)
-            return False
-        return super().add(entry)
-
-    def _lacks(self, group: int) -> bool:
-        return self._groups[group].rule not in kernels().RULES
 
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
@@ -94,10 +78,10 @@ class TritonSession(DeviceSession):
             self._plans[device] = ((rows, rules), kernels().Plan(numbers, rules))
         return self._plans[device][1]
 
-    def _mirrors_of(self, device: torch.device) -> tuple[Any, Any]:
-        """Of the tensors' rows and of the groups'."""
+    def _mirrors_of(self, device: torch.device) -> tuple[Any, Any, Any]:
+        """Of the tensors' rows, of how they are cut up, and of the groups'."""
         if device not in self._mirrors:
-            self._mirrors[device] = (kernels().Mirror(), kernels().Mirror())
+            self._mirrors[device] = (kernels().Mirror(), kernels().Mirror(), kernels().Mirror())
         return self._mirrors[device]
 
     def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
@@ -126,10 +110,11 @@ class TritonSession(DeviceSession):
         if device not in self._defaults:
             self._defaults[device] = (torch.ones((), device=device), torch.zeros((), device=device))
         one, zero = self._defaults[device]
-        of_tensors, of_groups = self._mirrors_of(device)
+        of_tensors, of_cuts, of_groups = self._mirrors_of(device)
         kernels().take_step(
             plan,
             of_tensors.on(device, stream, plan.rows),
+            None if plan.cuts is None else of_cuts.on(device, stream, plan.cuts),
             of_groups.on(device, stream, groups),
             one if scaling.grad_scale is None else scaling.grad_scale,
             zero if scaling.found_inf is None else scaling.found_inf,
@@ -159,11 +144,6 @@ class TritonBackend:
         if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
         return unreachable(param.device)
-
-    def lacks(self, rule: str) -> str | None:
-        if not is_installed() or rule in kernels().RULES:
-            return None
-        return f"the equation {rule!r} has not been written in Triton yet"
 
     def session(self) -> TritonSession:
         return TritonSession(self)

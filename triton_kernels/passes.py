@@ -1,0 +1,154 @@
+"""The host's part in the sums that rules that normalize take before a step: how tensors are cut up, and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import prepare, reduce, sums, table
+from .normalize import MOMENTS
+from .rules import Rule
+
+_CHUNK = reduce.LANES.value * reduce.TERMS.value
+# The order of additions (csrc/core/matrices.h).
+_MAX_SLABS = 64
+_MIN_SLAB_ROWS = 320
+_ALIGNED = 16  # numbers, where the first of a tensor's comes
+
+Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A kernel over tensors, of which each has programs from the one on that its row of cuts has at `first`."""
+
+    kernel: Any
+    first: int
+    constants: dict[str, Any]
+
+
+def passes(rule: Rule, formats: int) -> list[Pass]:
+    """What is launched between a rule's moments and the rest of what it derives, in this order."""
+    normalizing = rule.normalizing
+    assert normalizing is not None
+    stored = formats & 0xFFF  # without roundings and states
+    eps = {"EPS": normalizing.eps}
+    parts, rows = table.FIRST_OF_PARTS.value, table.FIRST_OF_ROWS.value
+    if normalizing.second >= 0:
+        return [Pass(sums.vector_kernel, parts, {**eps, "FORMATS": stored})]
+    grad = {"GRAD": (formats >> 3) & 7}
+    return [
+        Pass(sums.row_sum_kernel, parts, grad),
+        Pass(sums.row_average_kernel, rows, eps),
+        Pass(sums.column_sum_kernel, table.FIRST_OF_STRIPS.value, grad),
+        Pass(sums.column_average_kernel, table.FIRST_OF_COLUMNS.value, eps),
+        Pass(sums.mean_kernel, table.FIRST_OF_MATRICES.value, {}),
+        Pass(sums.row_factor_kernel, rows, {}),
+        Pass(sums.part_sum_kernel, parts, {"FORMATS": stored}),
+        Pass(sums.unit_sum_kernel, table.FIRST_OF_UNITS.value, {}),
+    ]
+
+
+def finish_constants(rule: Rule) -> dict[str, Any]:
+    """What `finish_kernel` is compiled for."""
+    return {"DERIVE": rule.derive, "CONFIG": len(rule.config), "HYPER": rule.hyper - MOMENTS.value}
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How the tensors of a launch are cut up.
+
+    Attributes:
+        programs: Of the passes, by their `first`.
+        doubles: What they need of float64.
+        floats: And of float32.
+    """
+
+    programs: dict[int, int]
+    doubles: int
+    floats: int
+
+    @classmethod
+    def fill(cls, cuts: Numbers, rows: Numbers, second: int) -> Cuts:
+        """Fills the table of these tensors' cuts; `second` is their second moment's state, or -1."""
+        row_count, column_count = rows[:, table.ROW_COUNT.value], rows[:, table.COLUMN_COUNT.value]
+        numel = rows[:, table.NUMEL.value]
+        matrices = numel // np.maximum(row_count * column_count, 1)
+        matrices = np.where(row_count > 0, matrices, 0)
+        height = _divided_up(row_count, np.clip(row_count // _MIN_SLAB_ROWS, 1, _MAX_SLABS))
+        slabs, panels = _divided_up(row_count, np.maximum(height, 1)), _divided_up(column_count, _CHUNK)
+        chunks = np.where(row_count > 0, 0, _divided_up(numel, _CHUNK))  # of vectors
+        lines, columns = matrices * row_count, matrices * column_count
+        units = matrices * slabs * panels + chunks
+        for word, numbers in (
+            (table.MATRICES, matrices),
+            (table.HEIGHT, height),
+            (table.SLABS, slabs),
+            (table.PANELS, panels),
+            (table.UNITS, units),
+            (table.WEIGHED, matrices + chunks),
+            (table.SECOND, rows[:, table.STATES.value + second] if second >= 0 else 0),
+        ):
+            cuts[:, word.value] = numbers
+
+        doubles = floats = 0
+        for word, sizes in (
+            (table.ROW_SUMS, lines * panels),
+            (table.WEIGHT_SUMS, lines * panels),
+            (table.COLUMN_SUMS, slabs * columns),
+            (table.WEIGHTED_SUMS, slabs * columns),
+            (table.PARAM_SUMS, units),
+            (table.UPDATE_SUMS, units),
+        ):
+            doubles = _place(cuts, word.value, sizes, doubles)
+        for word, sizes in ((table.ROW_FACTORS, lines), (table.COLUMN_FACTORS, columns), (table.MEANS, matrices)):
+            floats = _place(cuts, word.value, sizes, floats)
+
+        programs = {}
+        for word, counts in (
+            (table.FIRST_OF_PARTS, _divided_up(lines * panels + chunks, reduce.CHUNKS.value)),
+            (table.FIRST_OF_ROWS, _divided_up(lines, sums.AVERAGED_ROWS.value)),
+            (table.FIRST_OF_STRIPS, matrices * slabs * _divided_up(column_count, sums.STRIP.value)),
+            (table.FIRST_OF_COLUMNS, _divided_up(columns, sums.AVERAGED_COLUMNS.value)),
+            (table.FIRST_OF_MATRICES, matrices),
+            (table.FIRST_OF_UNITS, _divided_up(units, sums.SUMMED_UNITS.value)),
+        ):
+            until = np.cumsum(counts)
+            cuts[:, word.value] = until - counts
+            programs[word.value] = int(until[-1])
+        return cls(programs, doubles, floats)
+
+
+def _divided_up(a: Any, b: Any) -> Any:
+    return -(-a // b)
+
+
+def _place(cuts: Numbers, word: int, sizes: Numbers, begin: int) -> int:
+    """Gives each tensor a place of its size from `begin` on; where the next may begin."""
+    sizes = _divided_up(sizes, _ALIGNED) * _ALIGNED
+    until = np.cumsum(sizes)
+    cuts[:, word] = begin + until - sizes
+    return begin + int(until[-1])
+
+
+def workspace(cuts: Sequence[Cuts], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory that serves launches one after the other."""
+    sizes = [(each.doubles, each.floats) for each in cuts]
+    doubles, floats = (max(kind) for kind in zip(*sizes))
+    return (
+        torch.empty(doubles, dtype=torch.float64, device=device),
+        torch.empty(floats, dtype=torch.float32, device=device),
+    )
+
+
+def take(rule: Rule, formats: int, cuts: Cuts, arguments: tuple[Tensor, ...], count: int, options: Any) -> None:
+    """Launches everything; `arguments` are those that sums.py tells of."""
+    for each in passes(rule, formats):
+        if cuts.programs[each.first] > 0:
+            each.kernel[(cuts.programs[each.first],)](*arguments, count, **each.constants, **options)
+    prepare.finish_kernel[(count,)](*arguments, count, **finish_constants(rule), **options)
