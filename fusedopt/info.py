@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, _core, backends
+from .backends import triton
 from .backends.cuda import NOT_BUILT, kernels
 
 
@@ -26,15 +26,14 @@ def info() -> dict[str, Any]:
     """
     missing: list[str] = []
     cuda = _cuda(missing)
-    triton = _version("triton")
-    if triton is None:
-        missing.append("triton is not installed; pip install 'fusedopt[triton]'")
+    if (reason := triton.missing()) is not None:
+        missing.append(reason)
     return {
         "fusedopt": __version__,
         "torch": str(torch.__version__),
         "cpu": _cpu(missing),
         "cuda": cuda,
-        "triton": triton,
+        "triton": triton.installed_version() if triton.is_installed() else None,
         "auto": {"cpu": _auto("cpu", False), "cuda": _auto("cuda", cuda["built"])},
         "missing": missing,
     }
@@ -137,10 +136,3 @@ def _auto(kind: str, has_kernels: bool) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return next(backend.name for backend in candidates if backend.refusal(param) is None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -58,7 +58,7 @@ def test_without_triton_it_is_imported_and_says_what_to_install(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cannot be stepped by backend='triton'" in done.stdout
-    assert "triton is not installed; install it with: pip install 'fusedopt[triton]'" in done.stdout
+    assert "triton is not installed; install it with: pip install -U 'fusedopt[triton]'" in done.stdout
 
 
 def test_importing_fusedopt_imports_no_triton(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_without_triton_other_devices_fall_back_and_say_so_once(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(triton, "is_installed", lambda: False)
-    triton._warn_not_installed.cache_clear()
+    triton._warn_missing.cache_clear()
     with pytest.warns(
         UserWarning, match=rf"{kind} parameters are stepped by plain torch, slowly: .*fusedopt\[triton\]"
     ):
@@ -106,6 +106,14 @@ def test_without_triton_other_devices_fall_back_and_say_so_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _chosen(param_type(torch.zeros(3))) == "eager"
+
+
+def test_an_old_triton_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "installed_version", lambda: "3.2.0")
+    params = make_params([(4,)], torch.float32)
+    set_grads(params, 0)
+    with pytest.raises(ValueError, match=r"triton 3\.2\.0 is older than 3\.3; .*pip install -U 'fusedopt\[triton\]'"):
+        AdamW(params, backend="triton").step()
 
 
 def test_on_the_cpu_it_is_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,9 @@ class _Pretended:
 @contextmanager
 def on(target: GPUTarget) -> Iterator[None]:
     """Makes Triton compile for a target; nothing can be launched meanwhile."""
-    before = driver._active
+    before = dict(vars(driver))  # its fields have other names in other versions
     driver.set_active(_Pretended(target))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        driver._active = before
+        vars(driver).update(before)

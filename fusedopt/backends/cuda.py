@@ -107,7 +107,7 @@ class CudaBackend:
         if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
         if self.module() is None:
-            if not triton.is_installed():
+            if triton.missing() is not None:
                 _warn_not_built()
             return NOT_BUILT
         return None

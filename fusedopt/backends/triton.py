@@ -21,13 +21,29 @@ from .device import DeviceSession, guard
 from .table import PARAM_DTYPES
 
 _DLPACK = {"cpu": 1, "cuda": 2, "xpu": 14}  # its numbers; ROCm's devices are called cuda
-NOT_INSTALLED = "triton is not installed; install it with: pip install 'fusedopt[triton]'"
+_OLDEST = (3, 3)  # kernels take functions as constants, and tuples
+_INSTALL = "pip install -U 'fusedopt[triton]'"
 
 
 @functools.cache
 def is_installed() -> bool:
     """Whether there is a triton to import."""
     return importlib.util.find_spec("triton") is not None
+
+
+def installed_version() -> str:
+    """Imports triton, which takes a while."""
+    return str(importlib.import_module("triton").__version__)
+
+
+def missing() -> str | None:
+    """Why there is no triton for the kernels, as a clause with the remedy; None if there is one."""
+    if not is_installed():
+        return f"triton is not installed; install it with: {_INSTALL}"
+    version = installed_version()
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"triton {version} is older than {'.'.join(map(str, _OLDEST))}; install a newer one with: {_INSTALL}"
+    return None
 
 
 def is_interpreting() -> bool:
@@ -42,16 +58,17 @@ def kernels() -> Any:
 
 
 @functools.cache
-def _warn_not_installed(kind: str) -> None:
-    warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {NOT_INSTALLED}", stacklevel=2)
+def _warn_missing(kind: str, reason: str) -> None:
+    warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {reason}", stacklevel=2)
 
 
 def unreachable(device: torch.device) -> str | None:
     """Why kernels cannot reach tensors on a device, as a clause; None if they can."""
-    if not is_installed():
+    reason = missing()
+    if reason is not None:
         if device.type == "xpu" or (device.type == "cuda" and torch.version.hip is not None):
-            _warn_not_installed("ROCm" if device.type == "cuda" else "Intel GPU")
-        return NOT_INSTALLED
+            _warn_missing("ROCm" if device.type == "cuda" else "Intel GPU", reason)
+        return reason
     if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and is_interpreting()):
         return f"it is on {device}"
     return None

@@ -25,8 +25,8 @@ Formats = Annotated[str, typer.Option("--formats", help=_FORMATS)]
 def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "") -> None:
     """Compiles the Triton kernels for devices, without one, into Triton's cache, so that no first step has to."""
     console = Console(highlight=False, soft_wrap=True)
-    if not triton.is_installed():
-        sys.exit(triton.NOT_INSTALLED)
+    if (reason := triton.missing()) is not None:
+        sys.exit(reason)
     if triton.is_interpreting():
         sys.exit("TRITON_INTERPRET=1 is set, so kernels are interpreted and never compiled; unset it")
     ahead = importlib.import_module("fusedopt.triton_kernels.ahead")
