@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo test test-all bench gpu-check lint format sanitize sanitize-formats sanitize-others ci clean
+.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-formats sanitize-others ci clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,8 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 	mkdir -p $(EMULATED)
 	cp build/emulated/_cuda*.so $(EMULATED)
 	@touch $@
+
+emulated: $(EMULATED)/.installed
 
 test: $(VENV)/.test $(EMULATED)/.installed
 	$(PYTEST) -n 2 -m "not slow"
