@@ -278,7 +278,8 @@ def assert_paths_agree(run: Callable[[str], torch.optim.Optimizer], monkeypatch:
 def assert_same_bits(ours: Tensor, theirs: Tensor, what: str = "") -> None:
     assert ours.shape == theirs.shape, what
     assert ours.dtype == theirs.dtype, what
-    if torch.equal(*(tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in (ours, theirs))):
+    raw = [tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for tensor in (ours, theirs)]
+    if torch.equal(*(tensor.view(torch.uint8) for tensor in raw)):
         return  # the usual case, in one look at each
     different = (integers(ours) != integers(theirs)).sum().item()
     assert different == 0, f"{what}: {different} of {ours.numel()} elements differ"
