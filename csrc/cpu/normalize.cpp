@@ -1,6 +1,7 @@
 #include "cpu/normalize.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "core/matrices.h"
@@ -32,14 +33,39 @@ void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
   }
 }
 
+// Numbers handed out in whole cache lines, so that threads do not wait for each other's, nor vectors for two lines
+// each.
+template <class Number>
+class Numbers {
+ public:
+  // Where n of them will be, counted from data().
+  size_t want(int64_t n) {
+    constexpr int64_t kLine = 128 / sizeof(Number);  // two: neighbours are fetched in pairs
+    const size_t begin = wanted_;
+    wanted_ += static_cast<size_t>(divided_up(n, kLine) * kLine);
+    return begin;
+  }
+  void forget() { wanted_ = 0; }
+  void settle() {
+    size_t space = (wanted_ * sizeof(Number)) + kAlignment;
+    if (memory_.size() < space) memory_.resize(space);
+    space = memory_.size();
+    void* first = memory_.data();
+    data_ = static_cast<Number*>(std::align(kAlignment, wanted_ * sizeof(Number), first, space));
+  }
+  Number* data() const { return data_; }
+
+ private:
+  static constexpr size_t kAlignment = 128;
+  std::vector<unsigned char> memory_;
+  Number* data_ = nullptr;
+  size_t wanted_ = 0;
+};
+
 // Memory for what a wave finds out, kept from wave to wave and from step to step: fresh memory costs page faults.
 struct Workspace {
-  std::vector<double> doubles;
-  std::vector<float> floats;
-  size_t double_count = 0, float_count = 0;  // asked for so far
-
-  size_t want_doubles(int64_t n) { return (double_count += static_cast<size_t>(n)) - static_cast<size_t>(n); }
-  size_t want_floats(int64_t n) { return (float_count += static_cast<size_t>(n)) - static_cast<size_t>(n); }
+  Numbers<double> doubles;
+  Numbers<float> floats;
 };
 
 // One tensor and what is found out about it in a step.
@@ -60,15 +86,15 @@ class Member {
       parts_ = cut_.units();
       has_whole_rows_ = cut_.panels == 1 ||
                         (takes_weighted() && cut_.panels <= kMaxPanels && cut_.matrices * cut_.slabs >= kManySlabs);
-      if (!has_whole_rows_) row_sums_ = workspace.want_doubles(rows() * cut_.panels);
-      column_sums_ = workspace.want_doubles(cut_.matrices * cut_.slabs * factors.column_count);
-      if (takes_weighted()) weighted_sums_ = workspace.want_doubles(cut_.matrices * cut_.slabs * factors.column_count);
-      means_ = workspace.want_floats(cut_.matrices);
-      row_factors_ = workspace.want_floats(rows());
-      column_factors_ = workspace.want_floats(cut_.matrices * factors.column_count);
+      if (!has_whole_rows_) row_sums_ = workspace.doubles.want(rows() * cut_.panels);
+      column_sums_ = workspace.doubles.want(cut_.matrices * cut_.slabs * factors.column_count);
+      if (takes_weighted()) weighted_sums_ = workspace.doubles.want(cut_.matrices * cut_.slabs * factors.column_count);
+      means_ = workspace.floats.want(cut_.matrices);
+      row_factors_ = workspace.floats.want(rows());
+      column_factors_ = workspace.floats.want(cut_.matrices * factors.column_count);
     }
-    update_sums_ = workspace.want_doubles(parts_);
-    if (reads_weights_) param_sums_ = workspace.want_doubles(parts_);
+    update_sums_ = workspace.doubles.want(parts_);
+    if (reads_weights_) param_sums_ = workspace.doubles.want(parts_);
   }
 
   // Only once members no longer move, and the workspace is there.
@@ -280,8 +306,8 @@ struct Wave {
   Items small, matrices, units, second, elements, steps;  // small ones are in no other
 
   void settle(Workspace& workspace) {
-    if (workspace.doubles.size() < workspace.double_count) workspace.doubles.resize(workspace.double_count);
-    if (workspace.floats.size() < workspace.float_count) workspace.floats.resize(workspace.float_count);
+    workspace.doubles.settle();
+    workspace.floats.settle();
     for (Member& member : members) {
       member.settle();
       if (member.is_small()) {
@@ -330,7 +356,8 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
   size_t taken = 0;
   for (int turn = 0; taken < listed.size() || !last.members.empty(); turn = 1 - turn) {
     Workspace& workspace = workspaces[turn];
-    workspace.double_count = workspace.float_count = 0;
+    workspace.doubles.forget();
+    workspace.floats.forget();
     Wave wave;
     wave.members.reserve(std::min<size_t>(listed.size() - taken, kMembers));
     for (int64_t held = 0; taken < listed.size() && held < kWave; ++taken) {

@@ -192,13 +192,13 @@ FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float
 // First pass over a unit. Where it has whole rows, their averages are brought up to date, and a group of rows is
 // weighed in quarters, while each of the next four comes in.
 void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit,
-              const UnitSums& sums) {
+              const UnitSums& found) {
   const int64_t width = unit.column_end - unit.column_begin;
+  UnitSums sums = found;
+  double weight_sums[kMaxPanels] = {};  // not where they belong, in a cache line with other threads' sums
+  if (found.weights != nullptr) sums.weights = weight_sums;
   memset(sums.columns, 0, sizeof(double) * static_cast<size_t>(width));
   if (sums.weighted != nullptr) memset(sums.weighted, 0, sizeof(double) * static_cast<size_t>(width));
-  if (sums.weights != nullptr) {
-    memset(sums.weights, 0, sizeof(double) * static_cast<size_t>(divided_up(width, kReductionChunk)));
-  }
   RowGroup last(unit, unit.row_end);  // none
   const auto weigh_part = [&](int64_t column, int n, int part) {
     const int length = static_cast<int>(divided_up(n, kWeighedRows * kLanes)) * kLanes, first = part * length;
@@ -219,6 +219,7 @@ void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier
     next.weigh(tensor, unit);
     last = next;
   }
+  if (found.weights != nullptr) std::copy_n(weight_sums, divided_up(width, kReductionChunk), found.weights);
   if (sums.weighted == nullptr) return;
   for_each_piece(0, width, kTile, [&](int64_t column, int64_t end) {
     add_weighted(tensor, multiplier, unit, last, column, static_cast<int>(end - column), sums.weighted);
