@@ -8,9 +8,20 @@ from typing import Any
 import emulated as kernels
 import pytest
 import torch
-from cases import DTYPES, FORMATS, assert_same_bits, assert_same_run, make_params, set_grads, train
+from cases import (
+    DTYPES,
+    FORMATS,
+    MASTERS,
+    Unread,
+    assert_same_bits,
+    assert_same_run,
+    assert_scaling_is_read_by_kernels,
+    make_params,
+    set_grads,
+    train,
+)
 from test_adafactor_bits import VARIANTS
-from test_cuda_bits import MASTERS, Unread, offset_params
+from test_cuda_bits import offset_params
 
 from fusedopt import Adafactor
 from fusedopt.reference import adafactor as reference
@@ -143,21 +154,17 @@ def test_clipping() -> None:
 @pytest.mark.parametrize("variant", ["momentum", "torch"])
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_loss_scale_and_what_is_not_finite(found: float, variant: str) -> None:
-    """Both are read by the kernels; a step that is skipped changes nothing: neither averages nor second moments."""
-    runs = []
-    for backend in ("cuda", "cpu"):
-        params = make_params([(300,), (7, 65), (2, 4100)], torch.float16)
-        # Two steps: in the first, averages forget what they were, so that doing it twice would not show.
-        optimizer = train(Adafactor(params, **{**VARIANTS[variant], "max_grad_norm": 1.0}, backend=backend), 2)
-        set_grads(params, 2, scale=8.0)
-        if found:
-            params[1].grad[2, 3] = float("inf")
-        optimizer.grad_scale = torch.tensor([64.0])
-        optimizer.found_inf = Unread(torch.tensor([found])) if backend == "cuda" else torch.tensor([found])
-        optimizer.step()
-        assert optimizer.state[params[0]]["step"] == 3 - found
-        runs.append(optimizer)
-    assert_same_run(*runs)
+    """A step that is skipped changes nothing: neither averages nor second moments.
+
+    It comes after two others: in the first, averages forget what they were, so that doing it twice would not show.
+    """
+    kwargs = {**VARIANTS[variant], "max_grad_norm": 1.0}
+    assert_scaling_is_read_by_kernels(
+        "cuda",
+        found,
+        2,
+        lambda backend: Adafactor(make_params([(300,), (7, 65), (2, 4100)], torch.float16), **kwargs, backend=backend),
+    )
 
 
 def test_slabs_are_skipped_too() -> None:

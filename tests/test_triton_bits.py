@@ -12,8 +12,10 @@ from cases import (
     FORMATS,
     MASTERS,
     Case,
+    Unread,
     assert_same_bits,
     assert_same_run,
+    assert_scaling_is_read_by_kernels,
     each_variant,
     format_kwargs,
     make_params,
@@ -167,29 +169,15 @@ def test_pairwise_sum(count: int) -> None:
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_loss_scale_and_what_is_not_finite(found: float) -> None:
-    """Both are read by the kernels; a step that is skipped changes nothing, nor does it count."""
-    runs = []
-    for backend in ("triton", "cpu"):
-        params = make_params([(300,), (7, 65)], torch.float16)
-        optimizer = train(CASES[0].ours(params, backend=backend, max_grad_norm=1.0), 1)
-        set_grads(params, 1, scale=8.0)
-        optimizer.grad_scale = torch.tensor([64.0])
-        optimizer.found_inf = Unread(torch.tensor([found])) if backend == "triton" else torch.tensor([found])
-        optimizer.step()
-        assert optimizer.state[params[0]]["step"] == 2 - found
-        runs.append(optimizer)
-    assert_same_run(*runs)
-
-
-class Unread(torch.Tensor):
-    """On another device than the CPU, as far as the optimizer looks; reading it on the host fails."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda")
-
-    def item(self) -> float:  # type: ignore[override]
-        raise AssertionError("the host waited for a device")
+    """A step that is skipped changes nothing, nor does it count."""
+    assert_scaling_is_read_by_kernels(
+        "triton",
+        found,
+        1,
+        lambda backend: CASES[0].ours(
+            make_params([(300,), (7, 65)], torch.float16), backend=backend, max_grad_norm=1.0
+        ),
+    )
 
     def detach(self) -> Unread:
         return self
