@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .. import _core
 from . import triton
-from .base import Scaling
-from .device import DeviceSession, guard, pointer
+from .device import DeviceSession, Scalars, guard, pointer
 from .table import PARAM_DTYPES
 
 _CUDA = 2  # DLPack's number
@@ -56,28 +55,19 @@ class CudaSession(DeviceSession):
         module.square_sums(batch=batch, sums=sums.data_ptr(), stream=stream)
         return sums
 
-    def launch(
-        self,
-        device: torch.device,
-        stream: int,
-        table: _core.TensorTable,
-        grad_multipliers: list[float],
-        lrs: list[Tensor | None],
-        scaling: Scaling,
-        norm: Tensor | None,
-    ) -> None:
-        batch = table.batch(grad_multipliers=grad_multipliers)
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
+        batch = table.batch(grad_multipliers=scalars.grad_multipliers)
         module = self._kernels()
         # New memory in every step: the allocator knows streams and graphs, and keeps it as long as they need it.
-        size = module.workspace_bytes(batch=batch, clips=norm is not None)
+        size = module.workspace_bytes(batch=batch, clips=scalars.norm is not None)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         module.step(
             batch=batch,
-            lrs=[(pointer(lr), lr is not None and lr.dtype == torch.float64) for lr in lrs],
-            grad_scale=pointer(scaling.grad_scale),
-            found_inf=pointer(scaling.found_inf),
-            max_grad_norm=scaling.max_grad_norm,
-            grad_norm=pointer(norm),
+            lrs=[(pointer(lr), lr is not None and lr.dtype == torch.float64) for lr in scalars.lrs],
+            grad_scale=pointer(scalars.scaling.grad_scale),
+            found_inf=pointer(scalars.scaling.found_inf),
+            max_grad_norm=scalars.scaling.max_grad_norm,
+            grad_norm=pointer(scalars.norm),
             workspace=workspace.data_ptr(),
             stream=stream,
         )

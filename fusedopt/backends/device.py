@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,23 @@ class DeviceBackend(Protocol):
         """Makes a device the current one for as long as it is entered; gives its current stream."""
 
 
+@dataclass(frozen=True)
+class Scalars:
+    """What a step takes beside a table.
+
+    Attributes:
+        grad_multipliers: Of each group.
+        lrs: Of each group, on the device; None where it is a plain number.
+        scaling: See Scaling; its tensors are on the device.
+        norm: Takes the gradients' norm on the device if they are clipped; else None.
+    """
+
+    grad_multipliers: list[float]
+    lrs: list[Tensor | None]
+    scaling: Scaling
+    norm: Tensor | None
+
+
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
 
@@ -43,17 +61,8 @@ class DeviceSession:
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
-    def launch(
-        self,
-        device: torch.device,
-        stream: int,
-        table: _core.TensorTable,
-        grad_multipliers: list[float],
-        lrs: list[Tensor | None],
-        scaling: Scaling,
-        norm: Tensor | None,
-    ) -> None:
-        """Steps a table. `lrs` and the tensors of `scaling` are on the device; `norm` takes the norm if it clips."""
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
+        """Steps a table."""
         raise NotImplementedError
 
     def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
@@ -136,7 +145,7 @@ class DeviceSession:
         )
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
-            self.launch(device, stream, table, grad_multipliers, lrs, on_device, norm)
+            self.launch(device, stream, table, Scalars(grad_multipliers, lrs, on_device, norm))
         return norm
 
     def _entries(self) -> list[ParamStep]:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import Scaling
-from .device import DeviceSession, guard
+from .device import DeviceSession, Scalars, guard
 from .table import PARAM_DTYPES
 
 _DLPACK = {"cpu": 1, "cuda": 2, "xpu": 14}  # its numbers; ROCm's devices are called cuda
@@ -105,24 +104,15 @@ class TritonSession(DeviceSession):
         plan = self._plan(device, table)
         return kernels().square_sums(plan, self._mirrors_of(device)[0].on(device, stream, plan.rows))
 
-    def launch(
-        self,
-        device: torch.device,
-        stream: int,
-        table: _core.TensorTable,
-        grad_multipliers: list[float],
-        lrs: list[Tensor | None],
-        scaling: Scaling,
-        norm: Tensor | None,
-    ) -> None:
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
         plan = self._plan(device, table)
         groups = kernels().group_rows(
             [group.rule for group in self._groups],
             [group.hyper for group in self._groups],
             [group.seed for group in self._groups],
-            grad_multipliers,
-            lrs,
-            scaling.max_grad_norm,
+            scalars.grad_multipliers,
+            scalars.lrs,
+            scalars.scaling.max_grad_norm,
         )
         if device not in self._defaults:
             self._defaults[device] = (torch.ones((), device=device), torch.zeros((), device=device))
@@ -133,9 +123,9 @@ class TritonSession(DeviceSession):
             of_tensors.on(device, stream, plan.rows),
             None if plan.cuts is None else of_cuts.on(device, stream, plan.cuts),
             of_groups.on(device, stream, groups),
-            one if scaling.grad_scale is None else scaling.grad_scale,
-            zero if scaling.found_inf is None else scaling.found_inf,
-            norm,
+            one if scalars.scaling.grad_scale is None else scalars.scaling.grad_scale,
+            zero if scalars.scaling.found_inf is None else scalars.scaling.found_inf,
+            scalars.norm,
         )
 
     def forget(self) -> None:
