@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kWave = 1 << 20;
 constexpr int64_t kItem = 1 << 16;  // elements of a work item
 constexpr size_t kMembers = 512;    // of a wave, to begin with
+constexpr int64_t kLateSteps = 4;   // of a thread: about a unit's time
 constexpr int64_t kManySlabs = 16;  // of which units may be whole
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
@@ -332,23 +333,29 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
   const IeeeMode ieee;  // scalars are derived here, too
   static thread_local Workspace workspaces[2];
-  // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish.
+  // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish. Each
+  // thread goes back through what it read last, which is still in its cache, and keeps some of the rest for the end.
   const auto step_and_sum = [&](const Wave& last, const Wave& next) {
-    const int64_t steps = last.steps.size(), units = next.units.size(), elements = next.elements.size();
-    parallel_items(steps + units + elements + next.small.size(), threads, [&](int64_t i) {
-      if (i < steps) {
-        // Backwards: of what does not fit in cache as a whole, the last is still there.
-        const auto [member, item] = last.steps.at(steps - 1 - i);
-        member->step(kernels, item, health);
-      } else if (i < steps + units) {
-        const auto [member, unit] = next.units.at(i - steps);
+    const int64_t items = last.steps.size() + next.units.size() + next.elements.size() + next.small.size();
+    const int team = team_for(items, threads);
+    Shares steps(last.steps.size(), team, Shares::Order::kBackwards), late_steps = steps.keep_back(kLateSteps);
+    Shares units(next.units.size(), team), elements(next.elements.size(), team), small(next.small.size(), team);
+    const auto step = [&](int64_t i) {
+      const auto [member, item] = last.steps.at(i);
+      member->step(kernels, item, health);
+    };
+    parallel_team(team, [&](int thread) {
+      steps.take(thread, step);
+      units.take(thread, [&](int64_t i) {
+        const auto [member, unit] = next.units.at(i);
         member->sum_unit(kernels, unit);
-      } else if (i < steps + units + elements) {
-        const auto [member, item] = next.elements.at(i - steps - units);
+      });
+      elements.take(thread, [&](int64_t i) {
+        const auto [member, item] = next.elements.at(i);
         member->sum_elements(kernels, item);
-      } else {
-        next.small.at(i - steps - units - elements).first->take_whole(kernels, health);
-      }
+      });
+      small.take(thread, [&](int64_t i) { next.small.at(i).first->take_whole(kernels, health); });
+      late_steps.take(thread, step);
     });
   };
 

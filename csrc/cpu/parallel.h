@@ -4,7 +4,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -38,18 +42,80 @@ class IeeeMode {
 #endif
 };
 
-// Calls body(item) for every item, from at most `threads` threads; who takes which is left open.
+// The threads that so many items keep busy.
+inline int team_for(int64_t items, int threads) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
+}
+
+// Calls body(thread) in each thread of a team.
 template <class Body>
-void parallel_items(int64_t items, int threads, const Body& body) {
-  std::atomic<int64_t> next{0};
-  [[maybe_unused]] const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
+void parallel_team([[maybe_unused]] int team, const Body& body) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(team) if (team > 1)
 #endif
   {
     const IeeeMode ieee;
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item);
+#if defined(_OPENMP)
+    body(omp_get_thread_num());
+#else
+    body(0);
+#endif
   }
 }
+
+// Calls body(item) for every item, from at most `threads` threads; who takes which is left open.
+template <class Body>
+void parallel_items(int64_t items, int threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_team(team_for(items, threads), [&](int) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item);
+  });
+}
+
+// Items in as many runs as there are threads in a team, so that a thread finds in its own cache what it had before.
+class Shares {
+ public:
+  enum class Order { kForwards, kBackwards };
+
+  Shares(int64_t items, int team, Order order = Order::kForwards) : shares_(static_cast<size_t>(team)), order_(order) {
+    for (int thread = 0; thread < team; ++thread) {
+      shares_[thread].begin = items * thread / team;
+      shares_[thread].end = items * (thread + 1) / team;
+    }
+  }
+
+  // Takes a quarter of each share away, at most `most` items: those that would have been the last.
+  Shares keep_back(int64_t most) {
+    Shares kept(0, static_cast<int>(shares_.size()), order_);
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share &share = shares_[i], &last = kept.shares_[i];
+      const int64_t count = std::min((share.end - share.begin) / 4, most);
+      last.begin = order_ == Order::kForwards ? share.end - count : share.begin;
+      last.end = last.begin + count;
+      (order_ == Order::kForwards ? share.end : share.begin) += order_ == Order::kForwards ? -count : count;
+    }
+    return kept;
+  }
+
+  // Calls body(item) for the share of a thread, then for what is left of others'.
+  template <class Body>
+  void take(int thread, const Body& body) {
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(static_cast<size_t>(thread) + i) % shares_.size()];
+      const int64_t count = share.end - share.begin;
+      for (int64_t k; (k = share.taken.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        body(order_ == Order::kForwards ? share.begin + k : share.end - 1 - k);
+      }
+    }
+  }
+
+ private:
+  struct alignas(128) Share {  // in cache lines of its own
+    std::atomic<int64_t> taken{0};
+    int64_t begin = 0, end = 0;
+  };
+  std::vector<Share> shares_;
+  Order order_;
+};
 
 }  // namespace fusedopt::cpu

@@ -17,6 +17,7 @@ constexpr int kHalfLanes = kLanes / 2;
 // stayed in memory and the loop waited for it (measured: 4 x slower with AVX-512).
 typedef float Floats __attribute__((vector_size(kHalfLanes * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(kHalfLanes * sizeof(double))));
+typedef float WideFloats __attribute__((vector_size(kLanes * sizeof(float))));
 
 struct DoubleLanes {
   Doubles low = {}, high = {};
@@ -43,6 +44,23 @@ FUSEDOPT_FN Floats load_floats(const uint16_t* bfloat16) {
 #endif
 }
 
+FUSEDOPT_FN WideFloats load_wide(const float* x) {
+  WideFloats loaded;
+  memcpy(&loaded, x, sizeof loaded);
+  return loaded;
+}
+FUSEDOPT_FN WideFloats load_wide(const uint16_t* bfloat16) {
+#if defined(__AVX512F__)
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bfloat16));
+  return WideFloats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16));
+#else
+  const Floats halves[] = {load_floats(bfloat16), load_floats(bfloat16 + kHalfLanes)};
+  WideFloats loaded;
+  memcpy(&loaded, halves, sizeof loaded);
+  return loaded;
+#endif
+}
+
 // The first n of 16 numbers and zeros, whose squares change no sum.
 template <class Number>
 struct Padded {
@@ -55,6 +73,16 @@ FUSEDOPT_FN Doubles widen(const Floats& x) {
   return Doubles(_mm512_cvtps_pd(__m256(x)));
 #else
   return __builtin_convertvector(x, Doubles);
+#endif
+}
+
+FUSEDOPT_FN DoubleLanes widen(const WideFloats& x) {
+#if defined(__AVX512F__)
+  return {widen(Floats(_mm512_castps512_ps256(__m512(x)))), widen(Floats(_mm512_extractf32x8_ps(__m512(x), 1)))};
+#else
+  Floats halves[2];
+  memcpy(halves, &x, sizeof halves);
+  return {widen(halves[0]), widen(halves[1])};
 #endif
 }
 
