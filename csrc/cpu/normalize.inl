@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/matrices.h"
 #include "core/pairwise.h"
@@ -15,24 +16,37 @@
 namespace fusedopt {
 namespace {
 
-constexpr int64_t kPagesAhead = 8192;  // bytes
+constexpr int64_t kPage = 4096;  // bytes
 constexpr int64_t kLinesAhead = 3072;
 
-// Asks for what comes somewhat after n elements; and for a number two pages on, to have its address translated in time,
-// as hardware's own prefetching ends with a page. On Zen 4, with pages of 4 KiB, a thread reads two tensors in .34 ns
-// per element instead of .41.
-FUSEDOPT_FN void prefetch(const Buffer& buffer, int64_t begin, int n) {
-  const char* first = static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype);
-  const int64_t bytes = n * size_of(buffer.dtype);  // not in the loop, where it was asked for again and again
-  __builtin_prefetch(first + kPagesAhead);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + kLinesAhead + i);
-}
+// Asks for what comes somewhat after the elements of a tile, line by line: for all of it at once, requests would wait
+// for each other. And once a page for a number two pages on, to have its address translated in time, as hardware's own
+// prefetching ends with a page. On Zen 4, with pages of 4 KiB, a thread reads two tensors in .34 ns per element
+// instead of .41.
+class Prefetch {
+ public:
+  Prefetch(const Buffer& buffer, int64_t begin)
+      : first_(static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype)), size_(size_of(buffer.dtype)) {
+    const bool begins_page = reinterpret_cast<uintptr_t>(first_) % kPage < static_cast<uintptr_t>(kTile * size_);
+    if (begins_page) __builtin_prefetch(first_ + 2 * kPage);
+  }
+  FUSEDOPT_FN void after(int element) const { __builtin_prefetch(first_ + kLinesAhead + element * size_); }
 
-FUSEDOPT_FN void add_weights(const TensorDesc& tensor, int64_t begin, int n, float* tile, float* spare, LaneSum& sum) {
+ private:
+  const char* first_;
+  int64_t size_;
+};
+
+// Calls use(weights) with n weights in full precision, in float32 or bfloat16.
+template <class Use>
+FUSEDOPT_FN void with_weights(const TensorDesc& tensor, int64_t begin, int n, const Use& use) {
+  alignas(64) float tile[kTile], spare[kTile];
   if (tensor.param.dtype == DType::kBFloat16 && tensor.master_format == Master::kNone) {
-    sum.add_squares(at<uint16_t>(tensor.param, begin), n);
+    use(at<uint16_t>(tensor.param, begin));
+  } else if (tensor.param.dtype == DType::kFloat32) {
+    use(at<float>(tensor.param, begin));
   } else {
-    sum.add_squares(load_param(tensor, begin, n, tile, spare), n);
+    use(static_cast<const float*>(load_param(tensor, begin, n, tile, spare)));
   }
 }
 
@@ -59,12 +73,13 @@ struct Rows {
   }
 };
 
-// Calls add(rows, first column, their sums) for each 16 of n columns, the last filled up with zeros.
+// Calls add(rows, first column, their sums, whether columns are filled up) for each 16 of n columns; the last are
+// filled up with zeros.
 template <class Number, int kRows, bool kIsScaled, class Add>
 FUSEDOPT_FN void for_each_lanes(const Rows<Number, kRows, kIsScaled>& rows, int n, double* column_sums,
                                 const Add& add) {
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(rows, i, column_sums + i);
+  for (; i + kLanes <= n; i += kLanes) add(rows, i, column_sums + i, std::false_type());
   if (i == n) return;
   Number filled[kRows][kLanes] = {};
   Rows<Number, kRows, kIsScaled> last = rows;
@@ -73,15 +88,18 @@ FUSEDOPT_FN void for_each_lanes(const Rows<Number, kRows, kIsScaled>& rows, int 
     last.at[r] = filled[r];
   }
   Padded<double> sums(column_sums + i, n - i);
-  add(last, 0, sums.at);
+  add(last, 0, sums.at, std::true_type());
   memcpy(column_sums + i, sums.at, sizeof(double) * static_cast<size_t>(n - i));
 }
 
-// Adds the squares of n numbers of a row to the sums of their row and of their columns.
-template <class Row>
-FUSEDOPT_FN void add_row(const Row& row, int n, DoubleLanes& row_sum, double* column_sums) {
-  DoubleLanes held = row_sum;
-  for_each_lanes(row, n, column_sums, [&](const auto& numbers, int column, double* columns) {
+// Adds the squares of n numbers of a row to the sums of their row and of their columns, and those of their weights, if
+// any. All in one loop: alone, each sum would have the next addition wait for the last.
+template <class Row, class Weight>
+FUSEDOPT_FN void add_row(const Row& row, const Prefetch& next_row, const Weight* weights, const Prefetch& next_weights,
+                         int n, DoubleLanes& row_sum, DoubleLanes& weight_sum, double* column_sums) {
+  DoubleLanes held = row_sum, held_weights = weight_sum;
+  for_each_lanes(row, n, column_sums, [&](const auto& numbers, int column, double* columns, auto is_filled) {
+    if constexpr (!is_filled) next_row.after(column);
     for (int half = 0; half < kLanes; half += kHalfLanes) {
       const Doubles values = widen(numbers.half(0, column + half));
       const Doubles sums = add_square(load_doubles(columns + half), values);
@@ -89,14 +107,24 @@ FUSEDOPT_FN void add_row(const Row& row, int n, DoubleLanes& row_sum, double* co
       Doubles& lanes = half == 0 ? held.low : held.high;
       lanes = add_square(lanes, values);
     }
+    if constexpr (!std::is_void_v<Weight>) {
+      if constexpr (is_filled) {
+        const int left = n % kLanes;
+        add_squares(held_weights, Padded<Weight>(weights + n - left, left).at);
+      } else {
+        next_weights.after(column);
+        add_squares(held_weights, weights + column);
+      }
+    }
   });
   row_sum = held;
+  weight_sum = held_weights;
 }
 
 // Adds to sums of columns the squares of what rows have there, each first multiplied by the weight of its row.
 template <class WeighedRows>
 FUSEDOPT_FN void add_weighted_rows(const WeighedRows& rows, int n, const float* weights, double* column_sums) {
-  for_each_lanes(rows, n, column_sums, [&](const auto& numbers, int column, double* columns) {
+  for_each_lanes(rows, n, column_sums, [&](const auto& numbers, int column, double* columns, auto) {
     WideFloats squares[kWeighedRows];
     for (int r = 0; r < kWeighedRows; ++r) {
       const WideFloats weighed = numbers.lanes(r, column) * weights[r];
@@ -177,26 +205,29 @@ FUSEDOPT_FN void add_weighted(const TensorDesc& tensor, float multiplier, const 
 template <class Meanwhile>
 FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit,
                          int64_t row, const UnitSums& sums, const Meanwhile& meanwhile) {
-  alignas(64) float tile[kTile], spare[kTile];
   const int64_t width = unit.column_end - unit.column_begin;
   double panel_sums[kMaxPanels] = {};
   for_each_piece(0, width, kReductionChunk, [&](int64_t panel, int64_t panel_end) {
-    DoubleLanes row_sum;
-    LaneSum weights;
+    DoubleLanes row_sum, weight_sum;
     for_each_piece(panel, panel_end, kTile, [&](int64_t column, int64_t end) {
       const int n = static_cast<int>(end - column);
       const int64_t begin = element_at(tensor, unit, row, column);
-      prefetch(tensor.grad, begin, n);
-      with_rows<1>(tensor, multiplier, begin, n, 1,
-                   [&](const auto& numbers) { add_row(numbers, n, row_sum, sums.columns + column); });
+      const Prefetch next_row(tensor.grad, begin);
+      const auto add = [&](const auto* weights, const Prefetch& next_weights) {
+        with_rows<1>(tensor, multiplier, begin, n, 1, [&](const auto& numbers) {
+          add_row(numbers, next_row, weights, next_weights, n, row_sum, weight_sum, sums.columns + column);
+        });
+      };
       if (sums.weights != nullptr) {
-        prefetch(tensor.param, begin, n);
-        add_weights(tensor, begin, n, tile, spare, weights);
+        const Prefetch next_weights(tensor.param, begin);
+        with_weights(tensor, begin, n, [&](const auto* weights) { add(weights, next_weights); });
+      } else {
+        add(static_cast<const void*>(nullptr), next_row);
       }
       meanwhile(column, n);
     });
     panel_sums[panel / kReductionChunk] = total_of(row_sum);
-    if (sums.weights != nullptr) sums.weights[panel / kReductionChunk] += weights.total();
+    if (sums.weights != nullptr) sums.weights[panel / kReductionChunk] += total_of(weight_sum);
   });
   if (unit.has_whole_rows) {
     float& average = tensor.factors.rows[unit.matrix_row + row];
@@ -349,7 +380,6 @@ double sum_matrix_updates(const TensorDesc& tensor, const Moments& moments, floa
 double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, float multiplier, int state, int64_t begin,
                           int64_t length, double* weights) {
   alignas(64) float grad_tile[kTile], u[kTile];
-  alignas(64) float tile[kTile], spare[kTile];
   LaneSum sum, weight_sum;
   for (int64_t at = begin; at < begin + length; at += kTile) {
     const int n = static_cast<int>(begin + length - at < kTile ? begin + length - at : kTile);
@@ -364,7 +394,9 @@ double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, floa
     }
     normalize_vector(moments, multiplier, g, second, n, u);
     sum.add_squares(u, n);
-    if (weights != nullptr) add_weights(tensor, at, n, tile, spare, weight_sum);
+    if (weights != nullptr) {
+      with_weights(tensor, at, n, [&](const auto* numbers) { weight_sum.add_squares(numbers, n); });
+    }
   }
   if (weights != nullptr) *weights = weight_sum.total();
   return sum.total();
