@@ -32,7 +32,14 @@ SHAPES = [
 VARIANTS: dict[str, dict[str, Any]] = {
     "relative": {},
     "warmup": {"warmup_init": True, "scale_parameter": False, "maximize": True},
-    "external": {"lr": 1e-2, "relative_step": False, "weight_decay": 0.1, "clip_threshold": 0.5, "decay_rate": -0.5},
+    "external": {
+        "lr": 1e-2,
+        "relative_step": False,
+        "weight_decay": 0.1,
+        "clip_threshold": 0.5,
+        "decay_rate": -0.5,
+        "max_grad_norm": 1.0,
+    },
     "momentum": {"beta1": 0.9, "weight_decay": 0.1},
     "compat": {"beta1": 0.9, "compat": True, "lr": 1e-2, "relative_step": False, "scale_parameter": False},
     "folded": {"fold_conv": True, "beta1": 0.5},
