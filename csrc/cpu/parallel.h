@@ -90,9 +90,10 @@ class Shares {
     for (size_t i = 0; i < shares_.size(); ++i) {
       Share &share = shares_[i], &last = kept.shares_[i];
       const int64_t count = std::min((share.end - share.begin) / 4, most);
-      last.begin = order_ == Order::kForwards ? share.end - count : share.begin;
+      if (order_ == Order::kForwards) share.end -= count;
+      last.begin = order_ == Order::kForwards ? share.end : share.begin;
       last.end = last.begin + count;
-      (order_ == Order::kForwards ? share.end : share.begin) += order_ == Order::kForwards ? -count : count;
+      if (order_ == Order::kBackwards) share.begin += count;
     }
     return kept;
   }

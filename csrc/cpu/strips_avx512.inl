@@ -76,8 +76,8 @@ bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
 }
 
 // Asks for the lines of a strip some way ahead. It is for steps that read no states: of two tensors in float32,
-// hardware alone does not have enough on the way (Emerald Rapids: .48 ns per element, with this .42; Zen 4: as fast as
-// before).
+// hardware alone does not have enough on the way (Emerald Rapids: .48 ns per element, with this .42; Zen 4 gained
+// nothing).
 template <class Number>
 FUSEDOPT_FN void prefetch_strip(const Number* x) {
   const char* ahead = reinterpret_cast<const char*>(x) + 4096;
