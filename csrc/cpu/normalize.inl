@@ -50,12 +50,6 @@ FUSEDOPT_FN void with_weights(const TensorDesc& tensor, int64_t begin, int n, co
   }
 }
 
-FUSEDOPT_FN Doubles load_doubles(const double* x) {
-  Doubles loaded;
-  memcpy(&loaded, x, sizeof loaded);
-  return loaded;
-}
-
 // Columns of some rows of a matrix, times a multiplier unless that is 1, as it mostly is: AVX-512 can convert to double
 // what it reads as it is.
 template <class Number, int kRows, bool kIsScaled>
@@ -100,13 +94,13 @@ FUSEDOPT_FN void add_row(const Row& row, const Prefetch& next_row, const Weight*
   DoubleLanes held = row_sum, held_weights = weight_sum;
   for_each_lanes(row, n, column_sums, [&](const auto& numbers, int column, double* columns, auto is_filled) {
     if constexpr (!is_filled) next_row.after(column);
-    for (int half = 0; half < kLanes; half += kHalfLanes) {
+    const auto add_half = [&](int half, Doubles& lanes) {
       const Doubles values = widen(numbers.half(0, column + half));
-      const Doubles sums = add_square(load_doubles(columns + half), values);
-      memcpy(columns + half, &sums, sizeof sums);
-      Doubles& lanes = half == 0 ? held.low : held.high;
+      store(add_square(load_as<Doubles>(columns + half), values), columns + half);
       lanes = add_square(lanes, values);
-    }
+    };
+    add_half(0, held.low);
+    add_half(kHalfLanes, held.high);
     if constexpr (!std::is_void_v<Weight>) {
       if constexpr (is_filled) {
         const int left = n % kLanes;
@@ -125,15 +119,13 @@ FUSEDOPT_FN void add_row(const Row& row, const Prefetch& next_row, const Weight*
 template <class WeighedRows>
 FUSEDOPT_FN void add_weighted_rows(const WeighedRows& rows, int n, const float* weights, double* column_sums) {
   for_each_lanes(rows, n, column_sums, [&](const auto& numbers, int column, double* columns, auto) {
-    WideFloats squares[kWeighedRows];
-    for (int r = 0; r < kWeighedRows; ++r) {
+    const auto square = [&](int r) {
       const WideFloats weighed = numbers.lanes(r, column) * weights[r];
-      squares[r] = weighed * weighed;
-    }
-    const DoubleLanes added = widen((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const Doubles low = load_doubles(columns) + added.low, high = load_doubles(columns + kHalfLanes) + added.high;
-    memcpy(columns, &low, sizeof low);
-    memcpy(columns + kHalfLanes, &high, sizeof high);
+      return weighed * weighed;
+    };
+    static_assert(kWeighedRows == 4);
+    const DoubleLanes added = widen((square(0) + square(1)) + (square(2) + square(3)));
+    store(load_as<DoubleLanes>(columns) + added, columns);
   });
 }
 
@@ -291,8 +283,7 @@ double sum(const float* x, int64_t n) {
   DoubleLanes sums;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Padded<float> padded(x + i, static_cast<int>(n - i < kLanes ? n - i : kLanes));
-    sums.low += widen(load_floats(padded.at));
-    sums.high += widen(load_floats(padded.at + kHalfLanes));
+    sums = sums + widen(load_wide(padded.at));
   }
   return total_of(sums);
 }
