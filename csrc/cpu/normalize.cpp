@@ -1,6 +1,7 @@
 #include "cpu/normalize.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <utility>
 
@@ -69,6 +70,19 @@ struct Workspace {
   Numbers<float> floats;
 };
 
+// Parts of a job that several threads take; moved only before it begins.
+class Countdown {
+ public:
+  Countdown() = default;
+  Countdown(Countdown&&) noexcept {}
+  void begin(int64_t parts) { left_.store(parts, std::memory_order_relaxed); }
+  // Whether the part just done was the last. Who is told so sees what the others have written.
+  bool counts_last() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
+
+ private:
+  std::atomic<int64_t> left_{0};
+};
+
 // One tensor and what is found out about it in a step.
 class Member {
  public:
@@ -100,6 +114,7 @@ class Member {
 
   // Only once members no longer move, and the workspace is there.
   void settle() {
+    if (is_matrix()) units_left_.begin(units());
     scratch_ = {floats(row_factors_), floats(column_factors_), rows()};
     tensor_.scratch = &scratch_;
     context_.hyper = hyper_;
@@ -111,7 +126,7 @@ class Member {
   int64_t units() const { return has_whole_rows_ ? cut_.matrices * cut_.slabs : parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
-  // First pass, of a unit of a matrix.
+  // First pass, of a unit of a matrix. The last one done brings its averages and factors up to date.
   void sum_unit(const Kernels& kernels, int64_t i) {
     const MatrixUnit unit = unit_at(i);
     UnitSums sums{};
@@ -124,6 +139,7 @@ class Member {
       sums.row_stride = cut_.panels;
     }
     kernels.sum_unit(tensor_, moments(), multiplier_, unit, sums);
+    if (units_left_.counts_last()) factor(kernels);
   }
 
   // Both passes before the step at once, of an item of elements that are no matrix: nothing hangs on all of them.
@@ -134,30 +150,6 @@ class Member {
       double* weights = reads_weights_ ? doubles(param_sums_) + chunk : nullptr;
       doubles(update_sums_)[chunk] =
           kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_->second_moment, begin, length, weights);
-    }
-  }
-
-  // Between the passes: the averages of matrices and their factors.
-  void factor(const Kernels& kernels) {
-    const Factors& factors = tensor_.factors;
-    for (int64_t r = 0; !has_whole_rows_ && r < rows(); ++r) {
-      const double sum = pairwise_sum(doubles(row_sums_) + r * cut_.panels, cut_.panels);
-      factors.rows[r] = moved_average(factors.rows[r], sum, factors.column_count, moments());
-    }
-    for (int64_t matrix = 0; matrix < cut_.matrices; ++matrix) {
-      double* sums = doubles(column_sums_) + matrix * cut_.slabs * factors.column_count;
-      pairwise_sum_rows(sums, cut_.slabs, factors.column_count);
-      float* columns = factors.columns + matrix * factors.column_count;
-      float* column_factors = floats(column_factors_) + matrix * factors.column_count;
-      for (int64_t c = 0; c < factors.column_count; ++c) {
-        columns[c] = moved_average(columns[c], sums[c], factors.row_count, moments());
-        column_factors[c] = column_factor(columns[c], moments());
-      }
-      const float mean = floats(means_)[matrix] = mean_of_rows(kernels, matrix);
-      const float* averages = factors.rows + matrix * factors.row_count;
-      float* row_factors = floats(row_factors_) + matrix * factors.row_count;
-      for (int64_t r = 0; r < factors.row_count; ++r) row_factors[r] = row_factor(averages[r], mean, moments());
-      if (takes_weighted() && has_whole_rows_) finish_weighted(matrix);
     }
   }
 
@@ -199,7 +191,6 @@ class Member {
   void take_whole(const Kernels& kernels, HealthCounts* health) {
     if (is_matrix()) {
       for (int64_t i = 0; i < units(); ++i) sum_unit(kernels, i);
-      factor(kernels);
       for (int64_t i = 0; needs_second_pass() && i < units(); ++i) sum_updates(kernels, i);
     } else {
       sum_elements(kernels, 0);
@@ -209,6 +200,30 @@ class Member {
   }
 
  private:
+  // Between the passes.
+  void factor(const Kernels& kernels) {
+    const Factors& factors = tensor_.factors;
+    for (int64_t r = 0; !has_whole_rows_ && r < rows(); ++r) {
+      const double sum = pairwise_sum(doubles(row_sums_) + r * cut_.panels, cut_.panels);
+      factors.rows[r] = moved_average(factors.rows[r], sum, factors.column_count, moments());
+    }
+    for (int64_t matrix = 0; matrix < cut_.matrices; ++matrix) {
+      double* sums = doubles(column_sums_) + matrix * cut_.slabs * factors.column_count;
+      pairwise_sum_rows(sums, cut_.slabs, factors.column_count);
+      float* columns = factors.columns + matrix * factors.column_count;
+      float* column_factors = floats(column_factors_) + matrix * factors.column_count;
+      for (int64_t c = 0; c < factors.column_count; ++c) {
+        columns[c] = moved_average(columns[c], sums[c], factors.row_count, moments());
+        column_factors[c] = column_factor(columns[c], moments());
+      }
+      const float mean = floats(means_)[matrix] = mean_of_rows(kernels, matrix);
+      const float* averages = factors.rows + matrix * factors.row_count;
+      float* row_factors = floats(row_factors_) + matrix * factors.row_count;
+      for (int64_t r = 0; r < factors.row_count; ++r) row_factors[r] = row_factor(averages[r], mean, moments());
+      if (takes_weighted() && has_whole_rows_) finish_weighted(matrix);
+    }
+  }
+
   int64_t rows() const { return cut_.matrices * tensor_.factors.row_count; }
   double* doubles(size_t offset) const { return workspace_->doubles.data() + offset; }
   float* floats(size_t offset) const { return workspace_->floats.data() + offset; }
@@ -276,6 +291,7 @@ class Member {
   MatrixCut cut_;
   int64_t parts_;
   bool has_whole_rows_ = false;  // units have; else panels of them
+  Countdown units_left_;
   size_t row_sums_ = 0, column_sums_ = 0, weighted_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // in the workspace
   size_t means_ = 0, row_factors_ = 0, column_factors_ = 0;
   alignas(16) unsigned char hyper_[kMaxHyperBytes];
@@ -304,7 +320,7 @@ class Items {
 // Tensors that go through the passes together.
 struct Wave {
   std::vector<Member> members;
-  Items small, matrices, units, second, elements, steps;  // small ones are in no other
+  Items small, units, second, elements, steps;  // small ones are in no other
 
   void settle(Workspace& workspace) {
     workspace.doubles.settle();
@@ -316,7 +332,6 @@ struct Wave {
         continue;
       }
       if (member.is_matrix()) {
-        matrices.add(member, 1);
         units.add(member, member.units());
         if (member.needs_second_pass()) second.add(member, member.units());
       } else {
@@ -375,7 +390,6 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     }
     wave.settle(workspace);
     step_and_sum(last, wave);
-    parallel_items(wave.matrices.size(), threads, [&](int64_t i) { wave.matrices.at(i).first->factor(kernels); });
     parallel_items(wave.second.size(), threads, [&](int64_t i) {
       const auto [member, unit] = wave.second.at(i);
       member->sum_updates(kernels, unit);

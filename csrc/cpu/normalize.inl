@@ -4,38 +4,17 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "core/matrices.h"
 #include "core/pairwise.h"
 #include "cpu/formats.inl"
 #include "cpu/kernels.h"
 #include "cpu/reduce.inl"
+#include "cpu/rows.inl"
 #include "rules/normalize.h"
 
 namespace fusedopt {
 namespace {
-
-constexpr int64_t kPage = 4096;  // bytes
-constexpr int64_t kLinesAhead = 3072;
-
-// Asks for what comes somewhat after the elements of a tile, line by line: for all of it at once, requests would wait
-// for each other. And once a page for a number two pages on, to have its address translated in time, as hardware's own
-// prefetching ends with a page. On Zen 4, with pages of 4 KiB, a thread reads two tensors in .34 ns per element
-// instead of .41.
-class Prefetch {
- public:
-  Prefetch(const Buffer& buffer, int64_t begin)
-      : first_(static_cast<const char*>(buffer.data) + begin * size_of(buffer.dtype)), size_(size_of(buffer.dtype)) {
-    const bool begins_page = reinterpret_cast<uintptr_t>(first_) % kPage < static_cast<uintptr_t>(kTile * size_);
-    if (begins_page) __builtin_prefetch(first_ + 2 * kPage);
-  }
-  FUSEDOPT_FN void after(int element) const { __builtin_prefetch(first_ + kLinesAhead + element * size_); }
-
- private:
-  const char* first_;
-  int64_t size_;
-};
 
 // Calls use(weights) with n weights in full precision, in float32 or bfloat16.
 template <class Use>
@@ -43,118 +22,8 @@ FUSEDOPT_FN void with_weights(const TensorDesc& tensor, int64_t begin, int n, co
   alignas(64) float tile[kTile], spare[kTile];
   if (tensor.param.dtype == DType::kBFloat16 && tensor.master_format == Master::kNone) {
     use(at<uint16_t>(tensor.param, begin));
-  } else if (tensor.param.dtype == DType::kFloat32) {
-    use(at<float>(tensor.param, begin));
   } else {
     use(static_cast<const float*>(load_param(tensor, begin, n, tile, spare)));
-  }
-}
-
-// Columns of some rows of a matrix, times a multiplier unless that is 1, as it mostly is: AVX-512 can convert to double
-// what it reads as it is.
-template <class Number, int kRows, bool kIsScaled>
-struct Rows {
-  const Number* at[kRows];
-  float multiplier;
-
-  FUSEDOPT_FN Floats half(int row, int column) const { return scaled(load_floats(at[row] + column)); }
-  FUSEDOPT_FN WideFloats lanes(int row, int column) const { return scaled(load_wide(at[row] + column)); }
-
- private:
-  template <class Vector>
-  FUSEDOPT_FN Vector scaled(const Vector& x) const {
-    return kIsScaled ? x * multiplier : x;
-  }
-};
-
-// Calls add(rows, first column, their sums, whether columns are filled up) for each 16 of n columns; the last are
-// filled up with zeros.
-template <class Number, int kRows, bool kIsScaled, class Add>
-FUSEDOPT_FN void for_each_lanes(const Rows<Number, kRows, kIsScaled>& rows, int n, double* column_sums,
-                                const Add& add) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(rows, i, column_sums + i, std::false_type());
-  if (i == n) return;
-  Number filled[kRows][kLanes] = {};
-  Rows<Number, kRows, kIsScaled> last = rows;
-  for (int r = 0; r < kRows; ++r) {
-    memcpy(filled[r], rows.at[r] + i, sizeof(Number) * static_cast<size_t>(n - i));
-    last.at[r] = filled[r];
-  }
-  Padded<double> sums(column_sums + i, n - i);
-  add(last, 0, sums.at, std::true_type());
-  memcpy(column_sums + i, sums.at, sizeof(double) * static_cast<size_t>(n - i));
-}
-
-// Adds the squares of n numbers of a row to the sums of their row and of their columns, and those of their weights, if
-// any. All in one loop: alone, each sum would have the next addition wait for the last.
-template <class Row, class Weight>
-FUSEDOPT_FN void add_row(const Row& row, const Prefetch& next_row, const Weight* weights, const Prefetch& next_weights,
-                         int n, DoubleLanes& row_sum, DoubleLanes& weight_sum, double* column_sums) {
-  DoubleLanes held = row_sum, held_weights = weight_sum;
-  for_each_lanes(row, n, column_sums, [&](const auto& numbers, int column, double* columns, auto is_filled) {
-    if constexpr (!is_filled) next_row.after(column);
-    const auto add_half = [&](int half, Doubles& lanes) {
-      const Doubles values = widen(numbers.half(0, column + half));
-      store(add_square(load_as<Doubles>(columns + half), values), columns + half);
-      lanes = add_square(lanes, values);
-    };
-    add_half(0, held.low);
-    add_half(kHalfLanes, held.high);
-    if constexpr (!std::is_void_v<Weight>) {
-      if constexpr (is_filled) {
-        const int left = n % kLanes;
-        add_squares(held_weights, Padded<Weight>(weights + n - left, left).at);
-      } else {
-        next_weights.after(column);
-        add_squares(held_weights, weights + column);
-      }
-    }
-  });
-  row_sum = held;
-  weight_sum = held_weights;
-}
-
-// Adds to sums of columns the squares of what rows have there, each first multiplied by the weight of its row.
-template <class WeighedRows>
-FUSEDOPT_FN void add_weighted_rows(const WeighedRows& rows, int n, const float* weights, double* column_sums) {
-  for_each_lanes(rows, n, column_sums, [&](const auto& numbers, int column, double* columns, auto) {
-    const auto square = [&](int r) {
-      const WideFloats weighed = numbers.lanes(r, column) * weights[r];
-      return weighed * weighed;
-    };
-    static_assert(kWeighedRows == 4);
-    const DoubleLanes added = widen((square(0) + square(1)) + (square(2) + square(3)));
-    store(load_as<DoubleLanes>(columns) + added, columns);
-  });
-}
-
-template <class Number, int kRows, class Use>
-FUSEDOPT_FN void use_rows(const Number* const (&at)[kRows], float multiplier, const Use& use) {
-  Rows<Number, kRows, false> rows{{}, multiplier};
-  Rows<Number, kRows, true> scaled{{}, multiplier};
-  for (int r = 0; r < kRows; ++r) rows.at[r] = scaled.at[r] = at[r];
-  multiplier == 1.0f ? use(rows) : use(scaled);
-}
-
-// Calls use(rows) for n columns, at most a tile, of `count` rows from element `begin` on, in float32 or bfloat16, and
-// of rows of zeros behind them.
-template <int kRows, class Use>
-FUSEDOPT_FN void with_rows(const TensorDesc& tensor, float multiplier, int64_t begin, int n, int count,
-                           const Use& use) {
-  alignas(64) static const float kZeros[kTile] = {};
-  const int64_t stride = tensor.factors.column_count;
-  if (tensor.grad.dtype == DType::kBFloat16) {
-    const uint16_t* rows[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      rows[r] = r < count ? at<uint16_t>(tensor.grad, begin + r * stride) : reinterpret_cast<const uint16_t*>(kZeros);
-    }
-    use_rows(rows, multiplier, use);
-  } else {
-    alignas(64) float tiles[kRows][kTile];
-    const float* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = r < count ? load(tensor.grad, begin + r * stride, n, tiles[r]) : kZeros;
-    use_rows(rows, multiplier, use);
   }
 }
 
@@ -183,40 +52,59 @@ FUSEDOPT_FN int64_t element_at(const TensorDesc& tensor, const MatrixUnit& unit,
   return (unit.matrix_row + row) * tensor.factors.column_count + unit.column_begin + column;
 }
 
-// Adds n columns of a group to their weighted sums.
-FUSEDOPT_FN void add_weighted(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, const RowGroup& group,
-                              int64_t column, int n, double* weighted) {
-  const int64_t begin = element_at(tensor, unit, group.row, column);
-  if (group.count == 0) return;
-  with_rows<kWeighedRows>(tensor, multiplier, begin, n, group.count,
-                          [&](const auto& rows) { add_weighted_rows(rows, n, group.weights, weighted + column); });
+// n columns of a group of rows, with their weighted sums.
+struct Weighing {
+  const RowGroup* group;
+  int64_t column = 0;
+  int n = 0;  // 0: none
+  double* sums = nullptr;
+
+  // What row r of the group has of them.
+  FUSEDOPT_FN Run run(const TensorDesc& tensor, const MatrixUnit& unit, int r) const {
+    if (n == 0 || r >= group->count) return {};
+    return {element_at(tensor, unit, group->row + r, column), n};
+  }
+};
+
+template <class Number, int kRows, bool kIsScaled>
+FUSEDOPT_FN WeighedRows<Number, kIsScaled> weighed_rows(const Rows<Number, kRows, kIsScaled>& rows,
+                                                        const Weighing& part) {
+  return {rows.template pick<kRows - kWeighedRows, kWeighedRows>(), part.group->weights, part.sums};
 }
 
-// What a row adds to the sums of its unit. `meanwhile(column, n)` is called for each tile: while numbers come in from
-// memory there is time to work on others.
+void weigh(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, const Weighing& part) {
+  if (part.n == 0 || part.group->count == 0) return;
+  Run runs[kWeighedRows];
+  for (int r = 0; r < kWeighedRows; ++r) runs[r] = part.run(tensor, unit, r);
+  with_rows(tensor, multiplier, runs, [&](const auto& rows) { weighed_rows(rows, part).add(0, part.n); });
+}
+
+// What a row adds to the sums of its unit, in pieces of a length. `meanwhile(column, n)` gives for each of them what is
+// weighed on the way.
 template <class Meanwhile>
 FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit,
-                         int64_t row, const UnitSums& sums, const Meanwhile& meanwhile) {
+                         int64_t row, int64_t length, const UnitSums& sums, const Meanwhile& meanwhile) {
   const int64_t width = unit.column_end - unit.column_begin;
   double panel_sums[kMaxPanels] = {};
   for_each_piece(0, width, kReductionChunk, [&](int64_t panel, int64_t panel_end) {
     DoubleLanes row_sum, weight_sum;
-    for_each_piece(panel, panel_end, kTile, [&](int64_t column, int64_t end) {
+    for_each_piece(panel, panel_end, length, [&](int64_t column, int64_t end) {
       const int n = static_cast<int>(end - column);
       const int64_t begin = element_at(tensor, unit, row, column);
-      const Prefetch next_row(tensor.grad, begin);
-      const auto add = [&](const auto* weights, const Prefetch& next_weights) {
-        with_rows<1>(tensor, multiplier, begin, n, 1, [&](const auto& numbers) {
-          add_row(numbers, next_row, weights, next_weights, n, row_sum, weight_sum, sums.columns + column);
+      const Weighing part = meanwhile(column, n);
+      Run runs[1 + kWeighedRows] = {{begin, n}};
+      for (int r = 0; r < kWeighedRows; ++r) runs[1 + r] = part.run(tensor, unit, r);
+      const auto add = [&](const auto* weights) {
+        with_rows(tensor, multiplier, runs, [&](const auto& rows) {
+          add_row(rows.template pick<0, 1>(), weights, n, row_sum, weight_sum, sums.columns + column,
+                  weighed_rows(rows, part), part.n);
         });
       };
       if (sums.weights != nullptr) {
-        const Prefetch next_weights(tensor.param, begin);
-        with_weights(tensor, begin, n, [&](const auto* weights) { add(weights, next_weights); });
+        with_weights(tensor, begin, n, add);
       } else {
-        add(static_cast<const void*>(nullptr), next_row);
+        add(static_cast<const void*>(nullptr));
       }
-      meanwhile(column, n);
     });
     panel_sums[panel / kReductionChunk] = total_of(row_sum);
     if (sums.weights != nullptr) sums.weights[panel / kReductionChunk] += total_of(weight_sum);
@@ -239,20 +127,24 @@ void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier
   if (found.weights != nullptr) sums.weights = weight_sums;
   memset(sums.columns, 0, sizeof(double) * static_cast<size_t>(width));
   if (sums.weighted != nullptr) memset(sums.weighted, 0, sizeof(double) * static_cast<size_t>(width));
+  const int64_t weight_run = tensor.master_format == Master::kNone ? max_run(tensor.param.dtype) : kTile;
+  const int64_t length = std::min(max_run(tensor.grad.dtype), sums.weights == nullptr ? kReductionChunk : weight_run);
   RowGroup last(unit, unit.row_end);  // none
-  const auto weigh_part = [&](int64_t column, int n, int part) {
-    const int length = static_cast<int>(divided_up(n, kWeighedRows * kLanes)) * kLanes, first = part * length;
-    if (last.count > 0 && first < n) {
-      add_weighted(tensor, multiplier, unit, last, column + first, std::min(length, n - first), sums.weighted);
-    }
+  const auto quarter = [&](int part, int64_t column, int n) -> Weighing {
+    const int count = static_cast<int>(divided_up(n, kWeighedRows * kLanes)) * kLanes, first = part * count;
+    if (last.count == 0 || first >= n) return {&last};
+    return {&last, column + first, std::min(count, n - first), sums.weighted + column + first};
   };
   for (int64_t row = unit.row_begin; row < unit.row_end; row += kWeighedRows) {
     RowGroup next(unit, row);
     for (int r = 0; r < next.count; ++r) {
-      sum_row(tensor, moments, multiplier, unit, row + r, sums, [&](int64_t column, int n) {
-        weigh_part(column, n, r);
-        // Fewer rows than parts: the last of them takes the rest.
-        for (int part = next.count; r == next.count - 1 && part < kWeighedRows; ++part) weigh_part(column, n, part);
+      sum_row(tensor, moments, multiplier, unit, row + r, length, sums,
+              [&](int64_t column, int n) { return quarter(r, column, n); });
+    }
+    // Fewer rows than quarters.
+    for (int part = next.count; part < kWeighedRows; ++part) {
+      for_each_piece(0, width, length, [&](int64_t column, int64_t end) {
+        weigh(tensor, multiplier, unit, quarter(part, column, static_cast<int>(end - column)));
       });
     }
     if (sums.weighted == nullptr) continue;
@@ -261,8 +153,8 @@ void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier
   }
   if (found.weights != nullptr) std::copy_n(weight_sums, divided_up(width, kReductionChunk), found.weights);
   if (sums.weighted == nullptr) return;
-  for_each_piece(0, width, kTile, [&](int64_t column, int64_t end) {
-    add_weighted(tensor, multiplier, unit, last, column, static_cast<int>(end - column), sums.weighted);
+  for_each_piece(0, width, length, [&](int64_t column, int64_t end) {
+    weigh(tensor, multiplier, unit, {&last, column, static_cast<int>(end - column), sums.weighted + column});
   });
 }
 
@@ -274,7 +166,7 @@ void sum_weighted(const TensorDesc& tensor, float multiplier, const MatrixUnit& 
     RowGroup group(unit, row);
     group.weigh(tensor, unit);
     for_each_piece(0, width, kTile, [&](int64_t column, int64_t end) {
-      add_weighted(tensor, multiplier, unit, group, column, static_cast<int>(end - column), weighted);
+      weigh(tensor, multiplier, unit, {&group, column, static_cast<int>(end - column), weighted + column});
     });
   }
 }

@@ -84,16 +84,13 @@ class Shares {
     }
   }
 
-  // Takes a quarter of each share away, at most `most` items: those that would have been the last.
+  // Takes the first quarter of each share away, at most `most` items.
   Shares keep_back(int64_t most) {
     Shares kept(0, static_cast<int>(shares_.size()), order_);
     for (size_t i = 0; i < shares_.size(); ++i) {
-      Share &share = shares_[i], &last = kept.shares_[i];
-      const int64_t count = std::min((share.end - share.begin) / 4, most);
-      if (order_ == Order::kForwards) share.end -= count;
-      last.begin = order_ == Order::kForwards ? share.end : share.begin;
-      last.end = last.begin + count;
-      if (order_ == Order::kBackwards) share.begin += count;
+      kept.shares_[i].begin = shares_[i].begin;
+      shares_[i].begin += std::min((shares_[i].end - shares_[i].begin) / 4, most);
+      kept.shares_[i].end = shares_[i].begin;
     }
     return kept;
   }
