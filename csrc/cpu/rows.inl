@@ -123,6 +123,7 @@ FUSEDOPT_FN void add_row(const Row& row, const Weight* weights, int n, DoubleLan
   for (; i + kPace <= n; i += kPace) {
     prefetch_after<kPace>(row.at[0] + i);
     if constexpr (!std::is_void_v<Weight>) prefetch_after<kPace>(weights + i);
+#pragma GCC unroll 1  // unrolled, SSE2 runs out of registers
     for (int k = i; k < i + kPace; k += kLanes) add(row, k, column_sums + k, std::false_type());
     if (done + kLanes > weighed) continue;
     group.add(done, done + kLanes);
