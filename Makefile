@@ -53,10 +53,10 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 emulated: $(EMULATED)/.installed
 
 test: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
 
 bench: $(VENV)/.bench

@@ -26,6 +26,7 @@ def dry(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_tests() -> None:
     """All of steps, and of bits some of each kind; what needs CUDA itself is skipped."""
     of_adamw = "adamw and (late or (default and bf16) or (masters and split24))"
@@ -38,6 +39,7 @@ def test_tests() -> None:
     assert int(said.rpartition(" passed")[0].split()[-1]) > 20
 
 
+@pytest.mark.long
 def test_bench(tmp_path: Path) -> None:
     cases = ["1B float32", "1B bfloat16", "1B float32, clipped", "W2", "W3"]
     if (ROOT / "csrc" / "cuda" / "normalize.cu").exists():

@@ -32,15 +32,33 @@ def compiled(tmp_path: Path) -> Compiled:
     return run
 
 
-@pytest.mark.parametrize(
-    ("target", "made"), [("cuda:80", "cubin"), ("cuda:90", "cubin"), ("cuda:100", "cubin"), ("hip:gfx942", "hsaco")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("target", "made"), [("cuda:90", "cubin"), ("hip:gfx942", "hsaco")])
 def test_every_kernel_compiles(compiled: Compiled, target: str, made: str) -> None:
-    kernels = compiled("all", target)
+    kernels = compiled("all", target, "0", "1")
     assert len(kernels) > 80
     assert all(made in stages for stages in kernels.values())
 
 
+@pytest.mark.parametrize(
+    ("target", "first", "every"),
+    [
+        # A minute each, so half of them each; what one is spared, the other compiles.
+        pytest.param("cuda:80", 0, 2, marks=pytest.mark.long),
+        pytest.param("cuda:100", 1, 2, marks=pytest.mark.long),
+        pytest.param("cuda:80", 1, 2, marks=pytest.mark.slow),
+        pytest.param("cuda:100", 0, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles_for_older_and_newer_devices(
+    compiled: Compiled, target: str, first: int, every: int
+) -> None:
+    kernels = compiled("all", target, str(first), str(every))
+    assert len(kernels) > 80 // every
+    assert all("cubin" in stages for stages in kernels.values())
+
+
+@pytest.mark.long
 def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Compiled) -> None:
     for formats, counts in compiled("instructions", "cuda:90").items():
         if "preparation" in formats:
@@ -66,6 +84,7 @@ def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Co
         assert counts["sqrt.rn.f32"] > 0
 
 
+@pytest.mark.long
 def test_a_schedule_compiles_nothing(compiled: Compiled) -> None:
     """All that is compiled ahead is found in the first step: what it launches has the same key."""
     for ahead, first, last in compiled("training", "cuda:90"):
