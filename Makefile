@@ -45,7 +45,7 @@ demo: $(VENV)/.demo
 $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUSEDOPT_CUDA_ON_CPU=ON \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
-	$(BIN)/cmake --build build/emulated --target _cuda
+	MAKEFLAGS= $(BIN)/cmake --build build/emulated --target _cuda
 	mkdir -p $(EMULATED)
 	cp build/emulated/_cuda*.so $(EMULATED)
 	@touch $@
