@@ -73,7 +73,7 @@ FUSEDOPT_FN WeighedRows<Number, kIsScaled> weighed_rows(const Rows<Number, kRows
 }
 
 void weigh(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, const Weighing& part) {
-  if (part.n == 0 || part.group->count == 0) return;
+  if (part.n == 0) return;
   Run runs[kWeighedRows];
   for (int r = 0; r < kWeighedRows; ++r) runs[r] = part.run(tensor, unit, r);
   with_rows(tensor, multiplier, runs, [&](const auto& rows) { weighed_rows(rows, part).add(0, part.n); });

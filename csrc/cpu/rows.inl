@@ -154,10 +154,11 @@ FUSEDOPT_FN int64_t max_run(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kBFloat16 ? kReductionChunk : kTile;
 }
 
+alignas(64) const float kZeros[kReductionChunk] = {};
+
 // Calls use(rows) for some runs of gradients, in float32 or bfloat16.
 template <int kRows, class Use>
 FUSEDOPT_FN void with_rows(const TensorDesc& tensor, float multiplier, const Run (&runs)[kRows], const Use& use) {
-  alignas(64) static const float kZeros[kReductionChunk] = {};
   if (tensor.grad.dtype == DType::kBFloat16) {
     const uint16_t* rows[kRows];
     for (int r = 0; r < kRows; ++r) {
