@@ -25,7 +25,7 @@ help:
 	@echo "make test      run the tests (make test-all adds the long ones)"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make lint      ruff, mypy, import-linter, clang-format"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
 # torch first and pinned: nothing installed later may bring another.
@@ -71,6 +71,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.dev

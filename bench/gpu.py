@@ -32,7 +32,7 @@ from torch.nn import Parameter  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
 from bench.gpu_cases import CASES, MAX_GRAD_NORM, Case, Contender  # noqa: E402
-from fusedopt.info import info  # noqa: E402
+from fusedopt.backends.info import info  # noqa: E402
 
 DRY = os.environ.get("FUSEDOPT_GPU_DRY", "0") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")

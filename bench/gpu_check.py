@@ -69,7 +69,7 @@ def steps(out: Path) -> list[Step]:
         "--no-deps",
         "--no-index",
     ]
-    built = "import fusedopt._cuda; from fusedopt.info import render; print(render())"
+    built = "import fusedopt._cuda; from fusedopt.backends.info import render; print(render())"
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu_*.py"))
     return [
         Step("build", [*pip, "--upgrade", "--target", str(site), str(ROOT)], 200),

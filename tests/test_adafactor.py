@@ -21,7 +21,7 @@ from transformers.optimization import AdafactorSchedule as TransformersSchedule
 
 import fusedopt
 from fusedopt import Adafactor
-from fusedopt.gather import Gathered
+from fusedopt.engine.gather import Gathered
 from fusedopt.reference import factored
 from fusedopt.reference.norm import pairwise_sum, square_sums
 
@@ -391,7 +391,7 @@ def test_norm_is_taken_in_list_order(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(sums)
         return pairwise_sum(sums)
 
-    monkeypatch.setattr(fusedopt.gather, "pairwise_sum", spy)
+    monkeypatch.setattr(fusedopt.engine.gather, "pairwise_sum", spy)
     for cls in (Adafactor, fusedopt.AdamW):
         train(cls([{"params": params[:3]}, {"params": params[3:]}], max_grad_norm=0.1), 1)
     assert len(seen[0]) > len(params)
@@ -432,7 +432,7 @@ def test_a_compiled_step_knows_the_states(monkeypatch: pytest.MonkeyPatch) -> No
     """As far as a backend may ask: which are signed, and what they extend over."""
     seen = []
     monkeypatch.setattr(
-        fusedopt.compiled,
+        fusedopt.engine.compiled,
         "Gathered",
         lambda sessions, groups, *rest: seen.append(groups) or Gathered(sessions, groups, *rest),
     )
@@ -441,7 +441,7 @@ def test_a_compiled_step_knows_the_states(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = Adafactor([{"params": params[:1]}, {"params": params[1:], "fold_conv": True, "beta1": 0.9}])
     set_grads(params, 0)
     torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)()
-    groups, _ = fusedopt.members.parts(optimizer)
+    groups, _ = fusedopt.engine.members.parts(optimizer)
     assert len(seen[0]) == len(groups) == 4
     for ours, theirs in zip(seen[0], groups):
         assert (ours.rule, ours.layout, ours.param_group) == (theirs.rule, theirs.layout, theirs.param_group)

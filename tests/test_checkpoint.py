@@ -21,7 +21,7 @@ from cases import (
 )
 
 import fusedopt
-from fusedopt import quantization
+from fusedopt.storage import quantization
 
 rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SHAPES = [(65, 99), (300,), (), (1, 7)]

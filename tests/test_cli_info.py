@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fusedopt import info
+from fusedopt.backends import info
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")

@@ -14,9 +14,8 @@ from cases import assert_same_bits, make_params, train
 from torch import Tensor
 
 import fusedopt
-from fusedopt import convert
-from fusedopt.options import Options, TorchFlags
-from fusedopt.quantization import decode
+from fusedopt.engine.options import Options, TorchFlags
+from fusedopt.storage.quantization import decode
 
 # Two that 8 bits take (4550 elements, the last of their rows' blocks short) and some that they do not.
 SHAPES = [(65, 70), (3, 30, 64), (300,), (), (1, 7)]
@@ -114,7 +113,7 @@ def test_torch_reads_what_was_stored_and_goes_on(name: str, kwargs: dict[str, An
     if "centered" in kwargs and state_format in ("bf16", "fp16"):
         pytest.skip("torch takes the root of a variance that rounding made negative")
     ours = train(getattr(fusedopt, name)(make_params(SHAPES, torch.float32), **kwargs, **FORMATS[state_format]), 4)
-    state_dict = saved(convert.to_torch_state_dict(ours))
+    state_dict = saved(fusedopt.to_torch_state_dict(ours))
     theirs = getattr(torch.optim, name)(copies(ours), lr=0.5, momentum=0.5) if name == "SGD" else None
     theirs = theirs or getattr(torch.optim, name)(copies(ours))
     theirs.load_state_dict(state_dict)
@@ -141,7 +140,7 @@ def test_loading_it_stores_it_again(name: str, kwargs: dict[str, Any]) -> None:
     for state_format in ("bf16", "8bit"):
         ours = train(cls(make_params(SHAPES, torch.float32), **kwargs, **FORMATS[state_format]), 4)
         back = cls(copies(ours), **FORMATS[state_format])
-        back.load_state_dict(convert.to_torch_state_dict(ours))
+        back.load_state_dict(fusedopt.to_torch_state_dict(ours))
         for param, twin in zip(params_of(ours), params_of(back)):
             assert ours.state[param].keys() == back.state[twin].keys()
             exact, again = dense(ours, param), dense(back, twin)
@@ -159,7 +158,7 @@ def test_only_settings_of_this_package_are_left_out() -> None:
     optimizer = fusedopt.AnyPrecisionAdamW([("weight", make_params([(2, 3)], torch.float32)[0])])
     optimizer.param_groups[0]["initial_lr"] = 0.25
     lost = {*Options.__annotations__, "compensation_buffer_dtype"} - {*TorchFlags.__annotations__}
-    group = convert.to_torch_state_dict(optimizer)["param_groups"][0]
+    group = fusedopt.to_torch_state_dict(optimizer)["param_groups"][0]
     assert optimizer.state_dict()["param_groups"][0].keys() - group.keys() == lost
     assert group["initial_lr"] == 0.25
     assert group["param_names"] == ["weight"]
@@ -170,7 +169,7 @@ def test_masters_are_left_out(master_weights: str) -> None:
     params = make_params([(65, 70)], torch.bfloat16)
     optimizer = train(fusedopt.AdamW(params, master_weights=master_weights), 2)
     assert len(optimizer.state[params[0]]) == 4
-    assert set(convert.to_torch_state_dict(optimizer)["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(fusedopt.to_torch_state_dict(optimizer)["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_what_is_converted_are_copies_and_others_entries_stay() -> None:
@@ -178,7 +177,7 @@ def test_what_is_converted_are_copies_and_others_entries_stay() -> None:
     lr = torch.tensor(0.125)
     optimizer = train(fusedopt.AdamW(params, lr=lr), 1)
     optimizer.state[params[0]]["mine"] = torch.ones(3)
-    result = convert.to_torch_state_dict(optimizer)
+    result = fusedopt.to_torch_state_dict(optimizer)
     for key, value in optimizer.state[params[0]].items():
         assert_same_bits(result["state"][0][key], value)
         assert result["state"][0][key].data_ptr() != value.data_ptr()
@@ -190,7 +189,7 @@ def test_double_and_unstepped_parameters() -> None:
     optimizer = fusedopt.AdamW(params)
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
-    result = convert.to_torch_state_dict(optimizer)
+    result = fusedopt.to_torch_state_dict(optimizer)
     assert list(result["state"]) == [0]
     assert_same_bits(result["state"][0]["exp_avg"], optimizer.state[params[0]]["exp_avg"])
     assert result["state"][0]["exp_avg"].dtype == torch.float64
@@ -233,7 +232,7 @@ def test_shards_are_decoded_where_they_are(mesh: Any, state_dtype: str) -> None:
     from torch.distributed.tensor import DTensor, Shard
 
     ours, param, theirs, _ = sharded(mesh, state_dtype=state_dtype)
-    result, expected = convert.to_torch_state_dict(ours), convert.to_torch_state_dict(theirs)
+    result, expected = fusedopt.to_torch_state_dict(ours), fusedopt.to_torch_state_dict(theirs)
     for key in ("exp_avg", "exp_avg_sq"):
         value = result["state"][0][key]
         assert isinstance(value, DTensor)
@@ -251,7 +250,7 @@ def bnb() -> Any:
 def test_shards_are_refused_where_blocks_are_the_wholes(bnb: Any, mesh: Any) -> None:
     ours, *_ = sharded(mesh)
     with pytest.raises(ValueError, match=r"parameter 0, of shape \(127, 128\), is a DTensor"):
-        convert.to_bitsandbytes(ours)
+        fusedopt.to_bitsandbytes(ours)
 
 
 # ---- bitsandbytes ------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def test_bitsandbytes_states_are_read_exactly_and_go_on(bnb: Any, name: str, kwa
     assert theirs.state[params_of(theirs)[0]]["state1"].dtype == torch.uint8
     assert theirs.state[params_of(theirs)[1]]["state1"].dtype == torch.float32
     ours = getattr(fusedopt, name)(copies(theirs), lr=0.5)
-    ours.load_state_dict(convert.from_bitsandbytes(ours, saved(theirs.state_dict())))
+    ours.load_state_dict(fusedopt.from_bitsandbytes(ours, saved(theirs.state_dict())))
     for key, value in kwargs.items():
         assert ours.param_groups[0][key] == value
     for param, twin in zip(params_of(ours), params_of(theirs)):
@@ -306,7 +305,7 @@ def test_what_bitsandbytes_does_not_apply_is_not_taken_over(bnb: Any, name: str,
     theirs = train(bnb_optimizer(bnb, name, make_params(BNB_SHAPES, torch.float32), lr=1e-2, **kwargs), 3)
     assert theirs.param_groups[0]["betas"][1] == list(kwargs.values())[-1]
     ours = getattr(fusedopt, name)(copies(theirs))
-    ours.load_state_dict(convert.from_bitsandbytes(ours, theirs.state_dict()))
+    ours.load_state_dict(fusedopt.from_bitsandbytes(ours, theirs.state_dict()))
     assert_same_step(ours, theirs, first=3)
 
 
@@ -314,7 +313,7 @@ def test_what_bitsandbytes_does_not_apply_is_not_taken_over(bnb: Any, name: str,
 def test_bitsandbytes_reads_ours_and_goes_on(bnb: Any, name: str, kwargs: dict[str, Any]) -> None:
     cls = getattr(fusedopt, name)
     ours = train(cls(make_params(BNB_SHAPES, torch.float32), **kwargs, **FORMATS["8bit"]), 5)
-    state_dict = convert.to_bitsandbytes(ours)
+    state_dict = fusedopt.to_bitsandbytes(ours)
     theirs = bnb_optimizer(bnb, name, copies(ours))
     made = bnb_optimizer(bnb, name, copies(ours), **kwargs)
     theirs.load_state_dict(saved(state_dict))
@@ -341,17 +340,17 @@ def test_bitsandbytes_reads_ours_and_goes_on(bnb: Any, name: str, kwargs: dict[s
                 assert_within(value, exact[spec.name], held[f"qmap{number}"])
 
     back = cls(copies(ours))
-    back.load_state_dict(convert.from_bitsandbytes(back, state_dict))
+    back.load_state_dict(fusedopt.from_bitsandbytes(back, state_dict))
     assert_same_step(back, theirs, first=5)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), named(BITSANDBYTES))
 def test_without_codes_bitsandbytes_loses_nothing(bnb: Any, name: str, kwargs: dict[str, Any]) -> None:
     ours = train(getattr(fusedopt, name)(make_params(BNB_SHAPES, torch.float32), **kwargs), 3)
-    state_dict = convert.to_bitsandbytes(ours, min_8bit_size=10**6)
+    state_dict = fusedopt.to_bitsandbytes(ours, min_8bit_size=10**6)
     theirs = bnb_optimizer(bnb, name, copies(ours))
     theirs.load_state_dict(state_dict)
-    back = convert.from_bitsandbytes(ours, theirs.state_dict())
+    back = fusedopt.from_bitsandbytes(ours, theirs.state_dict())
     for i, param in enumerate(params_of(ours)):
         for key, value in ours.state[param].items():
             assert_same_bits(back["state"][i][key], value)
@@ -373,7 +372,7 @@ def old_layout(count: int = 2) -> dict[str, Any]:
 def test_older_layouts_are_read() -> None:
     state_dict = old_layout()
     optimizer = fusedopt.AdamW(make_params([(30, 100)], torch.float32))
-    result = convert.from_bitsandbytes(optimizer, state_dict)
+    result = fusedopt.from_bitsandbytes(optimizer, state_dict)
     scale = torch.tensor([2.0, 3.0]).repeat_interleave(2048)[:3000].reshape(30, 100)
     for number, name in (("1", "exp_avg"), ("2", "exp_avg_sq")):
         held = state_dict["state"][0]
@@ -407,7 +406,7 @@ def spoiled(**changes: Any) -> dict[str, Any]:
 def test_what_does_not_fit_is_named(state_dict: Any, message: str) -> None:
     optimizer = fusedopt.AdamW(make_params([(30, 100)], torch.float32))
     with pytest.raises(ValueError, match=message):
-        convert.from_bitsandbytes(optimizer, state_dict)
+        fusedopt.from_bitsandbytes(optimizer, state_dict)
     assert not optimizer.state
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
@@ -417,11 +416,11 @@ def test_a_missing_step_and_bad_settings_are_named() -> None:
     state_dict = old_layout()
     del state_dict["state"][0]["step"]
     with pytest.raises(ValueError, match="parameter 0 has no 'step'"):
-        convert.from_bitsandbytes(optimizer, state_dict)
+        fusedopt.from_bitsandbytes(optimizer, state_dict)
     state_dict = old_layout()
     state_dict["param_groups"][0]["betas"] = (0.9, 0.999, 0.9999)
     with pytest.raises(ValueError, match="must be a pair"):
-        convert.from_bitsandbytes(optimizer, state_dict)
+        fusedopt.from_bitsandbytes(optimizer, state_dict)
 
 
 @pytest.mark.parametrize(
@@ -440,21 +439,21 @@ def test_a_missing_step_and_bad_settings_are_named() -> None:
 def test_what_bitsandbytes_has_not_is_refused(bnb: Any, name: str, kwargs: dict[str, Any], message: str) -> None:
     optimizer = train(getattr(fusedopt, name)(make_params(BNB_SHAPES, torch.float32), **kwargs), 1)
     with pytest.raises(ValueError, match=message):
-        convert.to_bitsandbytes(optimizer)
+        fusedopt.to_bitsandbytes(optimizer)
     if "has the states" in message and name != "SGD":
         with pytest.raises(ValueError, match="parameter 0 has the states"):
-            convert.from_bitsandbytes(optimizer, {**old_layout(), "param_groups": [{"params": [0, 1, 2]}]})
+            fusedopt.from_bitsandbytes(optimizer, {**old_layout(), "param_groups": [{"params": [0, 1, 2]}]})
 
 
 def test_parameters_that_others_do_not_step_are_refused(bnb: Any) -> None:
     optimizer = train(fusedopt.AdamW(make_params([(30, 100)], torch.float64)), 1)
     with pytest.raises(ValueError, match=r"is torch\.float64, and bitsandbytes steps in float32"):
-        convert.to_bitsandbytes(optimizer)
+        fusedopt.to_bitsandbytes(optimizer)
     optimizer = train(fusedopt.SGD(make_params([(30, 100)], torch.float32)), 1)
     optimizer.param_groups[0]["momentum"] = 0.9
     with pytest.raises(ValueError, match="has no state momentum_buffer yet; take a step"):
-        convert.to_bitsandbytes(optimizer)
-    assert convert.to_bitsandbytes(fusedopt.AdamW(make_params([(30, 100)], torch.float32)))["state"] == {}
+        fusedopt.to_bitsandbytes(optimizer)
+    assert fusedopt.to_bitsandbytes(fusedopt.AdamW(make_params([(30, 100)], torch.float32)))["state"] == {}
 
 
 @pytest.mark.parametrize(
@@ -462,7 +461,7 @@ def test_parameters_that_others_do_not_step_are_refused(bnb: Any) -> None:
 )
 def test_what_to_install_is_said(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    write = getattr(convert, "to_" + package)
+    write = getattr(fusedopt, "to_" + package)
     with pytest.raises(ImportError, match=f"pip install {package}"):
         write(fusedopt.AdamW(make_params([(2, 3)], torch.float32)))
 
@@ -485,7 +484,7 @@ def test_torchao_states_are_read_exactly_and_go_on(torchao: Any, name: str) -> N
     theirs = train(getattr(torchao, name)(params, lr=1e-2, **kwargs), 5)
     assert type(theirs.state[params[0]]["exp_avg"]) is not Tensor
     ours = (fusedopt.AdamW if "W" in name else fusedopt.Adam)(copies(theirs))
-    result = convert.from_torchao(ours, saved(theirs.state_dict()))
+    result = fusedopt.from_torchao(ours, saved(theirs.state_dict()))
     ours.load_state_dict(result)
     for key, value in kwargs.items():
         assert ours.param_groups[0][key] == value
@@ -503,7 +502,7 @@ def test_torchao_states_are_read_exactly_and_go_on(torchao: Any, name: str) -> N
 def test_torchao_reads_ours_and_goes_on(torchao: Any, amsgrad: bool) -> None:
     kwargs = {"weight_decay": 0.1, "betas": (0.8, 0.99), "amsgrad": amsgrad}
     ours = train(fusedopt.AdamW(make_params(AO_SHAPES, torch.float32), lr=1e-2, **kwargs, **FORMATS["8bit"]), 5)
-    state_dict = convert.to_torchao(ours)
+    state_dict = fusedopt.to_torchao(ours)
     theirs = torchao.AdamW8bit(copies(ours))
     theirs.load_state_dict(saved(state_dict))
     made = train(torchao.AdamW8bit(copies(ours)), 1)  # cannot step with amsgrad, whose maxima it cannot read
@@ -522,7 +521,7 @@ def test_torchao_reads_ours_and_goes_on(torchao: Any, amsgrad: bool) -> None:
             assert_within(held[key].dequantize(), exact, held[key].qmap)
 
     back = fusedopt.AdamW(copies(ours))
-    back.load_state_dict(convert.from_torchao(back, state_dict))
+    back.load_state_dict(fusedopt.from_torchao(back, state_dict))
     assert_same_step(back, theirs, first=5)
 
 
@@ -530,9 +529,9 @@ def test_torchao_states_of_bfloat16_parameters(torchao: Any) -> None:
     """Plain states have the parameter's dtype there; both ways they are what they were."""
     theirs = train(torchao.AdamW8bit(make_params(AO_SHAPES, torch.bfloat16)), 3)
     ours = fusedopt.AdamW(copies(theirs))
-    ours.load_state_dict(convert.from_torchao(ours, theirs.state_dict()))
+    ours.load_state_dict(fusedopt.from_torchao(ours, theirs.state_dict()))
     again = torchao.AdamW8bit(copies(theirs))
-    again.load_state_dict(convert.to_torchao(ours))
+    again.load_state_dict(fusedopt.to_torchao(ours))
     for param, twin in zip(params_of(theirs), params_of(again)):
         for key, value in theirs.state[param].items():
             if type(value) is Tensor:
@@ -546,25 +545,25 @@ def test_torchao_shards(torchao: Any, mesh: Any) -> None:
     from torch.distributed.tensor import DTensor
 
     ours, param, theirs, _ = sharded(mesh)
-    state_dict = convert.to_torchao(ours)
+    state_dict = fusedopt.to_torchao(ours)
     value = state_dict["state"][0]["exp_avg"]
     assert isinstance(value, DTensor)
     assert value.shape == param.shape
-    exact = convert.to_torch_state_dict(theirs)["state"][0]["exp_avg"][:64]
+    exact = fusedopt.to_torch_state_dict(theirs)["state"][0]["exp_avg"][:64]
     assert_within(value.to_local().dequantize(), exact, value.to_local().qmap)
-    read = convert.from_torchao(ours, state_dict)["state"][0]["exp_avg"]
+    read = fusedopt.from_torchao(ours, state_dict)["state"][0]["exp_avg"]
     assert isinstance(read, DTensor)
     assert_same_bits(read.to_local(), value.to_local().dequantize())
-    ours.load_state_dict(convert.from_torchao(ours, state_dict))
+    ours.load_state_dict(fusedopt.from_torchao(ours, state_dict))
     torchao.AdamW8bit([param]).load_state_dict(state_dict)
 
 
 def test_what_torchao_has_not_is_refused(torchao: Any) -> None:
     optimizer = train(fusedopt.SGD(make_params([(2, 3)], torch.float32), momentum=0.9), 1)
     with pytest.raises(ValueError, match="group 0 has the states momentum_buffer, and torchao's"):
-        convert.to_torchao(optimizer)
+        fusedopt.to_torchao(optimizer)
     optimizer = train(fusedopt.AdamW(make_params([(2, 3)], torch.float32), maximize=True), 1)
     with pytest.raises(ValueError, match="maximize=True"):
-        convert.to_torchao(optimizer)
+        fusedopt.to_torchao(optimizer)
     with pytest.raises(ValueError, match="parameter 0 has no tensor 'exp_avg'; it must be of shape"):
-        convert.from_torchao(optimizer, {"state": {0: {"step": 1.0}}, "param_groups": [{"params": [0]}]})
+        fusedopt.from_torchao(optimizer, {"state": {0: {"step": 1.0}}, "param_groups": [{"params": [0]}]})

@@ -9,8 +9,9 @@ import pytest
 import torch
 from cases import CASES, assert_same_run, make_params, set_grads, train
 
-from fusedopt import SGD, Adafactor, AdamW, allocation, backends
+from fusedopt import SGD, Adafactor, AdamW, backends
 from fusedopt.backends import cuda, triton
+from fusedopt.storage import allocation
 
 
 class OnDevice(torch.Tensor):

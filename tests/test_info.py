@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import _core, backends, info
+from fusedopt import _core, backends
+from fusedopt.backends import info
 
 # What steps CUDA parameters where there are no CUDA kernels.
 WITHOUT = "triton" if backends.triton.is_installed() else "eager"

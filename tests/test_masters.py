@@ -8,7 +8,7 @@ from cases import CASES, assert_same_bits, make_params, set_grads, train
 from torch import Tensor
 
 import fusedopt
-from fusedopt.members import make_state
+from fusedopt.engine.members import make_state
 from fusedopt.reference import master as reference
 
 KINDS = ["kahan", "split24", "split32", "float32"]

@@ -8,8 +8,8 @@ from cases import CASES, assert_same_bits, make_params, set_grads, train
 from torch import Tensor
 
 import fusedopt
-from fusedopt import quantization
 from fusedopt.reference.random import random_bits
+from fusedopt.storage import quantization
 
 both_signs = pytest.mark.parametrize("is_signed", [True, False], ids=["signed", "unsigned"])
 PLAIN = 100.0**2 * 2.0**-22  # a square times a power of two: kept exactly, signed or not

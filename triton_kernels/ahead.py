@@ -19,10 +19,10 @@ from triton.runtime import driver
 from fusedopt import checks
 from fusedopt.backends.table import DTYPES as CODES
 from fusedopt.backends.table import MASTERS
-from fusedopt.masters import KEYS
-from fusedopt.masters import rounding_of as param_rounding_of
-from fusedopt.names import CLASSES
-from fusedopt.state import DTYPES, EIGHT_BIT, FORMATS, ROUNDINGS, StateSpec, requested_format, rounding_of
+from fusedopt.optimizers.names import CLASSES
+from fusedopt.storage.masters import KEYS
+from fusedopt.storage.masters import rounding_of as param_rounding_of
+from fusedopt.storage.state import DTYPES, EIGHT_BIT, FORMATS, ROUNDINGS, StateSpec, requested_format, rounding_of
 
 from . import launch, passes, prepare, reduce, rules, step
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .. import _core
-from ..masters import KEYS
-from ..state import ROUNDINGS
+from ..storage.masters import KEYS
+from ..storage.state import ROUNDINGS
 from .base import GroupStep, ParamStep
 
 # DType and Master in csrc/core/tensors.h

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .. import checks
 from .elementary import Array
-from .schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class Drawable(Protocol):
+    """What a picture asks of a schedule."""
+
+    @property
+    def name(self) -> str:
+        """What the legend calls it."""
+
+    @property
+    def length(self) -> int | None:
+        """Steps until it ends; None if it has no end."""
+
+    def __call__(self, step: Any, base_lr: float | None = None) -> Any:
+        """The multipliers of an array of steps."""
+
 
 _POINTS = 2_000  # more than a picture has columns
 _STYLES = ("-", "--", "-.", ":")
@@ -21,7 +36,7 @@ _ENDLESS = 1_000  # steps drawn of a schedule that has no end
 
 
 def plot(
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Drawable],
     *,
     steps: int | None = None,
     base_lr: float | None = None,
@@ -77,7 +92,7 @@ def save(axes: Axes, path: str | Path) -> None:
 
 
 def sketch(
-    schedule: Schedule, *, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12
+    schedule: Drawable, *, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12
 ) -> str:
     """Draws a schedule with characters.
 
@@ -116,7 +131,7 @@ def sketch(
     return "\n".join(lines)
 
 
-def _last(schedules: Sequence[Schedule], steps: int | None) -> int:
+def _last(schedules: Sequence[Drawable], steps: int | None) -> int:
     """The last step that is drawn."""
     if steps is not None:
         if checks.whole("steps", steps) == 0:
@@ -125,6 +140,6 @@ def _last(schedules: Sequence[Schedule], steps: int | None) -> int:
     return max(schedule.length or _ENDLESS for schedule in schedules)
 
 
-def _values(schedule: Schedule, at: Any, base_lr: float | None) -> Array:
+def _values(schedule: Drawable, at: Any, base_lr: float | None) -> Array:
     multiplier = schedule(at, base_lr)
     return multiplier if base_lr is None else multiplier * base_lr

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import checks
-from . import lengths
+from . import lengths, picture
 from .curve import AnyCurve, Curve, Phase
 from .elementary import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .compose import Product, Sequence
 
 SCHEDULES: dict[str, type[Schedule]] = {}
 _KEPT = 64  # curves of different base lrs that one schedule remembers
@@ -210,17 +208,14 @@ class Schedule(Value):
             return self.curve(base_lr)(checks.whole("step", operator.index(step)))
         raise TypeError(f"step={step!r} is a {type(step).__name__}; pass an int or a numpy array of integers")
 
-    def __rshift__(self, other: Any) -> Sequence:
-        from .compose import Sequence
+    # What these make is defined in terms of this class, so it is made by name.
+    def __rshift__(self, other: Any) -> Schedule:
+        return create_schedule("sequence", parts=(self, other)) if isinstance(other, Schedule) else NotImplemented
 
-        return Sequence((self, other)) if isinstance(other, Schedule) else NotImplemented
-
-    def __mul__(self, other: Any) -> Product:
-        from .compose import Constant, Product
-
+    def __mul__(self, other: Any) -> Schedule:
         if isinstance(other, (int, float)) and not isinstance(other, bool):
-            other = Constant(value=other)
-        return Product((self, other)) if isinstance(other, Schedule) else NotImplemented
+            other = create_schedule("constant", value=other)
+        return create_schedule("product", factors=(self, other)) if isinstance(other, Schedule) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -265,9 +260,7 @@ class Schedule(Value):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from .picture import plot
-
-        return plot([self], steps=steps, base_lr=base_lr, ax=ax)
+        return picture.plot([self], steps=steps, base_lr=base_lr, ax=ax)
 
     def sketch(self, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12) -> str:
         """Draws the schedule with characters.
@@ -281,9 +274,7 @@ class Schedule(Value):
         Returns:
             Lines to print.
         """
-        from .picture import sketch
-
-        return sketch(self, steps=steps, base_lr=base_lr, width=width, height=height)
+        return picture.sketch(self, steps=steps, base_lr=base_lr, width=width, height=height)
 
 
 def _from_plain(value: Any) -> Any:

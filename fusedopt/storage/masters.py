@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, sharding
+from .. import checks
 from .state import DTYPES, ROUNDINGS, Slot
 
 # What is kept, under which key. The order is that of Master in csrc/core/tensors.h, after kNone.
@@ -37,14 +37,14 @@ def rounding_of(group: dict[str, Any]) -> str:
     return group["rounding"] or ("stochastic" if group["master_weights"] == "split24" else "nearest")
 
 
-def kind_of(group: dict[str, Any], param: Tensor) -> str | None:
-    """What a parameter keeps: None, or one of KEYS."""
-    return group["master_weights"] if param.dtype in SIXTEEN_BIT else None
+def kind_of(master_weights: str | None, param: Tensor) -> str | None:
+    """What a parameter keeps of what its group asks for: None, or one of KEYS."""
+    return master_weights if param.dtype in SIXTEEN_BIT else None
 
 
 def refusal(group: dict[str, Any], param: Tensor) -> str | None:
     """Why a parameter cannot keep what its group asks for, as a sentence; None if it can."""
-    kind = kind_of(group, param)
+    kind = kind_of(group["master_weights"], param)
     if param.dtype != torch.float16 or kind in (None, "float32"):
         return None
     return (
@@ -53,15 +53,15 @@ def refusal(group: dict[str, Any], param: Tensor) -> str | None:
     )
 
 
-def slot_of(group: dict[str, Any], param: Tensor) -> Slot | None:
-    """The tensor that a parameter needs for it; None if none."""
-    kind = kind_of(group, param)
+def slot_of(group: dict[str, Any], param: Tensor, local: Tensor) -> Slot | None:
+    """The tensor that a parameter needs for it, of which `local` is the part that is held here; None if none."""
+    kind = kind_of(group["master_weights"], param)
     if kind is None:
         return None
     dtype = DTYPES[group.get("compensation_buffer_dtype", "bfloat16")] if kind == "kahan" else _DTYPES[kind]
-    return Slot(KEYS[kind], sharding.local(param).shape, param.shape, dtype)
+    return Slot(KEYS[kind], local.shape, param.shape, dtype)
 
 
-def first_value(group: dict[str, Any], param: Tensor) -> Tensor | None:
+def first_value(group: dict[str, Any], local: Tensor) -> Tensor | None:
     """What it begins with: the weights for a float32 master; None where that is zero."""
-    return sharding.local(param).detach().float() if kind_of(group, param) == "float32" else None
+    return local.detach().float() if kind_of(group["master_weights"], local) == "float32" else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference.arithmetic import root
+from ..reference.arithmetic import root
 
 BLOCK = 64
 

@@ -1,18 +1,17 @@
-"""Full-precision weights of parameters that keep more than they show."""
+"""Full-precision weights of a model, for checkpoints: those of parameters that stand for more than their own bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import masters, sharding
+from ..storage import masters
+from ..storage import weights as storage
+from . import sharding
 from .members import make_state
-from .reference import master as reference
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer
 
 
 @torch.no_grad()
@@ -40,12 +39,9 @@ def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Te
 
 def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor) -> Tensor:
     """What is held here of a parameter's weights, at least in float32; may share its memory."""
-    kind = None if group is None else masters.kind_of(group, param)
+    kind = None if group is None else masters.kind_of(group["master_weights"], param)
     kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
-    local = sharding.local(param).detach()
-    if kind is not None and kept is not None:
-        return reference.join(kind, local, sharding.local(kept))
-    return local.float() if param.dtype in masters.SIXTEEN_BIT else local
+    return storage.read(kind, sharding.local(param).detach(), None if kept is None else sharding.local(kept))
 
 
 @torch.no_grad()
@@ -77,13 +73,10 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
         local, source = sharding.local(param), sharding.local(weights[name])
         index = where.get(param)
         group = None if index is None else optimizer.param_groups[index]
-        kind = None if group is None else masters.kind_of(group, param)
+        kind = None if group is None else masters.kind_of(group["master_weights"], param)
         if kind is None or index is None:
             local.copy_(source)
             continue
         make_state(optimizer, [(index, param)])
         kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
-        value = source.to(device=local.device, dtype=torch.float32)
-        shown, rest = reference.split(kind, value, local, kept, None)
-        local.copy_(shown)
-        kept.copy_(rest)
+        storage.write(kind, local, kept, source.to(device=local.device, dtype=torch.float32))

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from . import checks
-from .backends.base import Reference
-from .optimizer import FusedOptimizer
-from .options import Options
-from .reference.ademamix import ademamix
-from .state import StateSpec
+from .. import checks
+from ..backends.base import Reference
+from ..engine.optimizer import FusedOptimizer
+from ..engine.options import Options
+from ..reference.ademamix import ademamix
+from ..storage.state import StateSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

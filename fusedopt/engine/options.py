@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
-    from .state import StateDtype, StateRounding
+    from ..storage.state import StateDtype, StateRounding
 
 
 class TorchFlags(TypedDict, total=False):

@@ -6,25 +6,24 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from . import masters
-from .backends.base import Health
-from .state import EIGHT_BIT, StateSpec, requested_format, slots_of, why_not_quantized
+from ..backends.base import Health
+from ..storage import masters
+from ..storage.state import EIGHT_BIT, StateSpec, requested_format, slots_of, why_not_quantized
+from .contract import Contract
+from .sharding import local
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
 
-
-def _members(optimizer: FusedOptimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def _members(optimizer: Contract) -> Iterator[tuple[dict[str, Any], Tensor]]:
     for group in optimizer.param_groups:
         for param in group["params"]:
             yield group, param
 
 
-def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, StateSpec, str]]:
+def _unquantized(optimizer: Contract) -> Iterator[tuple[Tensor, StateSpec, str]]:
     """(parameter, state, why not) for every state that 8 bits are asked for; why not is empty if it gets them."""
     for group, param in _members(optimizer):
         for spec in optimizer.states_of(group, param):
@@ -32,13 +31,13 @@ def _unquantized(optimizer: FusedOptimizer) -> Iterator[tuple[Tensor, StateSpec,
                 yield param, spec, why_not_quantized(spec, group, param)
 
 
-def warn_if_nothing_is_quantized(optimizer: FusedOptimizer) -> None:
+def warn_if_nothing_is_quantized(optimizer: Contract) -> None:
     """Warns, once, if 8-bit state is asked for and no parameter can have it."""
-    if optimizer._has_warned:
+    if optimizer.has_warned:
         return
     reasons = [reason for _, _, reason in _unquantized(optimizer)]
     if reasons and all(reasons):
-        optimizer._has_warned = True
+        optimizer.has_warned = True
         found = ", ".join(dict.fromkeys(reasons))
         warnings.warn(
             f"state_dtype='8bit' changes nothing here: no parameter can have it ({found}); "
@@ -123,10 +122,8 @@ class MemoryReport:
         return f"{self.numel:,} parameters\n{text}"
 
 
-def memory_report(optimizer: FusedOptimizer) -> MemoryReport:
-    """See FusedOptimizer.memory_report."""
-    from .sharding import local
-
+def memory_report(optimizer: Contract) -> MemoryReport:
+    """See Contract.memory_report."""
     ours: dict[str, int] = {"parameters": 0, "gradients": 0}
     theirs = dict(ours)
     numel = 0
@@ -147,10 +144,10 @@ def memory_report(optimizer: FusedOptimizer) -> MemoryReport:
         for spec in optimizer.states_of(group, param):
             keys = spec.keys_in(held)
             made = sum(local(held[key]).numel() * held[key].element_size() for key in keys)
-            planned = sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots_of(spec, group, param))
+            planned = sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots_of(spec, group, param, here))
             count(ours, spec.name, made if keys else planned)
             count(theirs, spec.name, spec.shape_for(here.shape).numel() * here.element_size())
-        master = masters.slot_of(group, param)
+        master = masters.slot_of(group, param, here)
         if master is not None:
             count(ours, master.key, master.shape.numel() * master.dtype.itemsize)
     unquantized: dict[str, tuple[int, int]] = {}
@@ -205,7 +202,7 @@ class HealthReport:
 class HealthRecord:
     """Adds up what steps counted."""
 
-    optimizer: FusedOptimizer
+    optimizer: Contract
     steps: int = 0
     elements: int = 0
     counts: Health = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
-from . import checks, sharding
+from .. import checks
 from .quantization import BLOCK, scales_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,14 +180,13 @@ class Slot(NamedTuple):
     dtype: torch.dtype
 
 
-def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor) -> list[Slot]:
-    """The tensors that store a state of a parameter."""
-    local = sharding.local(param).shape
+def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor, local: Tensor) -> list[Slot]:
+    """The tensors that store a state of a parameter, of which `local` is the part that is held here."""
     stored = stored_format(spec, group, param)
     if stored != EIGHT_BIT:
         dtype = stored if isinstance(stored, torch.dtype) else DTYPES[stored]
-        return [Slot(spec.name, spec.shape_for(local), spec.shape_for(param.shape), dtype)]
+        return [Slot(spec.name, spec.shape_for(local.shape), spec.shape_for(param.shape), dtype)]
     return [
-        Slot(spec.codes, local, param.shape, torch.uint8),
-        Slot(spec.scales, scales_shape(local), scales_shape(param.shape), torch.uint8),
+        Slot(spec.codes, local.shape, param.shape, torch.uint8),
+        Slot(spec.scales, scales_shape(local.shape), scales_shape(param.shape), torch.uint8),
     ]

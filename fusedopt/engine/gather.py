@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, sharding
-from .backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from .backends.base import Health
-from .masters import KEYS, SIXTEEN_BIT
-from .reference.norm import pairwise_sum, square_sums
-from .state import DTYPES, keeps_own_precision
+from .. import backends
+from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
+from ..backends.base import Health
+from ..reference.norm import pairwise_sum, square_sums
+from ..storage import masters
+from ..storage.state import DTYPES, keeps_own_precision
+from . import sharding
 
 # Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
 _CLIP_EPS = 1e-6
@@ -88,9 +89,8 @@ class Gathered:
         """Hands a checked parameter to the first backend that takes it."""
         local = sharding.local(param)
         settings = self.groups[member.part]
-        master = None
-        if settings.master is not None and param.dtype in SIXTEEN_BIT:
-            master = self._plain(sharding.local(held[KEYS[settings.master]]))
+        kind = masters.kind_of(settings.master, param)
+        master = None if kind is None else self._plain(sharding.local(held[masters.KEYS[kind]]))
         entry = ParamStep(
             group=member.part,
             position=member.entry,

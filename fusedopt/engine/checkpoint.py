@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import warnings
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import masters, sharding
-from .allocation import Request, allocate
-from .quantization import decode, encode, scales_shape
-from .state import DTYPES, Slot, StateSpec, slots_of
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from ..storage import masters
+from ..storage.allocation import Request, allocate
+from ..storage.quantization import decode, encode, scales_shape
+from ..storage.state import DTYPES, Slot, StateSpec, slots_of
+from . import sharding
+from .contract import Contract
 
 # Which machine a run is on is not part of the run.
 _NOT_RESTORED = ("backend",)
@@ -39,19 +38,17 @@ class _Kept:
         self.tensor = tensor
 
 
-def state_keys(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
+def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
     """The keys of the tensors that a step of a parameter reads and writes, `step` excepted."""
     keys = [key for spec in optimizer.states_of(group, param) for key in spec.keys_in(held)]
-    master = masters.slot_of(group, param)
-    return keys if master is None else [*keys, master.key]
+    master = masters.kind_of(group["master_weights"], param)
+    return keys if master is None else [*keys, masters.KEYS[master]]
 
 
 # ---- checks ------------------------------------------------------------------------------------------
 
 
-def check_state(
-    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str
-) -> None:
+def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
     """Raises ValueError if a state that `param` has, or is about to get, does not fit it."""
     for spec in optimizer.states_of(group, param):
         if spec.name in held:
@@ -69,7 +66,7 @@ def check_state(
     for key, dtypes in _MASTER_DTYPES.items():
         if key in held:
             _check_tensor(held, key, param.shape, dtypes, where)
-    slot = masters.slot_of(group, param)
+    slot = masters.slot_of(group, param, sharding.local(param))
     if slot is not None and slot.key in held and held[slot.key].dtype != slot.dtype:
         raise ValueError(
             f"{where} has a state {slot.key!r} of dtype {held[slot.key].dtype}, but its group has master_weights="
@@ -112,7 +109,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
         merged.update({key: group[key] for key in _NOT_RESTORED})
-        filled.append(optimizer._checked(optimizer.translated_group(merged)))
+        filled.append(optimizer.checked_group(optimizer.translated_group(merged)))
     members = chain.from_iterable(((new, p) for p in group["params"]) for group, new in zip(groups, filled))
     ids = chain.from_iterable(group["params"] for group in saved_groups)
     state = dict(state_dict["state"])
@@ -128,7 +125,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": filled}
 
 
-def restore(optimizer: FusedOptimizer) -> None:
+def restore(optimizer: Contract) -> None:
     """Unwraps what `prepare` wrapped and copies it into fresh memory of the stored format."""
     targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
     for group in optimizer.param_groups:
@@ -150,7 +147,7 @@ def restore(optimizer: FusedOptimizer) -> None:
                 sources = [_local_part(kept[key], param) for key in keys]
                 for key in keys:
                     del held[key]
-                slots = slots_of(spec, group, param)
+                slots = slots_of(spec, group, param, sharding.local(param))
                 targets += [(held, param, *pair) for pair in zip(slots, _converted(spec, slots, sources))]
             targets += _masters(group, param, held, kept)
     requests = [Request(slot.shape, slot.dtype, sharding.local(param).device) for _, param, slot, _ in targets]
@@ -176,7 +173,7 @@ def _masters(
     found = [key for key in _MASTER_DTYPES if key in kept]
     if not found:
         return []
-    slot = masters.slot_of(group, param)
+    slot = masters.slot_of(group, param, sharding.local(param))
     if slot is not None and slot.key in found:
         return [(held, param, slot, _local_part(kept[slot.key], param))]
     for key in found:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import checks
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
-
-# Filled by the subclasses of FusedOptimizer as they are defined.
-CLASSES: dict[str, type[FusedOptimizer]] = {}
+from .. import checks
+from ..engine.optimizer import CLASSES, FusedOptimizer
 
 _PAGED = "paged_"
 

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from . import backends, checkpoint, checks, compiled, masters, members, names, reports
-from .backends import GroupStep, Scaling, Session
+from .. import checks
+from ..backends import BACKENDS, Scaling, Session
+from ..backends.base import REFERENCES
+from . import checkpoint, compiled, members, reports
+from .contract import Contract
 from .gather import Gathered
 from .options import spell_out
-from .state import (
-    StateSpec,
-    normalize_dtype,
-    normalize_rounding,
-    rounding_of,
-)
+
+# Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
+CLASSES: dict[str, type[FusedOptimizer]] = {}
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Contract):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
-    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
-    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
-    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
-    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
+    What a subclass declares and answers is described in `Contract`.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
@@ -63,26 +59,16 @@ class FusedOptimizer(Optimizer):
             clipping; None until a step with max_grad_norm was taken.
     """
 
-    STATES: ClassVar[tuple[StateSpec, ...]] = ()
-    REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
-    NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
-
     # torch.amp.GradScaler hands over its scale and whether it found inf instead of unscaling first.
     _step_supports_amp_scaling = True
 
-    last_grad_norm: Tensor | None = None
-
-    # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
-    derives_on_device: ClassVar[bool] = True
-
     _health: reports.HealthRecord | None = None
-    _has_warned = False  # that nothing is quantized
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        backends.base.REFERENCES.update(cls.REFERENCES)
+        REFERENCES.update(cls.REFERENCES)
         if "NAMES" in cls.__dict__:
-            names.CLASSES.update(dict.fromkeys(cls.NAMES, cls))
+            CLASSES.update(dict.fromkeys(cls.NAMES, cls))
         if "__init__" in cls.__dict__:
             spell_out(cls.__init__, FusedOptimizer.__init__)
 
@@ -126,84 +112,9 @@ class FusedOptimizer(Optimizer):
             "max_grad_norm": max_grad_norm,
             "backend": backend,
         }
-        super().__init__(params, self._checked(defaults))
-
-    # ---- what a subclass answers -----------------------------------------------------------------
-
-    def own_defaults(self) -> dict[str, Any]:
-        """Entries of param groups that the constructor of a subclass's base does not know."""
-        return {}
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError or TypeError if a hyperparameter of the optimizer's own is out of range."""
-        raise NotImplementedError
-
-    def rule(self, group: dict[str, Any]) -> str:
-        """The name of the compiled rule that steps a group; `_` and a layout follow if there are several."""
-        raise NotImplementedError
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        """The rule's hyperparameters for a group."""
-        raise NotImplementedError
-
-    def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
-        """The states that a group's parameters have; all that are declared unless a subclass says less."""
-        return self.STATES
-
-    def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
-        """The states of a group's parameters by layout; `states` are those of all layouts if there are several."""
-        return {"": self.states(group)}
-
-    def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
-        """Which of its group's layouts a parameter has, by its global shape."""
-        return ""
-
-    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
-        """Why the equation cannot step a parameter, as a sentence; None if it can."""
-        return None
-
-    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A complete param group from a state dict that another package may have written, as ours are."""
-        return group
-
-    def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state from a state dict that another package may have written, with our names and shapes."""
-        return held
-
-    def states_of(self, group: dict[str, Any], param: Tensor) -> Sequence[StateSpec]:
-        """The states that a parameter has."""
-        return self.layouts(group)[self.layout_of(group, param)]
-
-    def all_states(self, group: dict[str, Any]) -> list[StateSpec]:
-        """Every declared state, as a group has it where it has it."""
-        return list({spec.name: spec for spec in (*self.STATES, *self.states(group))}.values())
-
-    def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
-        """What a state begins with."""
-        return 0.0
+        super().__init__(params, self.checked_group(defaults))
 
     # ---- param groups ----------------------------------------------------------------------------
-
-    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A copy of a complete group with everything checked and in the form that checkpoints keep."""
-        if group["differentiable"]:
-            raise ValueError(
-                "differentiable=True is not supported by compiled kernels; "
-                "use torch.optim's optimizer to differentiate through a step"
-            )
-        self.check_group(group)
-        checks.one_of("backend", group["backend"], backends.names())
-        checks.uint32("seed", group["seed"])
-        checks.whole("min_quantized_numel", group["min_quantized_numel"])
-        if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
-            raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
-        return {
-            **group,
-            "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
-            "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
-            "rounding": masters.normalize_rounding(group["rounding"]),
-            "master_weights": masters.normalize(group["master_weights"]),
-        }
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -213,7 +124,7 @@ class FusedOptimizer(Optimizer):
                 near = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
                 if near and key not in self.defaults and key != "params":
                     warnings.warn(f"param group key {key!r} is not used; did you mean {near[0]!r}?", stacklevel=3)
-            checked = self._checked({**self.defaults, **param_group})
+            checked = self.checked_group({**self.defaults, **param_group})
             param_group.update({key: checked[key] for key in self.defaults})
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="optimizer contains a parameter group with duplicate")
@@ -249,8 +160,9 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._max_grad_norm())
-        if scaling.found_inf is not None and scaling.found_inf.device.type == "cpu" and scaling.found_inf.item():
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
         try:
             gathered = self._gather()
@@ -265,46 +177,15 @@ class FusedOptimizer(Optimizer):
             for session in self._sessions().values():
                 session.begin((), ())
 
-    def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
-        """What backends need of a param group, the one of an index, and of its parameters of a layout."""
-        specs = tuple(self.layouts(group)[layout])
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and self.derives_on_device and lr.device.type != "cpu":
-            group = {**group, "lr": 1.0}
-        else:
-            lr = None  # as a number
-        return GroupStep(
-            rule=f"{self.rule(group)}_{layout}" if layout else self.rule(group),
-            hyper=self.hyper(group),
-            states=specs,
-            roundings=tuple(rounding_of(spec, group["state_rounding"]) for spec in specs),
-            seed=group["seed"],
-            maximize=group["maximize"],
-            rounding=masters.rounding_of(group),
-            master=group["master_weights"],
-            layout=layout,
-            param_group=index,
-            lr=lr,
-        )
-
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
-            self._session_cache = {name: backend.session() for name, backend in backends.BACKENDS.items()}
+            self._session_cache = {name: backend.session() for name, backend in BACKENDS.items()}
         return self._session_cache
-
-    def _max_grad_norm(self) -> float | None:
-        values = [group["max_grad_norm"] for group in self.param_groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(
-                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, "
-                "so give all the same value"
-            )
-        return values[0]
 
     def _gather(self) -> Gathered:
         """Everything that this step touches, checked. Makes missing state; changes nothing else."""
-        max_grad_norm = self._max_grad_norm()
+        max_grad_norm = self.common_max_grad_norm()
         gathered = Gathered(self._sessions(), *members.parts(self))
         left = gathered.collect(self.param_groups, self.state)
         if not left:
@@ -317,10 +198,6 @@ class FusedOptimizer(Optimizer):
             param = self.param_groups[member.group]["params"][member.position]
             gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
         return gathered
-
-    def backends_of(self, group: int) -> list[backends.Backend]:
-        """The backends that a group may be stepped by, the best first."""
-        return backends.candidates(self.param_groups[group]["backend"])
 
     def _init_group(
         self,

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from . import checks, sharding
-from .backends.base import Reference
-from .optimizer import FusedOptimizer
-from .options import Options
-from .reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector
-from .state import StateSpec
-from .weights import full_precision
+from .. import checks
+from ..backends.base import Reference
+from ..engine import sharding
+from ..engine.fp32 import full_precision
+from ..engine.optimizer import FusedOptimizer
+from ..engine.options import Options
+from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector
+from ..storage.state import StateSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -164,11 +165,11 @@ class Adafactor(FusedOptimizer):
         else:
             _check_lr(group)
 
-    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
         group = dict(group)
         if group["variant"] == "torch" and group["lr"] is None:
             group["lr"] = _TORCHS_LR
-        return super()._checked(group)
+        return super().checked_group(group)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:

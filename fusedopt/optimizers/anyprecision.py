@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import checks
+from .. import checks
+from ..engine.options import Options
+from ..storage.state import DTYPES, format_name
 from .adamw import AdamW
-from .options import Options
-from .state import DTYPES, format_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,6 +77,6 @@ class AnyPrecisionAdamW(AdamW):
     def own_defaults(self) -> dict[str, Any]:
         return {"compensation_buffer_dtype": self._compensation}
 
-    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
         dtype = format_name("compensation_buffer_dtype", group["compensation_buffer_dtype"], tuple(DTYPES))
-        return {**super()._checked(group), "compensation_buffer_dtype": dtype}
+        return {**super().checked_group(group), "compensation_buffer_dtype": dtype}

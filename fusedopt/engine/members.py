@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, masters, reports, sharding
-from .allocation import Request, allocate
-from .backends import GroupStep
-from .quantization import encode
-from .state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
+from ..backends import GroupStep
+from ..storage import masters
+from ..storage.allocation import Request, allocate
+from ..storage.quantization import encode
+from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
+from . import checkpoint, reports, sharding
+from .contract import Contract
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
 
-
-def parts(optimizer: FusedOptimizer) -> tuple[list[GroupStep], list[list[int] | None]]:
+def parts(optimizer: Contract) -> tuple[list[GroupStep], list[list[int] | None]]:
     """A step's settings by param group and layout, and which of the group's parameters each is for; None for all."""
     groups: list[GroupStep] = []
     positions: list[list[int] | None] = []
@@ -36,7 +35,7 @@ def parts(optimizer: FusedOptimizer) -> tuple[list[GroupStep], list[list[int] | 
     return groups, positions
 
 
-def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_grad_norm: float | None) -> None:
+def check_param(optimizer: Contract, group_index: int, position: int, max_grad_norm: float | None) -> None:
     """Raises ValueError if a parameter that has a gradient cannot be stepped."""
     group = optimizer.param_groups[group_index]
     param = group["params"][position]
@@ -84,7 +83,7 @@ def check_param(optimizer: FusedOptimizer, group_index: int, position: int, max_
     checkpoint.check_state(optimizer, group, param, optimizer.state.get(param, {}), where)
 
 
-def make_state(optimizer: FusedOptimizer, members: Iterable[tuple[int, Tensor]]) -> bool:
+def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bool:
     """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
     wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
     for group_index, param in members:
@@ -95,9 +94,9 @@ def make_state(optimizer: FusedOptimizer, members: Iterable[tuple[int, Tensor]])
         for spec in optimizer.states_of(group, param):
             if not spec.keys_in(held):
                 wanted += _wanted(optimizer, spec, group, param)
-        slot = masters.slot_of(group, param)
+        slot = masters.slot_of(group, param, sharding.local(param))
         if slot is not None and slot.key not in held:
-            wanted.append((param, slot, masters.first_value(group, param)))
+            wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
     tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
     for (param, slot, first), tensor in zip(wanted, tensors):
         if first is not None:
@@ -117,15 +116,16 @@ def _begin(tensor: Tensor, first: Tensor | float) -> None:
 
 
 def _wanted(
-    optimizer: FusedOptimizer, spec: StateSpec, group: dict[str, Any], param: Tensor
+    optimizer: Contract, spec: StateSpec, group: dict[str, Any], param: Tensor
 ) -> Iterator[tuple[Tensor, Slot, Tensor | float | None]]:
     """The tensors of a state that a parameter lacks, and what they begin with where that is not zero."""
-    slots = slots_of(spec, group, param)
+    local = sharding.local(param)
+    slots = slots_of(spec, group, param, local)
     first = optimizer.first_value(spec, group)
     if first == 0.0:
         yield from ((param, slot, None) for slot in slots)
     elif len(slots) == 1:
         yield param, slots[0], first
     else:
-        whole = torch.full(slots[0].shape, first, dtype=torch.float32, device=sharding.local(param).device)
+        whole = torch.full(slots[0].shape, first, dtype=torch.float32, device=local.device)
         yield from ((param, s, part) for s, part in zip(slots, encode(whole, is_signed=spec.is_signed)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _core
+from .. import _core
 
 
 @dataclass(frozen=True)
