@@ -115,52 +115,45 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 # ---- what the built site loads ------------------------------------------------------------------------
 
-# Of all tags, these only lead somewhere when they are followed.
-_FOLLOWED = {"a", "area"}
 _LOADED_BY_CSS = re.compile(r"(?:url\(|@import)\s*['\"]?\s*([^'\")\s]+)")
 
 
-class _Loads(HTMLParser):
-    """Collects what a page loads, and what it links to."""
+class _Addresses(HTMLParser):
+    """What a page loads, and what it only leads to."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.loaded: list[str] = []
+        self.loaded = _LOADED_BY_CSS.findall(text)
         self.linked: list[str] = []
+        self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        for key in ("src", "href", "data", "poster"):
-            if found.get(key):
-                (self.linked if tag in _FOLLOWED else self.loaded).append(found[key])
-        if found.get("srcset"):
-            self.loaded.extend(part.split()[0] for part in found["srcset"].split(","))
-        if found.get("style"):
-            self.loaded.extend(_LOADED_BY_CSS.findall(found["style"]))
-        if "mermaid" in (found.get("class") or "").split():
-            self.loaded.append("https:// (the theme loads mermaid from elsewhere)")
-
-
-def _is_elsewhere(url: str) -> bool:
-    return bool(urlsplit(url).netloc or urlsplit(url).scheme not in ("", "data"))
+        found = {key: value for key, value in attrs if value}
+        addresses = self.linked if tag == "a" else self.loaded
+        addresses.extend(found[key] for key in ("src", "href", "data", "poster") if key in found)
+        self.loaded.extend(part.split()[0] for part in found.get("srcset", "").split(",") if part.strip())
+        if "mermaid" in found.get("class", "").split():
+            self.loaded.append(
+                "https://unpkg.com/mermaid"
+            )  # the one thing that the theme's scripts fetch by themselves
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Looks at every page and style sheet. Raises PluginError."""
+    """Looks at every page and style sheet of the built site. Raises PluginError."""
     site = Path(config.site_dir)
     faults = []
     for file in sorted([*site.rglob("*.html"), *site.rglob("*.css")]):
-        text = file.read_text()
-        loads = _Loads()
-        if file.suffix == ".html":
-            loads.feed(text)
-        loads.loaded.extend(_LOADED_BY_CSS.findall(text))
-        faults.extend(f"{file.relative_to(site)} loads {url}" for url in loads.loaded if _is_elsewhere(url))
-        if file.name == "404.html":
-            continue  # its addresses begin at the server's root
-        for url in loads.loaded + loads.linked:
-            path = unquote(urlsplit(url).path)
-            if not _is_elsewhere(url) and path and not url.startswith("data:") and not (file.parent / path).exists():
-                faults.append(f"{file.relative_to(site)} refers to {url}, which is not there")
+        text, name = file.read_text(), file.relative_to(site)
+        page = _Addresses(text if file.suffix == ".html" else "")
+        loaded = page.loaded if file.suffix == ".html" else _LOADED_BY_CSS.findall(text)
+        for address in dict.fromkeys([*loaded, *page.linked]):
+            url = urlsplit(address)
+            if url.netloc or url.scheme:
+                if address in loaded and url.scheme != "data":
+                    faults.append(f"{name} loads {address}")
+            elif url.path and name.name != "404.html" and not (file.parent / unquote(url.path)).exists():
+                faults.append(
+                    f"{name} refers to {address}, which is not there"
+                )  # 404.html's begin at the server's root
     if faults:
         raise PluginError("\n".join(["the site is not whole:", *faults]))

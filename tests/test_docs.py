@@ -63,15 +63,25 @@ def test_troubleshooting_quotes_messages() -> None:
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
-    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
     paths = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
-    assert len(paths) == len(set(paths))
     documented = [pydoc.locate(path) for path in paths]
-    public = {f"{module.__name__}.{name}": getattr(module, name)
-              for module in (fusedopt, fusedopt.schedules) for name in module.__all__}
-    named = {name for name, value in public.items() if any(value is other for other in documented)}
-    # A module's page names those of its members that are no objects with docstrings of their own.
-    named |= {f"{path}.{name}" for path, names in re.findall(r"^::: ([\w.]+)\n    options:\n      members: \[(.+)\]", pages, re.MULTILINE)
-              for name in names.split(", ")}
-    assert sorted(public.keys() - named) == []
     assert [path for path, value in zip(paths, documented) if not inspect.getdoc(value)] == []
+    # By identity: get_scheduler is a name of both modules, and needs one place.
+    missing = [
+        f"{module.__name__}.{name}"
+        for module in (fusedopt, fusedopt.schedules)
+        for name in module.__all__
+        if not any(getattr(module, name) is value for value in documented)
+    ]
+    assert missing == []
+
+
+def test_listed_members_exist() -> None:
+    """mkdocstrings passes over names that are not there."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for path, members in re.findall(
+            r"^::: ([\w.]+)\n    options:\n      members: \[(.+)\]", page.read_text(), re.M
+        ):
+            for member in members.split(", "):
+                assert hasattr(pydoc.locate(path), member), f"{path} has no {member}"
