@@ -21,47 +21,22 @@ from .engine.fp32 import fp32_parameters, load_fp32_parameters
 from .engine.optimizer import FusedOptimizer
 from .groups import param_groups
 from .interop import from_bitsandbytes, from_torchao, to_bitsandbytes, to_torch_state_dict, to_torchao
-from .optimizers import (
-    SGD,
-    Adafactor,
-    AdafactorSchedule,
-    Adagrad,
-    Adam,
-    AdamW,
-    AdEMAMix,
-    AnyPrecisionAdamW,
-    Lion,
-    RMSprop,
-    create_optimizer,
-    optimizer_names,
-    recommended_adafactor,
-)
+from .optimizers import *  # noqa: F403  # exports are listed once, in optimizers/__init__.py
+from .optimizers import __all__ as _optimizers
 from .schedules import get_scheduler
 
 __all__ = [
-    "SGD",
-    "AdEMAMix",
-    "Adafactor",
-    "AdafactorSchedule",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "AnyPrecisionAdamW",
     "FusedOptimizer",
-    "Lion",
-    "RMSprop",
     "__version__",
-    "create_optimizer",
     "fp32_parameters",
     "from_bitsandbytes",
     "from_torchao",
     "get_scheduler",
     "load_fp32_parameters",
-    "optimizer_names",
     "param_groups",
-    "recommended_adafactor",
     "schedules",
     "to_bitsandbytes",
     "to_torch_state_dict",
     "to_torchao",
 ]
+__all__ += _optimizers

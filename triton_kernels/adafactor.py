@@ -55,7 +55,7 @@ def _relative_lr(config, step):
 
 @triton.jit
 def _derive(config, step, sums, MOMENTUM: tl.constexpr):
-    """(what p is multiplied by, what it loses of itself, a/d or 1/d, what m is multiplied by, b1, 1 - b1)."""
+    """(decay and lost: p becomes p decay, then p - lost p; a/d or 1/d; the multiplier of m; b1, 1 - b1)."""
     param_sum, update_sum, numel = sums
     eps2, clip_threshold, beta1, weight_decay = config[2], config[3], config[5], config[6]
     scale_parameter, compat, is_torch = config[7], config[10], config[11]
@@ -80,25 +80,25 @@ def derive(config, step, sums):
 
 @triton.jit
 def derive_momentum(config, step, sums):
-    """With one."""
+    """With a first moment."""
     return _derive(config, step, sums, MOMENTUM=True)
 
 
 @triton.jit
 def of_matrix(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """The quotient of a matrix."""
+    """What takes the gradient's place in a matrix."""
     return by_factors(row, derived, g, hyper, place, COUNT, WHOLE)
 
 
 @triton.jit
 def of_vector(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """That of anything else."""
+    """The same, where each element has a second moment."""
     return by_second_moment(g, s[0], hyper)
 
 
 @triton.jit
 def of_vector_momentum(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """The same, where the second moment comes behind a first."""
+    """The same, where the second moment comes after a first."""
     return by_second_moment(g, s[1], hyper)
 
 
@@ -116,7 +116,7 @@ def _averaged(u, exp_avg, hyper):
 
 @triton.jit
 def matrix(p, u, s, hyper):
-    """Of a factored second moment."""
+    """With a factored second moment."""
     return _updated(p, hyper[8] * u, hyper), (), u
 
 
@@ -129,7 +129,7 @@ def matrix_momentum(p, u, s, hyper):
 
 @triton.jit
 def vector(p, u, s, hyper):
-    """Of a second moment for each element, up to date already."""
+    """With a second moment for each element, which is up to date already."""
     return _updated(p, hyper[8] * u, hyper), s, u
 
 

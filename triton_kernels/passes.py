@@ -1,4 +1,4 @@
-"""The host's part in the sums that rules that normalize take before a step: how tensors are cut up, and launches."""
+"""The host's part in the sums that come before a step of rules that normalize: how tensors are cut up, and launches."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CHUNK = reduce.LANES.value * reduce.TERMS.value
 # The order of additions (csrc/core/matrices.h).
 _MAX_SLABS = 64
 _MIN_SLAB_ROWS = 320
-_ALIGNED = 16  # numbers, where the first of a tensor's comes
+_ALIGNED = 16  # numbers: each tensor's begin at a multiple of this
 
 Numbers = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel over tensors, of which each has programs from the one on that its row of cuts has at `first`."""
+    """A kernel over tensors; the row of cuts of each has its first program at `first`."""
 
     kernel: Any
     first: int
@@ -64,9 +64,9 @@ class Cuts:
     """How the tensors of a launch are cut up.
 
     Attributes:
-        programs: Of the passes, by their `first`.
-        doubles: What they need of float64.
-        floats: And of float32.
+        programs: How many programs each pass has, by its `first`.
+        doubles: How many float64 numbers they need.
+        floats: How many float32 numbers they need.
     """
 
     programs: dict[int, int]
@@ -75,7 +75,7 @@ class Cuts:
 
     @classmethod
     def fill(cls, cuts: Numbers, rows: Numbers, second: int) -> Cuts:
-        """Fills the table of these tensors' cuts; `second` is their second moment's state, or -1."""
+        """Fills the table of these tensors' cuts; `second` is the state that holds their second moment, or -1."""
         row_count, column_count = rows[:, table.ROW_COUNT.value], rows[:, table.COLUMN_COUNT.value]
         numel = rows[:, table.NUMEL.value]
         matrices = numel // np.maximum(row_count * column_count, 1)
@@ -129,7 +129,7 @@ def _divided_up(a: Any, b: Any) -> Any:
 
 
 def _place(cuts: Numbers, word: int, sizes: Numbers, begin: int) -> int:
-    """Gives each tensor a place of its size from `begin` on; where the next may begin."""
+    """Gives each tensor a place of its size from `begin` on. Returns where the next place may begin."""
     sizes = _divided_up(sizes, _ALIGNED) * _ALIGNED
     until = np.cumsum(sizes)
     cuts[:, word] = begin + until - sizes
@@ -147,7 +147,7 @@ def workspace(cuts: Sequence[Cuts], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def take(rule: Rule, formats: int, cuts: Cuts, arguments: tuple[Tensor, ...], count: int, options: Any) -> None:
-    """Launches everything; `arguments` are those that sums.py tells of."""
+    """Launches everything; sums.py describes the `arguments`."""
     for each in passes(rule, formats):
         if cuts.programs[each.first] > 0:
             each.kernel[(cuts.programs[each.first],)](*arguments, count, **each.constants, **options)

@@ -53,7 +53,7 @@ def rmsprop_momentum(p, g, s, hyper):
 
 @triton.jit
 def rmsprop_centered(p, g, s, hyper):
-    """Of the variance instead of the mean square."""
+    """With the variance instead of the mean square."""
     return _rmsprop(p, g, s, hyper, CENTERED=True, MOMENTUM=False)
 
 

@@ -11,7 +11,7 @@ namespace fusedopt {
 
 constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kMinSlabRows = 320;
-constexpr int kWeighedRows = 4;  // whose weighted squares are added to each other in float32 first
+constexpr int kWeighedRows = 4;  // rows whose weighted squares are first added to each other in float32
 
 struct MatrixCut {
   int64_t matrices = 0;
@@ -19,7 +19,7 @@ struct MatrixCut {
   int64_t slabs = 0;   // of a matrix
   int64_t panels = 0;  // of a slab
 
-  FUSEDOPT_FN int64_t units() const { return matrices * slabs * panels; }  // what a slab has of a panel
+  FUSEDOPT_FN int64_t units() const { return matrices * slabs * panels; }  // parts of slabs within panels
 
   static MatrixCut of(const Factors& factors, int64_t numel) {
     MatrixCut cut;

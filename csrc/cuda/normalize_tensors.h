@@ -1,4 +1,4 @@
-// Tensors of rules that normalize, and where what is found out about them goes: what normalize.cuh gets by value.
+// What normalize.cuh gets by value: tensors of rules that normalize, and where to store what is found out about them.
 #pragma once
 
 #include "core/matrices.h"
@@ -16,12 +16,12 @@ struct NormalizedBuffers {
 struct NormalizedMatrix : NormalizedBuffers {
   float *rows, *columns;                        // averages
   float *row_factors, *column_factors, *means;  // a mean of row averages for each matrix
-  // One for each row and panel: of squared gradients, then, in a row's first, what it weighs; of squared updates. Where
-  // slabs are whole, only the last.
+  // One for each row and panel: first of squared gradients, after which a row's first holds the weight of the row; then
+  // of squared updates. If slabs are taken whole, only these.
   double* row_sums;
   double* weight_sums;              // the same of squared weights; or null
   double* column_sums;              // of slabs: of squared gradients
-  double* weighted_sums;            // the same divided by the averages of rows; null where moments are clamped
+  double* weighted_sums;            // the same, divided by the averages of rows; null where moments are clamped
   double* chunk_sums;               // of averages of rows
   double* param_sums;               // of units; or null
   double* update_sums;              // of units; if there are weighted sums, of matrices

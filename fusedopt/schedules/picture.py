@@ -68,7 +68,7 @@ def plot(
     at = np.unique(np.linspace(0, last, _POINTS).astype(np.int64))
     names = [schedule.name for schedule in schedules] if labels is None else labels
     for i, (schedule, name) in enumerate(zip(schedules, names)):
-        # Dashed, so that what runs under another is seen.
+        # Dashed, so that a curve under another one can be seen.
         ax.plot(at, _values(schedule, at, base_lr), label=name, linewidth=1.8, linestyle=_STYLES[i % len(_STYLES)])
     ax.set_xlabel("step")
     ax.set_ylabel("multiplier of the lr" if base_lr is None else "learning rate")
@@ -81,7 +81,7 @@ def plot(
     if len(schedules) == 1:
         ax.set_title(names[0], fontsize="medium")
     else:
-        # Below the axes: wherever it lay inside, some schedule would pass under it.
+        # Below the axes, because some schedule would pass under it anywhere inside.
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False)
     return ax
 
@@ -104,10 +104,10 @@ def sketch(
         height: Lines of the drawing itself.
 
     Returns:
-        Lines to print, of block characters: an eighth of a line is the smallest difference that is seen.
+        Lines to print, of block characters: the smallest visible difference is an eighth of a line.
 
     Raises:
-        ValueError: It would be too small to be read.
+        ValueError: It would be too small to read.
     """
     if checks.whole("width", width) < 30 or checks.whole("height", height) < 3:
         raise ValueError(f"width={width!r} and height={height!r} leave nothing to see; pass at least 30 and 3")
