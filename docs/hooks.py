@@ -86,11 +86,15 @@ def _references() -> dict[str, str]:
     `param_groups` is left out, as every optimizer has an attribute of that name, and so are words.
     """
     found = {}
-    for module in ("fusedopt.schedules", "fusedopt"):
+    for module, public in (
+        ("fusedopt.schedules", "fusedopt.schedules"),
+        ("fusedopt.optimizers", "fusedopt"),
+        ("fusedopt", "fusedopt"),
+    ):
         for name in _public_names(module):
-            found[f"{module}.{name}"] = f"{module}.{name}"
+            found[f"{public}.{name}"] = f"{public}.{name}"
             if name != name.lower() or ("_" in name.strip("_") and name != "param_groups"):
-                found[name] = f"{module}.{name}"
+                found[name] = f"{public}.{name}"
     for method in ("health_report", "memory_report", "record_health"):
         found[method] = f"fusedopt.FusedOptimizer.{method}"
     return found
@@ -132,10 +136,8 @@ class _Addresses(HTMLParser):
         addresses = self.linked if tag == "a" else self.loaded
         addresses.extend(found[key] for key in ("src", "href", "data", "poster") if key in found)
         self.loaded.extend(part.split()[0] for part in found.get("srcset", "").split(",") if part.strip())
-        if "mermaid" in found.get("class", "").split():
-            self.loaded.append(
-                "https://unpkg.com/mermaid"
-            )  # the one thing that the theme's scripts fetch by themselves
+        if "mermaid" in found.get("class", "").split():  # the one thing that the theme's scripts fetch by themselves
+            self.loaded.append("https://unpkg.com/mermaid")
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -151,9 +153,9 @@ def on_post_build(config: MkDocsConfig) -> None:
             if url.netloc or url.scheme:
                 if address in loaded and url.scheme != "data":
                     faults.append(f"{name} loads {address}")
-            elif url.path and name.name != "404.html" and not (file.parent / unquote(url.path)).exists():
-                faults.append(
-                    f"{name} refers to {address}, which is not there"
-                )  # 404.html's begin at the server's root
+            elif name.name == "404.html":  # its addresses begin at the server's root
+                continue
+            elif url.path and not (file.parent / unquote(url.path)).exists():
+                faults.append(f"{name} refers to {address}, which is not there")
     if faults:
         raise PluginError("\n".join(["the site is not whole:", *faults]))
