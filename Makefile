@@ -97,7 +97,7 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
 	$(PYTEST) -s -m "not slow" -p no:cacheprovider
-FORMATS_TEST := tests/test_bits.py::test_every_path_gives_the_same_bits
+FORMATS_TEST := tests/backends/test_bits.py::test_every_path_gives_the_same_bits
 
 # In two halves, which `make -j2 sanitize` runs side by side.
 sanitize: sanitize-formats sanitize-others
@@ -106,8 +106,8 @@ sanitize-formats: $(SANITIZED)/.installed
 	$(SANITIZED_PYTEST) $(FORMATS_TEST)
 
 sanitize-others: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/test_bits.py tests/test_adafactor_bits.py tests/test_formats.py \
-		tests/test_norm.py tests/test_tensors.py tests/test_quantization.py
+	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/backends/test_bits.py tests/backends/test_adafactor_bits.py \
+		tests/storage/test_formats.py tests/storage/test_quantization.py tests/engine/test_norm.py tests/engine/test_tensors.py
 
 ci: test lint sanitize docs
 

@@ -15,7 +15,7 @@ import fusedopt
 from fusedopt import get_scheduler
 from fusedopt.schedules import Cosine, GradientNorm, Plateau, Schedule, constant, decay, warmup
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from gpt import GPT, Config, load_text
 
 STEPS = 20

@@ -10,18 +10,18 @@ from cases import (
     CASES,
     DTYPES,
     FORMATS,
-    MASTERS,
     ODD_SIZES,
     Case,
     assert_same_bits,
     assert_same_run,
     assert_scaling_is_read_by_kernels,
-    each_variant,
     format_kwargs,
     make_params,
     set_grads,
     train,
 )
+from gpu import params_on
+from matrices import masters_of_all, rules_and_formats
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -31,25 +31,13 @@ SHAPES_2D = [(70, 100), (4, 64), (7, 257), (3, 4, 400), (2, 9000), (90, 63), (1,
 SIZES = [n for n in ODD_SIZES if n < 2000] + [8192, 8193]
 
 
-def offset_params(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    """Each shape twice: aligned, and one element behind an aligned address."""
-    params = []
-    for param in make_params(shapes, dtype):
-        memory = torch.empty(param.numel() + 1, dtype=dtype)
-        memory[1:] = param.detach().flatten()
-        params += [param, torch.nn.Parameter(memory[1:].view(param.shape))]
-    return params
-
-
 def assert_kernels_agree(case: Case, kwargs: dict[str, Any], dtype: torch.dtype, shapes: list[Any], steps: int) -> None:
-    runs = [train(case.ours(offset_params(dtype, shapes), **kwargs, backend=b), steps) for b in ("cuda", "cpu")]
+    runs = [train(case.ours(params_on("cpu", shapes, dtype), **kwargs, backend=b), steps) for b in ("cuda", "cpu")]
     assert len(runs[0]._sessions()["cuda"]._tables) == 1
     assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("state_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+@rules_and_formats
 def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state_format: str) -> None:
     kwargs = {**kwargs, **format_kwargs(case, kwargs, state_format)}
     has_codes = state_format.startswith("8bit") or state_format == "mixed"
@@ -57,14 +45,11 @@ def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state
     assert_kernels_agree(case, kwargs, DTYPES[dtype], shapes, 3)
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])
-@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@masters_of_all
 def test_masters_and_rounded_parameters(
-    case: Case, dtype: str, rounding: str, master: str | None, state_format: str
+    case: Case, kwargs: dict, dtype: str, rounding: str, master: str | None, state_format: str
 ) -> None:
-    kwargs = {**case.kwargs, **case.variants[-1], **FORMATS[state_format]}
-    kwargs.update(rounding=rounding, master_weights=master)
+    kwargs = {**kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
     shapes = [(n,) for n in SIZES[:-2]] + [(7, 257), (4, 64), (2, 4000)]
     assert_kernels_agree(case, kwargs, DTYPES[dtype], shapes, 2)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, assert_same_bits, assert_same_run, set_grads, train
+from cases import CASES, assert_same_bits, assert_same_run, params_of, set_grads, train
 from gpu import DEVICE, DRY, assert_same_norm, gpu, needs_cuda, pair, params_on
 
 from fusedopt import AdamW
@@ -27,10 +27,6 @@ SHAPES = [(300,), (7, 65), (64, 128)]
 
 def make(device: torch.device | str, backend: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> AdamW:
     return AdamW(params_on(device, SHAPES, dtype), backend=backend, **kwargs)
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 @contextmanager

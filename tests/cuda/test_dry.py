@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated import FOLDER
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dry(*command: str) -> str:
@@ -31,9 +31,9 @@ def test_tests() -> None:
     """All of steps, and of bits some of each kind; what needs CUDA itself is skipped."""
     of_adamw = "adamw and (late or (default and bf16) or (masters and split24))"
     chosen = f"test_gpu_steps or ({of_adamw}) or (factored and relative and bf16)"
-    chosen += " or (test_gpu_triton and (lion or momentum)) or (test_triton_gpu and factored and compat and fp32)"
-    chosen += " or (test_triton_gpu and masters and kahan and fp32)"
-    tests = [str(path) for path in sorted((ROOT / "tests").glob("test_*gpu*.py")) if path.stem != "test_gpu_dry"]
+    chosen += " or (test_gpu_cuda and (lion or momentum)) or (test_gpu.py and factored and compat and fp32)"
+    chosen += " or (test_gpu.py and masters and kahan and fp32)"
+    tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_gpu*.py"))]
     said = dry("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *tests)
     assert "a dry run has no CUDA" in said
     assert int(said.rpartition(" passed")[0].split()[-1]) > 20

@@ -11,7 +11,6 @@ from cases import (
     DTYPES,
     FORMATS,
     ISAS,
-    MASTERS,
     ODD_SIZES,
     SANITIZED,
     SHAPES_2D,
@@ -19,12 +18,13 @@ from cases import (
     assert_paths_agree,
     assert_same_bits,
     assert_same_run,
-    each_variant,
     format_kwargs,
     make_params,
     set_grads,
+    shifted,
     train,
 )
+from matrices import masters_of_all, rules_and_formats
 
 from fusedopt import _core
 
@@ -34,19 +34,12 @@ STEPS = 2 if SANITIZED else 4
 
 def offset_params(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
     """Each shape once at an aligned address and once one element behind it."""
-    aligned = make_params(shapes, dtype)
-    offset = []
-    for param in make_params(shapes, dtype, seed=1):
-        memory = torch.empty(param.numel() + 1, dtype=dtype)
-        memory[1:] = param.detach().flatten()
-        offset.append(torch.nn.Parameter(memory[1:].view(param.shape)))
-        assert offset[-1].data_ptr() % 32 != 0 or param.numel() == 0
-    return aligned + offset
+    offset = [shifted(param) for param in make_params(shapes, dtype, seed=1)]
+    assert all(param.data_ptr() % 32 != 0 or param.numel() == 0 for param in offset)
+    return make_params(shapes, dtype) + offset
 
 
-@pytest.mark.parametrize("state_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+@rules_and_formats
 def test_every_path_gives_the_same_bits(
     case: Case, kwargs: dict, dtype: str, state_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,15 +54,18 @@ def test_every_path_gives_the_same_bits(
     )
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])
-@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@masters_of_all
 def test_masters_and_rounded_parameters_have_the_same_bits_everywhere(
-    case: Case, dtype: str, rounding: str, master: str | None, state_format: str, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    kwargs: dict,
+    dtype: str,
+    rounding: str,
+    master: str | None,
+    state_format: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of each optimizer the variant with most states; parameters of odd sizes, with blocks and without."""
-    kwargs = {**case.kwargs, **case.variants[-1], **FORMATS[state_format]}
-    kwargs.update(rounding=rounding, master_weights=master)
+    kwargs = {**kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
     shapes = [(n,) for n in ODD_SIZES[:-1]] + [(7, 257), (4, 64), (2, 40_000)]
     assert_paths_agree(
         lambda backend: train(

@@ -10,7 +10,6 @@ from cases import (
     CASES,
     DTYPES,
     FORMATS,
-    MASTERS,
     Case,
     Unread,
     assert_same_bits,
@@ -22,6 +21,8 @@ from cases import (
     set_grads,
     train,
 )
+from interpreted import offset_params
+from matrices import compiled_rules_and_formats, masters
 
 from fusedopt import _core, backends
 from fusedopt.backends import ParamStep
@@ -34,35 +35,13 @@ SHAPES = [(1100,), (0,), (3,)]
 SHAPES_2D = [(17, 64), (6, 0), (5, 130)]
 
 
-def each_rule() -> list[Any]:
-    """(case, kwargs) for every compiled rule, of the last variant that uses it."""
-    found = {}
-    for case in CASES:
-        for variant in case.variants:
-            kwargs = {**case.kwargs, **variant}
-            optimizer = case.ours([torch.zeros(1)], **kwargs)
-            found[optimizer.rule(optimizer.param_groups[0])] = (case, kwargs)
-    return [pytest.param(*values, id=name) for name, values in found.items()]
-
-
-def offset_params(dtype: torch.dtype, shapes: list[Any]) -> list[torch.nn.Parameter]:
-    """The last shape once more, one element behind an aligned address."""
-    params = make_params([*shapes, shapes[-1]], dtype)
-    memory = torch.empty(params[-1].numel() + 1, dtype=dtype)
-    memory[1:] = params[-1].detach().flatten()
-    params[-1] = torch.nn.Parameter(memory[1:].view(params[-1].shape))
-    return params
-
-
 def assert_kernels_agree(case: Case, kwargs: dict[str, Any], dtype: torch.dtype, shapes: list[Any]) -> None:
     runs = [train(case.ours(offset_params(dtype, shapes), **kwargs, backend=b), 2) for b in ("triton", "cpu")]
     assert len(runs[0]._sessions()["triton"]._tables) == 1
     assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("state_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "kwargs"), each_rule())
+@compiled_rules_and_formats
 def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state_format: str) -> None:
     kwargs = {**kwargs, **format_kwargs(case, kwargs, state_format)}
     has_codes = state_format.startswith("8bit") or state_format == "mixed"
@@ -85,8 +64,7 @@ def test_rules_are_those_of_the_core() -> None:
     assert found == _core.rules()
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "8bit-stochastic"])
-@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
+@masters
 def test_masters_and_rounded_parameters(dtype: str, rounding: str, master: str | None, state_format: str) -> None:
     """Somebody else writes a parameter between the steps, too, and weights are not finite."""
     runs = []

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FORMATS, MASTERS, ODD_SIZES, SHAPES_2D, Case, each_variant, format_kwargs
+from cases import CASES, DTYPES, FORMATS, ODD_SIZES, SHAPES_2D, Case, format_kwargs
 from gpu import DRY, assert_device_agrees, gpu, params_on
-from test_adafactor_bits import SHAPES as FACTORED_SHAPES
-from test_adafactor_bits import VARIANTS as FACTORED_VARIANTS
+from matrices import FACTORED_SHAPES, FACTORED_VARIANTS, factored_formats, masters_of_all, rules_and_formats
 
 import fusedopt
 
@@ -23,9 +22,7 @@ def powers_of(kwargs: dict[str, Any]) -> str:
     return "the schedule of beta3" if "t_beta3" in kwargs else ""
 
 
-@pytest.mark.parametrize("state_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+@rules_and_formats
 def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state_format: str) -> None:
     kwargs = {**kwargs, **format_kwargs(case, kwargs, state_format)}
     has_codes = state_format.startswith("8bit") or state_format == "mixed"
@@ -37,14 +34,11 @@ def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state
     )
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16-stochastic", "8bit-stochastic"])
-@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@masters_of_all
 def test_masters_and_rounded_parameters(
-    case: Case, dtype: str, rounding: str, master: str | None, state_format: str
+    case: Case, kwargs: dict, dtype: str, rounding: str, master: str | None, state_format: str
 ) -> None:
-    kwargs = {**case.kwargs, **case.variants[-1], **FORMATS[state_format]}
-    kwargs.update(rounding=rounding, master_weights=master)
+    kwargs = {**kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
     shapes = [(n,) for n in SIZES] + [(7, 257), (4, 64), (2, 4000)]
     assert_device_agrees(
         lambda device, backend: case.ours(params_on(device, shapes, DTYPES[dtype]), **kwargs, backend=backend),
@@ -53,11 +47,9 @@ def test_masters_and_rounded_parameters(
     )
 
 
-@pytest.mark.parametrize("how", [{}, *[FORMATS[name] for name in ("bf16-stochastic", "8bit-stochastic")]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", FACTORED_VARIANTS)
-def test_factored_second_moments(variant: str, dtype: str, how: dict[str, Any]) -> None:
-    kwargs = {**FACTORED_VARIANTS[variant], **how}
+@factored_formats
+def test_factored_second_moments(variant: str, dtype: str, state_format: str) -> None:
+    kwargs = {**FACTORED_VARIANTS[variant], **FORMATS[state_format]}
     shapes = [shape for shape in FACTORED_SHAPES if not DRY or max(shape, default=0) < 1000]
     assert_device_agrees(
         lambda device, backend: fusedopt.Adafactor(params_on(device, shapes, DTYPES[dtype]), **kwargs, backend=backend),

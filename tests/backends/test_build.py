@@ -14,7 +14,7 @@ from cases import CASES, each_variant, make_params
 
 import fusedopt
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = "fusedopt_isa_"
 
 

@@ -7,55 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, FORMATS, SANITIZED, assert_paths_agree, assert_same_run, make_params, set_grads, train
+from cases import (
+    DTYPES,
+    FORMATS,
+    SANITIZED,
+    assert_paths_agree,
+    assert_same_run,
+    make_params,
+    set_grads,
+    shifted,
+    train,
+)
+from matrices import FACTORED_SHAPES as SHAPES
+from matrices import FACTORED_VARIANTS as VARIANTS
 
 from fusedopt import Adafactor
 
 STEPS = 2 if SANITIZED else 3
 
-# Rows of whole vectors and not, several slabs, several panels, both; stacks of matrices; what has fewer dimensions.
-SHAPES = [
-    (700, 100),
-    (7, 257),
-    (3, 4, 400),
-    (2, 9000),
-    (641, 4100),
-    (16, 3, 4100),
-    (6, 0),
-    (64, 8, 3, 3),
-    (1, 1),
-    (5, 1),
-    (9000,),
-    (),
-]
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "relative": {},
-    "warmup": {"warmup_init": True, "scale_parameter": False, "maximize": True},
-    "external": {
-        "lr": 1e-2,
-        "relative_step": False,
-        "weight_decay": 0.1,
-        "clip_threshold": 0.5,
-        "decay_rate": -0.5,
-        "max_grad_norm": 1.0,
-    },
-    "momentum": {"beta1": 0.9, "weight_decay": 0.1},
-    "compat": {"beta1": 0.9, "compat": True, "lr": 1e-2, "relative_step": False, "scale_parameter": False},
-    "folded": {"fold_conv": True, "beta1": 0.5},
-    "torch": {"variant": "torch", "weight_decay": 0.1, "max_grad_norm": 1.0},
-    "torch-eps": {"variant": "torch", "eps": (1e-3, 1e-2)},
-}
-
 
 def offset_params(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.nn.Parameter]:
     """Each shape once, and the first ones once more at an address one element behind an aligned one."""
     params = make_params(list(shapes), dtype)
-    for param in make_params(SHAPES[:2], dtype, seed=1):
-        memory = torch.empty(param.numel() + 1, dtype=dtype)
-        memory[1:] = param.detach().flatten()
-        params.append(torch.nn.Parameter(memory[1:].view(param.shape)))
-    return params
+    return params + [shifted(param) for param in make_params(SHAPES[:2], dtype, seed=1)]
 
 
 def assert_all_agree(

@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor as Transformers
 
 import fusedopt
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from gpt import Config, Training
 
 SEEDS = (0, 1, 2)

@@ -127,15 +127,15 @@ def test_resuming_in_a_new_process(tmp_path: Path) -> None:
     whole = {case: train(make(case), 0, STEPS) for case in steps}
     begun = {case: save(case, tmp_path / case, step) for case, step in steps.items()}
     code = (
-        "import json, pathlib, sys; import test_schedules_resume as t; folder = pathlib.Path(sys.argv[1]);"
+        "import json, pathlib, sys; sys.path.append(sys.argv[3]); import test_resume as t;"
+        "folder = pathlib.Path(sys.argv[1]);"
         "print(json.dumps({c: t.resume(c, folder / c, s) for c, s in json.loads(sys.argv[2]).items()}))"
     )
     output = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), json.dumps(steps)],
+        [sys.executable, "-c", code, str(tmp_path), json.dumps(steps), str(Path(__file__).parent)],
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
     ).stdout
     resumed = json.loads(output.splitlines()[-1])
     assert {case: begun[case] + resumed[case] for case in steps} == whole

@@ -24,7 +24,7 @@ def compiled(tmp_path: Path) -> Compiled:
 
     def run(*arguments: str) -> Any:
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, str(Path(__file__).with_name("triton_compiled.py")), *arguments]
+        command = [sys.executable, str(Path(__file__).parents[1] / "triton_compiled.py"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])

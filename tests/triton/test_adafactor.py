@@ -21,8 +21,8 @@ from cases import (
     set_grads,
     train,
 )
-from test_adafactor_bits import VARIANTS
-from test_triton_bits import offset_params
+from interpreted import offset_params
+from matrices import FACTORED_VARIANTS as VARIANTS
 
 from fusedopt import Adafactor
 from fusedopt.reference import adafactor as reference

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import FORMATS, assert_same_run, train
 from gpu import DEVICE, DRY, assert_same_norm, gpu, params_on
-from test_adafactor_bits import VARIANTS
-from test_triton_bits import each_rule
+from matrices import FACTORED_VARIANTS as VARIANTS
+from matrices import each_rule
 
 import fusedopt
 

@@ -20,8 +20,8 @@ from cases import (
     set_grads,
     train,
 )
-from test_adafactor_bits import VARIANTS
-from test_cuda_bits import offset_params
+from gpu import params_on
+from matrices import FACTORED_VARIANTS as VARIANTS
 
 from fusedopt import Adafactor
 from fusedopt.reference import adafactor as reference
@@ -56,14 +56,14 @@ def assert_kernels_agree(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, dtype: str) -> None:
-    params = assert_kernels_agree(VARIANTS[variant], lambda: offset_params(DTYPES[dtype], SHAPES)).param_groups[0]
+    params = assert_kernels_agree(VARIANTS[variant], lambda: params_on("cpu", SHAPES, DTYPES[dtype])).param_groups[0]
     assert all(param.isfinite().all() for param in params["params"])
 
 
 @pytest.mark.parametrize("state_format", FORMATS)
 def test_first_moments(state_format: str) -> None:
     kwargs = {**VARIANTS["momentum"], **FORMATS[state_format]}
-    assert_kernels_agree(kwargs, lambda: offset_params(torch.bfloat16, SHAPES[:6]))
+    assert_kernels_agree(kwargs, lambda: params_on("cpu", SHAPES[:6], torch.bfloat16))
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
@@ -71,7 +71,7 @@ def test_first_moments(state_format: str) -> None:
 def test_masters_and_rounded_parameters(variant: str, dtype: str, rounding: str, master: str | None) -> None:
     """The RMS is that of weights in full precision."""
     kwargs = {**VARIANTS[variant], "rounding": rounding, "master_weights": master}
-    assert_kernels_agree(kwargs, lambda: offset_params(DTYPES[dtype], [*SHAPES[:4], (2, 4097), (300,)]))
+    assert_kernels_agree(kwargs, lambda: params_on("cpu", [*SHAPES[:4], (2, 4097), (300,)], DTYPES[dtype]))
 
 
 def test_a_parameter_written_by_others_counts_as_written() -> None:
@@ -148,7 +148,8 @@ def test_longer_lists_than_a_launch_takes() -> None:
 
 def test_clipping() -> None:
     for variant in ("relative", "torch"):
-        assert_kernels_agree({**VARIANTS[variant], "max_grad_norm": 0.01}, lambda: offset_params(torch.float32, SHAPES))
+        kwargs = {**VARIANTS[variant], "max_grad_norm": 0.01}
+        assert_kernels_agree(kwargs, lambda: params_on("cpu", SHAPES, torch.float32))
 
 
 @pytest.mark.parametrize("variant", ["momentum", "torch"])

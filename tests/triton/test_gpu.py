@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FORMATS, SHAPES_2D, Case, assert_same_bits, each_variant, format_kwargs, make_params
+from cases import CASES, DTYPES, FORMATS, SHAPES_2D, Case, assert_same_bits, format_kwargs, make_params
 from gpu import DEVICE, DRY, needs_cuda
-from test_adafactor_bits import SHAPES as FACTORED_SHAPES
-from test_adafactor_bits import VARIANTS as FACTORED_VARIANTS
-from test_triton_bits import MASTERS
+from matrices import FACTORED_SHAPES, FACTORED_VARIANTS, factored_formats, masters, rules_and_formats
 
 import fusedopt
 
@@ -54,9 +52,7 @@ def assert_device_agrees(
         assert_same_bits(ours.last_grad_norm.cpu(), theirs.last_grad_norm)
 
 
-@pytest.mark.parametrize("state_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "kwargs"), each_variant())
+@rules_and_formats
 def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state_format: str) -> None:
     if kwargs.get("t_beta3"):
         pytest.skip("the schedule of beta3 takes a logarithm, which may differ by one unit in the last place")
@@ -65,20 +61,19 @@ def test_rules_and_formats(case: Case, kwargs: dict[str, Any], dtype: str, state
     assert_device_agrees(case.ours, kwargs, DTYPES[dtype], list(SHAPES_2D) if has_codes else SIZES)
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "8bit-stochastic"])
-@pytest.mark.parametrize(("dtype", "rounding", "master"), MASTERS)
+@masters
 def test_masters_and_rounded_parameters(dtype: str, rounding: str, master: str | None, state_format: str) -> None:
     kwargs = {**CASES[0].kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
     assert_device_agrees(CASES[0].ours, kwargs, DTYPES[dtype], [*SIZES, (7, 257), (40, 64)])
 
 
-@pytest.mark.parametrize("how", [{}, *[FORMATS[name] for name in ("bf16-stochastic", "8bit-stochastic")]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", FACTORED_VARIANTS)
-def test_factored_second_moments(variant: str, dtype: str, how: dict[str, Any]) -> None:
+@factored_formats
+def test_factored_second_moments(variant: str, dtype: str, state_format: str) -> None:
     """The decay is a power, which may differ by one unit in the last place of float32: once in millions of steps."""
     shapes = [shape for shape in FACTORED_SHAPES if not DRY or math.prod(shape) < 2000]
-    assert_device_agrees(fusedopt.Adafactor, {**FACTORED_VARIANTS[variant], **how}, DTYPES[dtype], shapes)
+    assert_device_agrees(
+        fusedopt.Adafactor, {**FACTORED_VARIANTS[variant], **FORMATS[state_format]}, DTYPES[dtype], shapes
+    )
 
 
 def test_clipping() -> None:
