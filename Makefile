@@ -17,12 +17,12 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-formats sanitize-others docs ci clean
+.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-all docs ci clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
-	@echo "make test      run the tests (make test-all adds the long ones)"
+	@echo "make test      run the tests (make test-all adds long ones and all combinations)"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
@@ -54,9 +54,9 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 emulated: $(EMULATED)/.installed
 
 test: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not thorough"
 
-test-all: $(VENV)/.test $(EMULATED)/.installed
+test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
 
@@ -96,18 +96,15 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
-	$(PYTEST) -s -m "not slow" -p no:cacheprovider
-FORMATS_TEST := tests/backends/test_bits.py::test_every_path_gives_the_same_bits
+	$(PYTEST) -s -p no:cacheprovider
+SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafactor_bits.py storage/test_formats.py \
+	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py)
 
-# In two halves, which `make -j2 sanitize` runs side by side.
-sanitize: sanitize-formats sanitize-others
+sanitize: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)
 
-sanitize-formats: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) $(FORMATS_TEST)
-
-sanitize-others: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/backends/test_bits.py tests/backends/test_adafactor_bits.py \
-		tests/storage/test_formats.py tests/storage/test_quantization.py tests/engine/test_norm.py tests/engine/test_tensors.py
+sanitize-all: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
 ci: test lint sanitize docs
 

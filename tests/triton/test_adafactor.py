@@ -23,6 +23,7 @@ from cases import (
 )
 from interpreted import offset_params
 from matrices import FACTORED_VARIANTS as VARIANTS
+from matrices import factored_dtypes
 
 from fusedopt import Adafactor
 from fusedopt.reference import adafactor as reference
@@ -58,16 +59,11 @@ def cut(*shape: int) -> tuple[Any, Any]:
     return cuts[0], passes.Cuts.fill(cuts, row, -1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(variant: str) -> None:
-    (group,) = assert_kernels_agree(VARIANTS[variant], lambda: offset_params(torch.float32, SHAPES)).param_groups
+@factored_dtypes
+def test_variants(variant: str, dtype: str) -> None:
+    shapes = SHAPES if dtype == "fp32" else [(17, 64), (3, 4, 10), (70,)]
+    (group,) = assert_kernels_agree(VARIANTS[variant], lambda: offset_params(DTYPES[dtype], shapes)).param_groups
     assert all(param.isfinite().all() for param in group["params"])
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("variant", ["relative", "momentum", "torch"])
-def test_dtypes(variant: str, dtype: str) -> None:
-    assert_kernels_agree(VARIANTS[variant], lambda: offset_params(DTYPES[dtype], [(17, 64), (3, 4, 10), (70,)]))
 
 
 @pytest.mark.parametrize("state_format", FORMATS)
