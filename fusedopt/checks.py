@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -19,7 +21,9 @@ def number(name: str, value: Any) -> float:
                 f"{name} is a tensor of shape {tuple(value.shape)}; pass a number or a tensor of one element"
             )
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a tensor of one element")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is not finite; pass a finite number")
@@ -52,7 +56,7 @@ def fraction(name: str, value: Any) -> float:
 
 def betas(value: Any, example: tuple[float, ...]) -> None:
     """As many numbers in [0, 1) as the example has."""
-    if not isinstance(value, (tuple, list)) or len(value) != len(example):
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(example):
         number_of = {2: "a pair", 3: "three numbers"}[len(example)]
         raise ValueError(f"betas={value!r} must be {number_of}; pass for example {example}")
     for i, beta in enumerate(value):
@@ -60,23 +64,25 @@ def betas(value: Any, example: tuple[float, ...]) -> None:
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass an int")
-    return value
+    return int(value)
 
 
 def uint32(name: str, value: Any) -> int:
     """A whole number that fits 32 unsigned bits."""
-    if not 0 <= _integer(name, value) < 2**32:
+    result = _integer(name, value)
+    if not 0 <= result < 2**32:
         raise ValueError(f"{name}={value!r} is outside [0, 2**32); pass an int in that range")
-    return value
+    return result
 
 
 def whole(name: str, value: Any) -> int:
     """A whole number >= 0."""
-    if _integer(name, value) < 0:
+    result = _integer(name, value)
+    if result < 0:
         raise ValueError(f"{name}={value!r} is negative; pass an int >= 0")
-    return value
+    return result
 
 
 def flag(name: str, value: Any) -> bool:
@@ -101,14 +107,38 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def known_keywords(cls: type, given: dict[str, Any]) -> None:
-    """Raises a TypeError for a keyword that the constructor of ``cls`` does not take."""
+    """Raises a TypeError for a keyword that the constructor of ``cls`` does not take.
+
+    One with ``**kwargs`` may take anything, and what it hands on is checked by `known_to_bases`.
+    """
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    names = [name for name in parameters if name != "self"]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        _only(cls, [name for name in parameters if name != "self"], given)
+
+
+def known_to_bases(cls: type, given: dict[str, Any]) -> None:
+    """Raises a TypeError for keywords that reached the last constructor of ``cls`` and are known to none."""
+    inits = [base.__dict__["__init__"] for base in cls.__mro__ if "__init__" in base.__dict__]
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    _only(cls, list(dict.fromkeys(p.name for p in parameters if p.kind in kinds and p.name != "self")), given)
+
+
+def _only(cls: type, names: list[str], given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in names:
             raise TypeError(
                 f"{cls.__name__} got an unknown argument {name}={value!r}{closest(name, names)}; "
                 f"it takes {', '.join(names)}"
             )
+
+
+def plain(value: Any) -> Any:
+    """A setting as checkpoints can keep it: what numpy or a library for configurations made of it as Python's own."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, list, tuple)):
+        return tuple(plain(item) for item in value)
+    return value

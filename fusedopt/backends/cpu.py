@@ -39,7 +39,7 @@ class CpuSession:
         return len(self._table)
 
     def square_sums(self) -> Tensor:
-        sums = torch.empty(self._table.count_square_sums(), dtype=torch.float64)
+        sums = torch.empty(self._table.count_square_sums(), dtype=torch.float64, device="cpu")
         self._table.square_sums(sums=sums.data_ptr(), threads=torch.get_num_threads())
         return sums
 

@@ -115,7 +115,10 @@ class TritonSession(DeviceSession):
             scalars.scaling.max_grad_norm,
         )
         if device not in self._defaults:
-            self._defaults[device] = (torch.ones((), device=device), torch.zeros((), device=device))
+            self._defaults[device] = (
+                torch.ones((), dtype=torch.float32, device=device),
+                torch.zeros((), dtype=torch.float32, device=device),
+            )
         one, zero = self._defaults[device]
         of_tensors, of_cuts, of_groups = self._mirrors_of(device)
         kernels().take_step(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..storage import masters
 from ..storage.allocation import Request, allocate
 from ..storage.quantization import decode, encode, scales_shape
@@ -75,6 +76,8 @@ def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held:
     step = held.get("step", 0)
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"{where} has a state 'step' of shape {tuple(step.shape)}; it must have one element")
+    if not isinstance(step, Tensor):
+        checks.nonnegative(f"{where} state['step']", step)
 
 
 def _check_tensor(
@@ -134,7 +137,7 @@ def restore(optimizer: Contract) -> None:
             if held is None:
                 continue
             if "step" in held and not isinstance(held["step"], (_Kept, Tensor)):
-                held["step"] = _Kept(torch.tensor(float(held["step"])))
+                held["step"] = _Kept(torch.tensor(float(held["step"]), dtype=torch.float32, device="cpu"))
             kept = {key: value.tensor for key, value in held.items() if isinstance(value, _Kept)}
             held.update(kept)  # what is no state of this optimizer stays for whoever put it there
             if "step" in kept:

@@ -151,8 +151,10 @@ def step(optimizer: Contract) -> None:
         state_keys.append(keys)
         lr = group["lr"]
         # None where the optimizer has a learning rate of its own
-        lrs.append(lr if isinstance(lr, Tensor) else torch.tensor(0.0 if lr is None else lr, dtype=torch.float64))
-        fixed = {**group, "lr": None if lr is None else 1.0}
+        if not isinstance(lr, Tensor):
+            lr = torch.tensor(0.0 if lr is None else lr, dtype=torch.float64, device="cpu")
+        lrs.append(lr)
+        fixed = {**group, "lr": None if group["lr"] is None else 1.0}
         for layout in optimizer.layouts(fixed):
             setting = optimizer.group_step(fixed, layout, index)
             hyper_values += [value for name, value in setting.hyper.items() if name != "lr"]

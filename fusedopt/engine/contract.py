@@ -94,6 +94,7 @@ class Contract(Optimizer):
 
     def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A copy of a complete group with everything checked and in the form that checkpoints keep."""
+        group = {key: value if key == "params" else checks.plain(value) for key, value in group.items()}
         if group["differentiable"]:
             raise ValueError(
                 "differentiable=True is not supported by compiled kernels; "

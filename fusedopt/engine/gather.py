@@ -134,7 +134,7 @@ class Gathered:
             sums = active[0].square_sums()
         else:  # list order runs across backends: the reference takes them all
             parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
-            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
         return float(pairwise_sum(sums).item())
 
     def step(
@@ -163,7 +163,7 @@ class Gathered:
             multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
             if scaling.max_grad_norm is not None:
                 multiplier, value = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
-                norm = torch.tensor(value, dtype=torch.float32)
+                norm = torch.tensor(value, dtype=torch.float32, device="cpu")
             found = [session.step([s * multiplier for s in signs], counts_health=counts_health) for session in active]
         return {self.member(*place)[:2]: counts for part in found for place, counts in part.items()}, norm
 

@@ -89,8 +89,10 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
     for group_index, param in members:
         group = optimizer.param_groups[group_index]
         held = optimizer.state.get(param, {})
-        if "step" not in held:
-            wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), None))
+        step = held.get("step")
+        if not isinstance(step, Tensor):  # a number, as a user may set it, becomes one
+            first = None if step is None else float(step)
+            wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), first))
         for spec in optimizer.states_of(group, param):
             if not spec.keys_in(held):
                 wanted += _wanted(optimizer, spec, group, param)

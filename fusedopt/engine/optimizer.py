@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +60,7 @@ class FusedOptimizer(Contract):
             clipping; None until a step with max_grad_norm was taken.
     """
 
-    # torch.amp.GradScaler hands over its scale and whether it found inf instead of unscaling first.
-    _step_supports_amp_scaling = True
-
+    _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
     _health: reports.HealthRecord | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,7 +73,9 @@ class FusedOptimizer(Contract):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FusedOptimizer:
         checks.known_keywords(cls, kwargs)
-        return super().__new__(cls)
+        optimizer = super().__new__(cls)
+        optimizer._lock = threading.RLock()  # here, because copies and unpickled ones are not constructed
+        return optimizer
 
     def __init__(
         self,
@@ -94,7 +95,10 @@ class FusedOptimizer(Contract):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:  # `__new__` has looked already, unless a user's subclass hands on keyword arguments of its own
+            checks.known_to_bases(type(self), unknown)
         defaults = {
             **defaults,
             **self.own_defaults(),
@@ -113,6 +117,15 @@ class FusedOptimizer(Contract):
             "backend": backend,
         }
         super().__init__(params, self.checked_group(defaults))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over its scale and whether it found inf, instead of unscaling gradients itself.
+
+        As in torch, only where fused=True asks for it, because whoever clips between backward and step, as Lightning
+        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale.
+        """
+        return any(group["fused"] or group["max_grad_norm"] is not None for group in self.param_groups)
 
     # ---- param groups ----------------------------------------------------------------------------
 
@@ -160,6 +173,10 @@ class FusedOptimizer(Contract):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
+        with self._lock:
+            self._take_whole_step()
+
+    def _take_whole_step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
@@ -223,7 +240,7 @@ class FusedOptimizer(Contract):
             members.check_param(self, index, position, group["max_grad_norm"])
         members.make_state(self, ((index, group["params"][position]) for position in positions))
         if group["max_grad_norm"] is not None and self.last_grad_norm is None:
-            self.last_grad_norm = torch.zeros((), device=group["params"][0].device)  # for the operator to write to
+            self.last_grad_norm = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
         for position in positions:
             param = group["params"][position]
             params.append(param)
@@ -274,11 +291,12 @@ class FusedOptimizer(Contract):
         Raises:
             ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
         """
-        handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)  # after the user's own hooks
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+        with self._lock:
+            handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)  # after the user's own hooks
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -33,9 +33,12 @@ class Options(TorchFlags, total=False):
 
 
 def spell_out(init: Any, base: Any) -> None:
-    """Gives a constructor with ``**options`` the signature that lists them, with the defaults of `base`."""
+    """Gives a constructor with ``**options: Unpack[Options]`` the signature that lists them, with defaults of `base`.
+
+    Keyword arguments of another type are left alone: a subclass of a user's may take any.
+    """
     signature = inspect.signature(init)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [p for p in signature.parameters.values() if p.annotation != "Unpack[Options]"]
     if len(own) == len(signature.parameters):
         return
     names = {parameter.name for parameter in own}

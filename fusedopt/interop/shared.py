@@ -50,7 +50,8 @@ def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states:
         where = f"state_dict: parameter {index}"
         if "step" not in held:
             raise ValueError(f"{where} has no 'step'; load a state dict as it was saved")
-        new = {"step": torch.tensor(float(held["step"])), **states(optimizer.states(group), param, held, where)}
+        step = torch.tensor(float(held["step"]), dtype=torch.float32, device="cpu")
+        new = {"step": step, **states(optimizer.states(group), param, held, where)}
         checkpoint.check_state(optimizer, group, param, new, where)
         state[index] = new
     return {"state": state, "param_groups": groups}

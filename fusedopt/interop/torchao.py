@@ -87,7 +87,7 @@ def to_torchao(optimizer: FusedOptimizer) -> dict[str, Any]:
             raise ValueError(f"{where} has maximize=True, which torchao has not; minimize the negative loss instead")
         known = plain(group, _SETTINGS)
         # Their step refuses a number, and their load_state_dict does not make it a tensor.
-        return {**known, "lr": torch.tensor(known["lr"], dtype=torch.float32)}
+        return {**known, "lr": torch.tensor(known["lr"], dtype=torch.float32, device="cpu")}
 
     def states(specs: Sequence[StateSpec], param: Tensor, dense: dict[str, Any], where: str) -> dict[str, Any]:
         held: dict[str, Any] = {"step": dense["step"].clone()}

@@ -23,7 +23,7 @@ def power(base: float, exponent: int) -> float:
 
 def rounded(value: float, like: Tensor) -> float:
     """A derived scalar, rounded once to the precision of ``like``."""
-    return torch.tensor(value, dtype=torch.float64).to(like.dtype).item()
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(like.dtype).item()
 
 
 def root(x: Tensor) -> Tensor:

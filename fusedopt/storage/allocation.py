@@ -50,7 +50,7 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
             offset = 0
             for i, slot in zip(slab_members, slots):
                 # set_ makes a tensor of its own over the slab, not a view with the bookkeeping of one
-                tensors[i] = torch.empty(0, dtype=dtype).set_(slab, offset, requests[i].shape)  # type: ignore[call-overload]
+                tensors[i] = torch.empty(0, dtype=dtype, device="cpu").set_(slab, offset, requests[i].shape)  # type: ignore[call-overload]
                 offset += slot
     return tensors  # type: ignore[return-value]
 
@@ -76,6 +76,6 @@ def _slabs(requests: Sequence[Request], members: Sequence[int]) -> Iterable[list
 
 
 def _zeroed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     _core.zero(data=tensor.data_ptr(), bytes=tensor.numel() * dtype.itemsize, threads=torch.get_num_threads())
     return tensor
