@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-all ci clean
+.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-all docs ci clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
+	@echo "make docs      build the documentation's site in out/site"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
 # torch first and pinned: nothing installed later may bring another.
@@ -34,10 +35,10 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
-# The package with one of its extras; dev has test and bench in it.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+# The package with one of its extras; dev has test, bench and docs in it.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(PIP) ".[$*]"
-	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench)
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench $(VENV)/.docs)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
@@ -66,6 +67,10 @@ bench: $(VENV)/.bench
 OUT ?= out/gpu
 gpu-check:
 	$(PYTHON) bench/gpu_check.py --out $(OUT)
+
+# The variable silences a notice of the theme's about mkdocs 2, which is not installed.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -101,7 +106,7 @@ sanitize: $(SANITIZED)/.installed
 sanitize-all: $(SANITIZED)/.installed
 	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
-ci: test lint sanitize
+ci: test lint sanitize docs
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
