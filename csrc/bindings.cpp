@@ -10,10 +10,28 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 using fusedopt::TensorTable;
 
+namespace {
+
+template <class Names>
+py::tuple listed(const Names& names) {
+  py::list all;
+  for (const char* name : names) all.append(name);
+  return py::tuple(all);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled core of fusedopt: rules, formats and tile loops. It does not link torch.";
 
   module.attr("layout") = fusedopt::layout_of_lists();  // fusedopt._cuda must have the same
+  // A function that takes one of these takes its position here.
+  module.attr("dtypes") = listed(fusedopt::kDTypeNames);
+  module.attr("roundings") = listed(fusedopt::kRoundingNames);
+  module.attr("masters") = listed(fusedopt::kMasterNames);
+  std::vector<const char*> counts;
+  for (const fusedopt::HealthCount& each : fusedopt::kHealthCounts) counts.push_back(each.name);
+  module.attr("health_counts") = listed(counts);
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
              "exchange_api"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);

@@ -13,6 +13,10 @@ def rules() -> dict[str, tuple[str, ...]]: ...
 def zero(*, data: int, bytes: int, threads: int) -> None: ...
 
 layout: int
+dtypes: tuple[str, ...]  # torch's names; the core takes a dtype, a rounding or a master by its position here
+roundings: tuple[str, ...]
+masters: tuple[str | None, ...]
+health_counts: tuple[str, ...]  # what a step counts
 
 class TensorTable:
     def __init__(self, *, device_type: int = ..., device_id: int = ...) -> None: ...

@@ -137,11 +137,7 @@ void add_counts(HealthCounts& total, const HealthCounts& counts) {
 #pragma omp critical(fusedopt_health)
 #endif
   {
-    total.stalled += counts.stalled;
-    total.nonfinite_grads += counts.nonfinite_grads;
-    total.codes += counts.codes;
-    total.saturated_codes += counts.saturated_codes;
-    total.nonfinite_blocks += counts.nonfinite_blocks;
+    for (const HealthCount& each : kHealthCounts) total.*each.count += counts.*each.count;
   }
 }
 

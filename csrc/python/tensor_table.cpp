@@ -170,11 +170,7 @@ py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int thre
   py::dict found;
   for (size_t i = 0; i < health.size(); ++i) {
     py::dict counts;
-    counts["stalled"] = health[i].stalled;
-    counts["nonfinite_grads"] = health[i].nonfinite_grads;
-    counts["codes"] = health[i].codes;
-    counts["saturated_codes"] = health[i].saturated_codes;
-    counts["nonfinite_blocks"] = health[i].nonfinite_blocks;
+    for (const HealthCount& each : kHealthCounts) counts[each.name] = health[i].*each.count;
     found[py::make_tuple(lists_.tensors[i].group, lists_.tensors[i].position)] = counts;
   }
   return found;
