@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import table as words
-from .arithmetic import root
+from .arithmetic import inverse_root
 from .normalize import (
     column_factor,
     moments_of,
@@ -143,8 +143,7 @@ def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS
         column_count = tl.load(row + words.COLUMN_COUNT)
         average = moved_by_mean(tl.load(at, mask=exists), square_sum, column_count, eps, moments_of(derived))
         tl.store(at, average, mask=exists)
-        weight = tl.div_rn(1.0, root(average))
-        tl.store(floats + tl.load(cut + words.ROW_FACTORS) + line, weight, mask=exists)
+        tl.store(floats + tl.load(cut + words.ROW_FACTORS) + line, inverse_root(average), mask=exists)
 
 
 @triton.jit

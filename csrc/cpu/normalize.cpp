@@ -119,7 +119,7 @@ class Member {
     tensor_.scratch = &scratch_;
     context_.hyper = hyper_;
     context_.grad_multiplier = multiplier_;
-    for (uint32_t k = 0; k < 3; ++k) context_.stream_keys[k] = stream_key(group_->seed, step_, k);
+    fill_stream_keys(group_->seed, step_, context_.stream_keys);
   }
 
   bool is_matrix() const { return tensor_.factors.exist(); }
@@ -179,11 +179,8 @@ class Member {
     const int64_t begin = cut_between_blocks(tensor_, item * kItem);
     const int64_t end =
         (item + 1) * kItem < tensor_.numel ? cut_between_blocks(tensor_, (item + 1) * kItem) : tensor_.numel;
-    const StepFn step_chunk = kernels.step[group_->rule];
-    if (health == nullptr) return step_chunk(tensor_, context_, begin, end - begin, nullptr);
-    HealthCounts counts;
-    step_chunk(tensor_, context_, begin, end - begin, &counts);
-    add_counts(health[index_], counts);
+    step_chunk(kernels.step[group_->rule], tensor_, context_, begin, end - begin,
+               health == nullptr ? nullptr : health + index_);
   }
 
   // All passes at once, of a tensor of one item: by one thread, from its cache.
