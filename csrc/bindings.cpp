@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/matrices.h"
 #include "cpu/dispatch.h"
 #include "python/read_tensor.h"
 #include "python/tensor_table.h"
@@ -19,6 +20,12 @@ py::tuple listed(const Names& names) {
   return py::tuple(all);
 }
 
+template <std::vector<int64_t> (TensorTable::*numbers)()>
+py::bytes bytes_of(TensorTable& table) {
+  const std::vector<int64_t> words = (table.*numbers)();
+  return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -32,6 +39,11 @@ PYBIND11_MODULE(_core, module) {
   std::vector<const char*> counts;
   for (const fusedopt::HealthCount& each : fusedopt::kHealthCounts) counts.push_back(each.name);
   module.attr("health_counts") = listed(counts);
+  // The order of additions, for kernels that are not compiled here.
+  module.attr("reduction_chunk") = fusedopt::kReductionChunk;
+  module.attr("sum_lanes") = fusedopt::kSumLanes;
+  module.attr("max_slabs") = fusedopt::kMaxSlabs;
+  module.attr("weighed_rows") = fusedopt::kWeighedRows;
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
              "exchange_api"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
@@ -70,11 +82,8 @@ PYBIND11_MODULE(_core, module) {
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
-      .def("rows",
-           [](TensorTable& table) {
-             const std::vector<int64_t> words = table.rows();
-             return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
-           })
+      .def("rows", &bytes_of<&TensorTable::rows>)
+      .def("cuts", &bytes_of<&TensorTable::cuts>)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);

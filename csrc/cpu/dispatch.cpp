@@ -171,7 +171,7 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
 
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : tensors) count += (tensor.numel + kReductionChunk - 1) / kReductionChunk;
+  for (const TensorDesc& tensor : tensors) count += chunks_of(tensor.numel);
   return count;
 }
 

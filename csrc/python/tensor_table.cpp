@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/matrices.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -151,6 +152,17 @@ std::vector<int64_t> TensorTable::rows() {
   sort();
   std::vector<int64_t> words(lists_.tensors.size() * kRowWords);
   for (size_t i = 0; i < lists_.tensors.size(); ++i) write_row(lists_.tensors[i], &words[i * kRowWords]);
+  return words;
+}
+
+std::vector<int64_t> TensorTable::cuts() {
+  sort();
+  std::vector<int64_t> words;
+  words.reserve(lists_.tensors.size() * 4);
+  for (const TensorDesc& tensor : lists_.tensors) {
+    const MatrixCut cut = MatrixCut::of(tensor.factors, tensor.numel);
+    words.insert(words.end(), {cut.matrices, cut.height, cut.slabs, cut.panels});
+  }
   return words;
 }
 

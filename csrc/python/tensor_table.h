@@ -53,6 +53,10 @@ class TensorTable {
   // The same as numbers, for kernels that are not compiled here: kRowWords int64 for each tensor, see `write_row`.
   std::vector<int64_t> rows();
 
+  // How the matrices of each are cut up for sums: the numbers of matrices, rows of a slab, slabs of a matrix, panels of
+  // a slab (core/matrices.h).
+  std::vector<int64_t> cuts();
+
   // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
   pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
   int64_t count_square_sums() const;

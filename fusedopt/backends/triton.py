@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,8 +89,7 @@ class TritonSession(DeviceSession):
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
         if device not in self._plans or self._plans[device][0] != (rows, rules):
-            numbers = np.frombuffer(rows, np.int64).reshape(len(table), -1)
-            self._plans[device] = ((rows, rules), kernels().Plan(numbers, rules))
+            self._plans[device] = ((rows, rules), kernels().Plan(rows, table.cuts(), rules))
         return self._plans[device][1]
 
     def _mirrors_of(self, device: torch.device) -> tuple[Any, Any, Any]:
