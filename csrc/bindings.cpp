@@ -70,9 +70,9 @@ PYBIND11_MODULE(_core, module) {
       py::kw_only(), "data"_a, "bytes"_a, "threads"_a);
 
   py::class_<TensorTable>(module, "TensorTable")
-      .def(py::init(
-               [](int device_type, int device_id) { return TensorTable(fusedopt::Device{device_type, device_id}); }),
-           py::kw_only(), "device_type"_a = 1, "device_id"_a = 0)
+      .def(
+          py::init([](const std::string& type, int index) { return TensorTable(fusedopt::device_named(type, index)); }),
+          py::kw_only(), "device_type"_a = "cpu", "device_index"_a = 0)
       .def("__len__", &TensorTable::size)
       .def("clear", &TensorTable::clear)
       .def("forget", &TensorTable::forget)

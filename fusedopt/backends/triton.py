@@ -18,7 +18,6 @@ from .. import _core
 from .device import DeviceSession, Scalars, guard
 from .table import PARAM_DTYPES
 
-_DLPACK = {"cpu": 1, "cuda": 2, "xpu": 14}  # its numbers; ROCm's devices are called cuda
 _OLDEST = (3, 3)  # kernels take functions as constants, and tuples
 _INSTALL = "pip install -U 'fusedopt[triton]'"
 
@@ -138,9 +137,6 @@ class TritonBackend:
 
     def device_of(self, tensor: Tensor) -> torch.device:
         return tensor.device
-
-    def device_type(self, device: torch.device) -> int:
-        return _DLPACK[device.type]
 
     def guard(self, device: torch.device) -> AbstractContextManager[int]:
         return _no_guard() if device.type == "cpu" else guard(device)
