@@ -18,7 +18,8 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-formats sanitize-others ci clean
+.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-formats \
+	sanitize-others docs ci clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
+	@echo "make docs      build the documentation's site in out/site"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
 # torch first and pinned: nothing installed later may bring another.
@@ -37,10 +39,10 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
-# The package with one of its extras; dev has test and bench in it.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+# The package with one of its extras; dev has test, bench and docs in it.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(PIP) ".[$*]"
-	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench)
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench $(VENV)/.docs)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
@@ -87,6 +89,10 @@ OUT ?= out/gpu
 gpu-check:
 	$(PYTHON) bench/gpu_check.py --out $(OUT)
 
+# The variable silences a notice of the theme's about mkdocs 2, which is not installed.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,7 +118,7 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
 	$(PYTEST) -s -m "not slow" -p no:cacheprovider
-FORMATS_TEST := tests/test_bits.py::test_every_path_gives_the_same_bits
+FORMATS_TEST := tests/backends/test_bits.py::test_every_path_gives_the_same_bits
 
 # In two halves, which `make -j2 sanitize` runs side by side.
 sanitize: sanitize-formats sanitize-others
@@ -121,10 +127,10 @@ sanitize-formats: $(SANITIZED)/.installed
 	$(SANITIZED_PYTEST) $(FORMATS_TEST)
 
 sanitize-others: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/test_bits.py tests/test_adafactor_bits.py tests/test_formats.py \
-		tests/test_norm.py tests/test_tensors.py tests/test_quantization.py
+	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/backends/test_bits.py tests/backends/test_adafactor_bits.py \
+		tests/storage/test_formats.py tests/storage/test_quantization.py tests/engine/test_norm.py tests/engine/test_tensors.py
 
-ci: test lint sanitize
+ci: test lint sanitize docs
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

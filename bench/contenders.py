@@ -103,7 +103,7 @@ CONTENDERS = (
         "fusedopt Adafactor, lr given",
         OURS,
         partial(Adafactor, lr=HYPER["lr"], relative_step=False, scale_parameter=False),
-        gradient_reads=3,
+        gradient_reads=2,
     ),
     Contender("fusedopt + clip", OURS, _ours(max_grad_norm=MAX_GRAD_NORM), dtypes=_UNSCALED, gradient_reads=2),
     Contender(

@@ -70,7 +70,7 @@ def steps(out: Path) -> list[Step]:
         "--no-index",
     ]
     built = "import fusedopt._cuda; from fusedopt.backends.info import render; print(render())"
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_gpu_*.py"))
     return [
         Step("build", [*pip, "--upgrade", "--target", str(site), str(ROOT)], 200),
         Step("build without pip", [python, str(Path(__file__).resolve()), "--build-into", str(site)], 200, "build"),

@@ -1,7 +1,10 @@
 """fusedopt: compiled-kernel optimizers for PyTorch.
 
+```python
 import fusedopt
+
 optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, state_dtype="8bit", max_grad_norm=1.0)
+```
 """
 
 from importlib.util import find_spec as _find_spec

@@ -59,9 +59,9 @@ class Adafactor(FusedOptimizer):
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
         lr: Learning rate, >= 0, a number or a one-element tensor; None with relative_step. variant="torch" takes it for
             the upper limit of the relative one, and 1e-2 for None.
-        eps: Added to squared gradients, and the smallest RMS that a parameter counts with; both >= 0. For
-            variant="torch" (None, 1e-3), where None is the machine epsilon of a parameter's dtype, and the first bounds
-            the root of the second moment from below instead.
+        eps: Added to squared gradients, and the smallest RMS that a parameter counts with; both >= 0; (1e-30, 1e-3) by
+            default. For variant="torch" (None, 1e-3), where None is the machine epsilon of a parameter's dtype, and the
+            first bounds the root of the second moment from below instead.
         clip_threshold: Updates of a larger RMS are scaled down to it; > 0.
         decay_rate: A step's squared gradient counts with step**decay_rate; < 0.
         beta1: Decay of the first moment per step, in [0, 1); None keeps none.

@@ -53,7 +53,7 @@ class GradientNorm(_OfGradients):
     """The lr falls when the gradient norm spikes, and comes back.
 
     Let n be the measured norm, a its average over the steps before (initially the first norm), and c the scale,
-    initially 1::
+    initially 1:
 
         c = max(min_scale, min(threshold a / n, 1 - recovery (1 - c)))
         a = beta a + (1 - beta) min(n, threshold a)
@@ -117,7 +117,7 @@ class GradientSparsity(_OfGradients):
     """The lr follows the density of the gradients: the fewer elements are not zero, the smaller it is.
 
     Let z be the measured fraction of zeros, a the average density (initially that of the first step), and d the
-    density that it is compared with::
+    density that it is compared with:
 
         a = beta a + (1 - beta) (1 - z)
         c = min(max_scale, max(min_scale, (a / d)^power))
