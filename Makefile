@@ -78,7 +78,7 @@ $(TORCH_VENV)/.test: $(SOURCES)
 	@touch $@
 
 test-torch: $(TORCH_VENV)/.test
-	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not gpu" \
+	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not thorough and not gpu" \
 		--ignore=tests/cuda --ignore=tests/triton
 
 bench: $(VENV)/.bench
