@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, make_params, params_of, saved, train
+from cases import assert_same_bits, make_params, params_of, peer, saved, train
 from conversions import FORMATS, assert_same_step, assert_within, copies, dense, sharded
 from torch import Tensor
 
@@ -18,7 +18,7 @@ SHAPES = [(64, 96), (50, 90), (33,)]  # 24 blocks of 256; as many elements, but 
 @pytest.fixture
 def torchao(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its optimizers; what they compile in every first step is run as it is written."""
-    module = pytest.importorskip("torchao.optim")
+    module = peer("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return module
 
