@@ -18,13 +18,13 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-formats \
-	sanitize-others docs ci clean
+.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-all docs ci \
+	clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
-	@echo "make test      run the tests (make test-all adds the long ones)"
+	@echo "make test      run the tests (make test-all adds long ones and all combinations)"
 	@echo "make test-torch TORCH=2.6.0  run the CPU's tests against that torch, in an environment of its own"
 	@echo "make install-check  install as users do, in new environments"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
@@ -58,9 +58,9 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 emulated: $(EMULATED)/.installed
 
 test: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not thorough"
 
-test-all: $(VENV)/.test $(EMULATED)/.installed
+test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
 
@@ -78,7 +78,7 @@ $(TORCH_VENV)/.test: $(SOURCES)
 	@touch $@
 
 test-torch: $(TORCH_VENV)/.test
-	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not gpu" \
+	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not thorough and not gpu" \
 		--ignore=tests/cuda --ignore=tests/triton
 
 bench: $(VENV)/.bench
@@ -117,18 +117,15 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
-	$(PYTEST) -s -m "not slow" -p no:cacheprovider
-FORMATS_TEST := tests/backends/test_bits.py::test_every_path_gives_the_same_bits
+	$(PYTEST) -s -p no:cacheprovider
+SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafactor_bits.py storage/test_formats.py \
+	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py)
 
-# In two halves, which `make -j2 sanitize` runs side by side.
-sanitize: sanitize-formats sanitize-others
+sanitize: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)
 
-sanitize-formats: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) $(FORMATS_TEST)
-
-sanitize-others: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/backends/test_bits.py tests/backends/test_adafactor_bits.py \
-		tests/storage/test_formats.py tests/storage/test_quantization.py tests/engine/test_norm.py tests/engine/test_tensors.py
+sanitize-all: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
 ci: test lint sanitize docs
 

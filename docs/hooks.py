@@ -3,6 +3,7 @@
 - Pages that stay at the root of the repository, such as README.md, appear on the site, and links between files of the
   repository lead where they lead in it.
 - Public names in running text, as in `AdamW`, lead to the API reference.
+- An optimizer appears in the navigation and in the API reference without being listed there.
 - A built site that takes anything from another one, or lacks something of its own, is an error.
 """
 
@@ -36,6 +37,14 @@ _FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 # ---- pages and links ----------------------------------------------------------------------------------
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """Fills the navigation's empty section with the optimizers' pages, which are titled by their headings."""
+    pages = [path.relative_to(DOCS).as_posix() for path in sorted(DOCS.glob("optimizers/*.md"))]
+    for section in config.nav:
+        if "Optimizers" in section:
+            section["Optimizers"] = pages
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in AT_ROOT.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
@@ -65,6 +74,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link["text"]
         relative = os.path.relpath(place, Path(page.file.src_uri).parent)
         return f"{link['image']}[{link['text']}]({relative}{link['anchor'] or ''})"
+
+    if page.file.src_uri == "api/optimizers.md":
+        listed = (DOCS / "api/groups.md").read_text()
+        names = sorted(_public_names("fusedopt.optimizers"), key=str.lower)
+        markdown += "".join(f"\n::: fusedopt.{name}\n" for name in names if f"::: fusedopt.{name}\n" not in listed)
 
     parts = _FENCED.split(markdown)
     return "".join(part if part.startswith("```") else _LINK.sub(moved, part) for part in parts)

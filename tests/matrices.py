@@ -29,9 +29,9 @@ def cover(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def product(*axes: Iterable[Any]) -> list[Any]:
-    """All combinations, as parameters of a test; slow are those that pairs do not need.
+    """All combinations, as parameters of a test; those that pairs do not need are marked thorough.
 
-    An axis holds values, tuples of values, or pytest's parameters. Combinations of one that is slow are all slow.
+    An axis holds values, tuples of values, or pytest's parameters. Combinations of one that is marked are marked.
     """
     values = [[_parameter(value) for value in axis] for axis in axes]
     quick = [[at for at, value in enumerate(axis) if not value.marks] for axis in values]
@@ -40,7 +40,7 @@ def product(*axes: Iterable[Any]) -> list[Any]:
     for row in itertools.product(*(range(len(axis)) for axis in values)):
         parts = [axis[at] for axis, at in zip(values, row)]
         flat = itertools.chain.from_iterable(part.values for part in parts)
-        marks = () if row in chosen else pytest.mark.slow
+        marks = () if row in chosen else pytest.mark.thorough
         found.append(pytest.param(*flat, id="-".join(part.id for part in parts), marks=marks))
     return found
 
@@ -69,12 +69,12 @@ def _last_of(rows: list[Any], key: Callable[..., Any]) -> dict[Any, Any]:
 
 
 def _by_memory(rows: list[Any]) -> list[Any]:
-    """Sanitizers look at memory, of which rules see nothing: of rows with as many and such states, one is quick."""
+    """Sanitizers look at memory, of which rules see nothing: of rows with as many and such states, one is left."""
     if not SANITIZED:
         return rows
     found = _last_of(rows, lambda optimizer, group: tuple(bool(s.unquantized) for s in optimizer.states(group)))
     kept = {row.id for row in found.values()}
-    return [row if row.id in kept else row._replace(marks=[pytest.mark.slow]) for row in rows]
+    return [row if row.id in kept else row._replace(marks=[pytest.mark.thorough]) for row in rows]
 
 
 # Of each optimizer the variant with most states.
@@ -129,6 +129,21 @@ FACTORED_VARIANTS: dict[str, dict[str, Any]] = {
     "torch-eps": {"variant": "torch", "eps": (1e-3, 1e-2)},
 }
 
+# The others differ in numbers from one of these, whose passes over memory they share; folded matrices in their rows.
+_EVERY_PASS = ("relative", "momentum", "torch")
+
+
+def _is_quick(variant: str, dtype: str) -> bool:
+    return variant in _EVERY_PASS or (dtype == "fp32" and (variant == "folded" or not SANITIZED))
+
+
+factored_dtypes = pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        pytest.param(*row, marks=() if _is_quick(*row) else pytest.mark.thorough)
+        for row in itertools.product(FACTORED_VARIANTS, DTYPES)
+    ],
+)
 factored_formats = pytest.mark.parametrize(
     ("variant", "dtype", "state_format"),
     product(FACTORED_VARIANTS, DTYPES, ("fp32", "bf16-stochastic", "8bit-stochastic")),

@@ -65,6 +65,7 @@ def test_troubleshooting_quotes_messages() -> None:
 def test_every_public_name_is_in_the_api_reference() -> None:
     pages = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
     paths = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    paths += [f"fusedopt.{name}" for name in fusedopt.optimizers.__all__]  # docs/hooks.py puts them on a page
     documented = [pydoc.locate(path) for path in paths]
     assert [path for path, value in zip(paths, documented) if not inspect.getdoc(value)] == []
     # By identity: get_scheduler is a name of both modules, and needs one place.

@@ -1,9 +1,12 @@
 """Adafactor: csrc/rules/adafactor.h, which has the equation and its paper."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .normalize import by_factors, by_second_moment
+from .rule import Normalizing, Rule
 
 CONFIG = (
     "lr",
@@ -138,3 +141,15 @@ def vector_momentum(p, u, s, hyper):
     """With a first moment."""
     exp_avg = _averaged(u, s[0], hyper)
     return _updated(p, hyper[9] * exp_avg, hyper), (exp_avg, s[1]), u
+
+
+def _rule(update: Any, derive: Any, quotient: Any, states: tuple[tuple[str, bool], ...], second: int) -> Rule:
+    return Rule(update, derive, CONFIG, states, 12, normalizing=Normalizing(moments, quotient, EPS, second))
+
+
+RULES = {
+    "adafactor_matrix": _rule(matrix, derive, of_matrix, (), -1),
+    "adafactor_momentum_matrix": _rule(matrix_momentum, derive_momentum, of_matrix, MOMENTUM, -1),
+    "adafactor_vector": _rule(vector, derive, of_vector, VECTOR, 0),
+    "adafactor_momentum_vector": _rule(vector_momentum, derive_momentum, of_vector_momentum, MOMENTUM + VECTOR, 1),
+}

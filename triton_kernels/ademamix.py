@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import power, root
+from .rule import Rule
 
 CONFIG = ("lr", "beta1", "beta2", "beta3", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
 STATES = (("exp_avg", True), ("exp_avg_slow", True), ("exp_avg_sq", False))
@@ -63,3 +64,6 @@ def ademamix(p, g, s, hyper):
     mixed = exp_avg * inverse_bias1 + alpha * exp_avg_slow
     p = p * decay - lr * tl.div_rn(mixed, tl.div_rn(rooted, sqrt_bias2) + eps)
     return p, (exp_avg, exp_avg_slow, exp_avg_sq), rooted
+
+
+RULES = {"ademamix": Rule(ademamix, derive, CONFIG, STATES, 12, rooted=2)}

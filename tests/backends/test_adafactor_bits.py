@@ -20,6 +20,7 @@ from cases import (
 )
 from matrices import FACTORED_SHAPES as SHAPES
 from matrices import FACTORED_VARIANTS as VARIANTS
+from matrices import factored_dtypes
 
 from fusedopt import Adafactor
 
@@ -43,8 +44,7 @@ def assert_all_agree(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@factored_dtypes
 def test_every_path_gives_the_same_bits(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_all_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch)
 

@@ -18,9 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = "fusedopt_isa_"
 
 
+def built_objects() -> list[Path]:
+    """The kernel objects that the package was built of, if what they are made of has not changed since."""
+    sources = [ROOT / "CMakeLists.txt", *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inl", ".cpp"))]
+    kernels = [path for path in sources if path.parent.name not in ("csrc", "cuda", "python")]
+    changed = max(path.stat().st_mtime for path in kernels)
+    objects = sorted((ROOT / "build").glob(f"temp.*/fusedopt._core/CMakeFiles/{OBJECTS}*/**/*.o"))
+    return objects if all(path.stat().st_mtime > changed for path in objects) else []
+
+
 @pytest.fixture(scope="module")
 def isa_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The kernel objects alone, built as the package builds them."""
+    """The kernel objects alone: those of the package, or built as they are."""
+    if shutil.which("nm") is not None and (found := built_objects()):
+        return found
     if shutil.which("cmake") is None or shutil.which("ninja") is None or shutil.which("nm") is None:
         pytest.skip("needs cmake, ninja and nm")
     build = tmp_path_factory.mktemp("isa")
@@ -63,11 +74,12 @@ def test_instruction_sets_differ(isa_objects: list[Path]) -> None:
 def test_import_is_quick() -> None:
     """Under 0.15 s beyond torch; best of several processes, since others may run beside this one."""
     code = "import torch, time; t = time.perf_counter(); import fusedopt; print(time.perf_counter() - t)"
-    times = []
-    for _ in range(5):
+
+    def seconds() -> float:
         output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
-        times.append(float(output.stdout))
-    assert min(times) < 0.15
+        return float(output.stdout)
+
+    assert any(seconds() < 0.15 for _ in range(5))
 
 
 def test_import_does_not_load_what_few_need() -> None:

@@ -22,6 +22,7 @@ from cases import (
 )
 from gpu import params_on
 from matrices import FACTORED_VARIANTS as VARIANTS
+from matrices import factored_dtypes
 
 from fusedopt import Adafactor
 from fusedopt.reference import adafactor as reference
@@ -53,8 +54,7 @@ def assert_kernels_agree(
     return runs[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@factored_dtypes
 def test_variants(variant: str, dtype: str) -> None:
     params = assert_kernels_agree(VARIANTS[variant], lambda: params_on("cpu", SHAPES, DTYPES[dtype])).param_groups[0]
     assert all(param.isfinite().all() for param in params["params"])

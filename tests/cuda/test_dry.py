@@ -26,17 +26,24 @@ def dry(*command: str) -> str:
     return done.stdout
 
 
+OF_ADAMW = "adamw and (late or (default and bf16) or (masters and split24))"
+CHOSEN = {
+    "cuda": f"test_gpu_steps or ({OF_ADAMW}) or (factored and relative and bf16 and fp32)",
+    "triton": "(adamw and default and bf16 and (fp16 or 8bit)) or (factored and compat and fp16 and fp32)"
+    " or (masters and kahan and fp32) or (test_gpu_cuda and (lion or centered or momentum))",
+}
+
+
 @pytest.mark.long
-def test_tests() -> None:
+@pytest.mark.parametrize("folder", CHOSEN)
+def test_tests(folder: str) -> None:
     """All of steps, and of bits some of each kind; what needs CUDA itself is skipped."""
-    of_adamw = "adamw and (late or (default and bf16) or (masters and split24))"
-    chosen = f"test_gpu_steps or ({of_adamw}) or (factored and relative and bf16)"
-    chosen += " or (test_gpu_cuda and (lion or momentum)) or (test_gpu.py and factored and compat and fp32)"
-    chosen += " or (test_gpu.py and masters and kahan and fp32)"
-    tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_gpu*.py"))]
-    said = dry("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *tests)
-    assert "a dry run has no CUDA" in said
-    assert int(said.rpartition(" passed")[0].split()[-1]) > 20
+    tests = [str(path) for path in sorted((ROOT / "tests" / folder).glob("test_gpu*.py"))]
+    assert len(tests) == 2
+    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist")
+    said = dry(*command, "-k", CHOSEN[folder], *tests)
+    assert ("a dry run has no CUDA" in said) == (folder == "cuda")
+    assert int(said.rpartition(" passed")[0].split()[-1]) > 10
 
 
 @pytest.mark.long
