@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP_INSTALL := pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/$(PIP_INSTALL) --constraint constraints.txt
 CORE := $(shell find csrc cmake -type f) CMakeLists.txt
 SOURCES := $(CORE) $(shell find fusedopt triton_kernels -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt
 
@@ -17,12 +18,15 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-all docs ci clean
+.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-all docs ci \
+	clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
 	@echo "make test      run the tests (make test-all adds long ones and all combinations)"
+	@echo "make test-torch TORCH=2.6.0  run the CPU's tests against that torch, in an environment of its own"
+	@echo "make install-check  install as users do, in new environments"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
@@ -59,6 +63,23 @@ test: $(VENV)/.test $(EMULATED)/.installed
 test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
+
+install-check: $(VENV)/.test
+	$(PYTEST) -m slow tests/test_install.py
+
+# Against a torch other than that of constraints.txt. Left out is what does not reach the CPU's kernels: CUDA's need no
+# torch, and Triton's need a triton of their own.
+TORCH_VENV := .venv-torch-$(TORCH)
+$(TORCH_VENV)/.test: $(SOURCES)
+	$(if $(TORCH),,$(error say which torch: make test-torch TORCH=2.6.0))
+	$(PYTHON) -m venv $(TORCH_VENV)
+	FUSEDOPT_CMAKE_ARGS=-DFUSEDOPT_CUDA=OFF FUSEDOPT_BUILD_DIR=build/test-torch \
+		$(TORCH_VENV)/bin/$(PIP_INSTALL) torch==$(TORCH) ".[test]"
+	@touch $@
+
+test-torch: $(TORCH_VENV)/.test
+	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not thorough and not gpu" \
+		--ignore=tests/cuda --ignore=tests/triton
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py --processes 3 --out out/bench

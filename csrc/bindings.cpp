@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/matrices.h"
 #include "cpu/dispatch.h"
 #include "python/read_tensor.h"
 #include "python/tensor_table.h"
@@ -10,10 +11,39 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 using fusedopt::TensorTable;
 
+namespace {
+
+template <class Names>
+py::tuple listed(const Names& names) {
+  py::list all;
+  for (const char* name : names) all.append(name);
+  return py::tuple(all);
+}
+
+template <std::vector<int64_t> (TensorTable::*numbers)()>
+py::bytes bytes_of(TensorTable& table) {
+  const std::vector<int64_t> words = (table.*numbers)();
+  return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled core of fusedopt: rules, formats and tile loops. It does not link torch.";
 
   module.attr("layout") = fusedopt::layout_of_lists();  // fusedopt._cuda must have the same
+  // A function that takes one of these takes its position here.
+  module.attr("dtypes") = listed(fusedopt::kDTypeNames);
+  module.attr("roundings") = listed(fusedopt::kRoundingNames);
+  module.attr("masters") = listed(fusedopt::kMasterNames);
+  std::vector<const char*> counts;
+  for (const fusedopt::HealthCount& each : fusedopt::kHealthCounts) counts.push_back(each.name);
+  module.attr("health_counts") = listed(counts);
+  // The order of additions, for kernels that are not compiled here.
+  module.attr("reduction_chunk") = fusedopt::kReductionChunk;
+  module.attr("sum_lanes") = fusedopt::kSumLanes;
+  module.attr("max_slabs") = fusedopt::kMaxSlabs;
+  module.attr("weighed_rows") = fusedopt::kWeighedRows;
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
              "exchange_api"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
@@ -40,9 +70,9 @@ PYBIND11_MODULE(_core, module) {
       py::kw_only(), "data"_a, "bytes"_a, "threads"_a);
 
   py::class_<TensorTable>(module, "TensorTable")
-      .def(py::init(
-               [](int device_type, int device_id) { return TensorTable(fusedopt::Device{device_type, device_id}); }),
-           py::kw_only(), "device_type"_a = 1, "device_id"_a = 0)
+      .def(
+          py::init([](const std::string& type, int index) { return TensorTable(fusedopt::device_named(type, index)); }),
+          py::kw_only(), "device_type"_a = "cpu", "device_index"_a = 0)
       .def("__len__", &TensorTable::size)
       .def("clear", &TensorTable::clear)
       .def("forget", &TensorTable::forget)
@@ -52,11 +82,8 @@ PYBIND11_MODULE(_core, module) {
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
-      .def("rows",
-           [](TensorTable& table) {
-             const std::vector<int64_t> words = table.rows();
-             return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
-           })
+      .def("rows", &bytes_of<&TensorTable::rows>)
+      .def("cuts", &bytes_of<&TensorTable::cuts>)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);

@@ -44,9 +44,6 @@ class EmulatedBackend(CudaBackend):
     def device_of(self, tensor: Tensor) -> torch.device:
         return torch.device("cpu")
 
-    def device_type(self, device: torch.device) -> int:
-        return 1
-
     @contextmanager
     def guard(self, device: torch.device) -> Iterator[int]:
         yield 0

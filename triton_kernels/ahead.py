@@ -17,12 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedopt import checks
-from fusedopt.backends.table import DTYPES as CODES
-from fusedopt.backends.table import MASTERS
-from fusedopt.optimizers.names import CLASSES
+from fusedopt.backends.table import DTYPE_CODES, MASTER_CODES, ROUNDING_CODES
+from fusedopt.engine.optimizer import CLASSES
 from fusedopt.storage.masters import KEYS
 from fusedopt.storage.masters import rounding_of as param_rounding_of
-from fusedopt.storage.state import DTYPES, EIGHT_BIT, FORMATS, ROUNDINGS, StateSpec, requested_format, rounding_of
+from fusedopt.storage.state import DTYPES, EIGHT_BIT, FORMATS, StateSpec, requested_format, rounding_of
 
 from . import launch, passes, prepare, reduce, rules, step
 
@@ -59,7 +58,7 @@ def _specs_of(name: str) -> list[StateSpec]:
 
 
 def words_of(name: str, text: str) -> list[int]:
-    """The FORMATS (csrc/python/tensor_table.cpp) of a rule's kernels for one of the texts that USUAL_FORMATS has.
+    """The FORMATS (table.py) of a rule's kernels for one of the texts that USUAL_FORMATS has.
 
     There are two if states have 8 bits, because vectors keep float32.
     """
@@ -70,19 +69,20 @@ def words_of(name: str, text: str) -> list[int]:
     states = checks.one_of("the states' format", parts[1], FORMATS)
     master = checks.one_of("master_weights", parts[2], KEYS) if len(parts) == 3 else None
     rounding = param_rounding_of({"rounding": None, "master_weights": master})
-    word = CODES[DTYPES[param]] | CODES[DTYPES[param]] << 3 | MASTERS[master] << 9
+    dtype = DTYPE_CODES[DTYPES[param]]
+    word = dtype | dtype << 3 | MASTER_CODES[master] << 9
     if master is not None:
-        word |= CODES[_MASTER_DTYPES[master]] << 6
+        word |= DTYPE_CODES[_MASTER_DTYPES[master]] << 6
     if param != "float32":
-        word |= ROUNDINGS.index(rounding) << 12
+        word |= ROUNDING_CODES[rounding] << 12
     words = set()
     for wanted in {states, "float32"} if states == EIGHT_BIT else {states}:
         whole = word
         for k, spec in enumerate(_specs_of(name)):
             stored = requested_format(spec, "float32" if wanted == EIGHT_BIT and spec.unquantized else wanted)
             if stored != "float32":
-                code = CODES[torch.uint8 if stored == EIGHT_BIT else DTYPES[stored]]
-                whole |= code << (13 + 3 * k) | ROUNDINGS.index(rounding_of(spec, None)) << (25 + k)
+                code = DTYPE_CODES[torch.uint8 if stored == EIGHT_BIT else DTYPES[stored]]
+                whole |= code << (13 + 3 * k) | ROUNDING_CODES[rounding_of(spec, None)] << (25 + k)
         words.add(whole)
     return sorted(words)
 

@@ -27,6 +27,12 @@ def root(x):
 
 
 @triton.jit
+def inverse_root(x):
+    """1 over the root of a float32; both operations round."""
+    return tl.div_rn(1.0, root(x))
+
+
+@triton.jit
 def sign(x):
     """-1, 1, or x itself where it is zero or NaN."""
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))

@@ -6,19 +6,21 @@ All integer or exact arithmetic. Triton's casts are not used for rounding, becau
 import triton
 import triton.language as tl
 
+from fusedopt import _core
+
 from .arithmetic import bits_of, float_of
 
 # DType and Master of csrc/core/tensors.h
-FLOAT32 = tl.constexpr(0)
-BFLOAT16 = tl.constexpr(1)
-FLOAT16 = tl.constexpr(2)
-CODES = tl.constexpr(3)
+FLOAT32 = tl.constexpr(_core.dtypes.index("float32"))
+BFLOAT16 = tl.constexpr(_core.dtypes.index("bfloat16"))
+FLOAT16 = tl.constexpr(_core.dtypes.index("float16"))
+CODES = tl.constexpr(_core.dtypes.index("uint8"))
 
-NO_MASTER = tl.constexpr(0)
-KAHAN = tl.constexpr(1)
-SPLIT24 = tl.constexpr(2)
-SPLIT32 = tl.constexpr(3)
-FLOAT32_MASTER = tl.constexpr(4)
+NO_MASTER = tl.constexpr(_core.masters.index(None))
+KAHAN = tl.constexpr(_core.masters.index("kahan"))
+SPLIT24 = tl.constexpr(_core.masters.index("split24"))
+SPLIT32 = tl.constexpr(_core.masters.index("split32"))
+FLOAT32_MASTER = tl.constexpr(_core.masters.index("float32"))
 
 _SIZE_BITS = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from . import passes, prepare, reduce, step, table
+from .codes import BLOCK
+from .formats import CODES
 from .normalize import MOMENTS
+from .passes import divided_up
 from .rules import RULES
 
 # Kernels add and multiply in separate roundings.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 
-_TILE = step.BLOCKS.value * 64
-_PROGRAM = _TILE * step.TILES.value
-_CHUNK = reduce.LANES.value * reduce.TERMS.value
+_PROGRAM = step.BLOCKS.value * step.TILES.value  # blocks
 _POINTERS = [table.PARAM.value, table.GRAD.value, table.MASTER.value, *range(table.STATES.value, table.SCALES.value)]
 
 
@@ -95,16 +96,18 @@ class Plan:
     """A step's tensors as launches.
 
     Args:
-        rows: What `TensorTable.rows` gave: a row for each tensor, in list order.
+        given_rows: What `TensorTable.rows` gave: a row for each tensor, in list order.
+        given_cuts: What `TensorTable.cuts` gave.
         rules_of: The name of each group's rule.
     """
 
-    def __init__(self, rows: np.ndarray[Any, Any], rules_of: Sequence[str]) -> None:
+    def __init__(self, given_rows: bytes, given_cuts: bytes, rules_of: Sequence[str]) -> None:
+        rows, given = _numbers(given_rows, table.FIRST_PROGRAM.value), _numbers(given_cuts, table.UNITS.value)
         names = sorted(set(rules_of))
         rule = np.array([names.index(name) for name in rules_of])[rows[:, table.GROUP.value]]
         formats = rows[:, table.FORMATS.value]
         order = np.lexsort((formats, rule))
-        chunks = -(-rows[:, table.NUMEL.value] // _CHUNK)
+        chunks = divided_up(rows[:, table.NUMEL.value], reduce.CHUNK.value)
         self.chunks = int(chunks.sum())
 
         filled = np.zeros((len(rows), table.WIDTH.value), np.int64)
@@ -112,22 +115,24 @@ class Plan:
         rule, formats, numel = rule[order], formats[order], filled[:, table.NUMEL.value]
         has_codes = np.zeros(len(rows), bool)
         for state in range(4):
-            has_codes |= (formats >> (13 + 3 * state)) & 7 == 3
+            has_codes |= (formats >> (13 + 3 * state)) & 7 == CODES.value
         length = np.where(has_codes, filled[:, table.ROW.value], numel)
         filled[:, table.ROW.value] = length
         filled[:, table.IS_ALIGNED.value] = (filled[:, _POINTERS] % 16 == 0).all(1)
         filled[:, table.FIRST_CHUNK.value] = (np.cumsum(chunks) - chunks)[order]
-        sum_programs = -(-chunks[order] // reduce.CHUNKS.value)
+        sum_programs = divided_up(chunks[order], reduce.CHUNKS.value)
         filled[:, table.FIRST_SUM_PROGRAM.value] = np.cumsum(sum_programs) - sum_programs
         self.sum_programs = int(sum_programs.sum())
 
-        blocks = numel // np.maximum(length, 1) * -(-length // 64)
-        programs = -(-blocks * 64 // _PROGRAM)
+        blocks = numel // np.maximum(length, 1) * divided_up(length, BLOCK.value)
+        programs = divided_up(blocks, _PROGRAM)
         begins = np.flatnonzero(np.diff(rule, prepend=-1) | np.diff(formats, prepend=-1))
         self.launches = []
         # How tensors are cut up for sums, row by row, if a rule asks for that.
-        normalizes = any(RULES[name].normalizing for name in names)
-        self.cuts = np.zeros((len(rows), table.CUT_WIDTH.value), np.int64) if normalizes else None
+        self.cuts = None
+        if any(RULES[name].normalizing for name in names):
+            self.cuts = np.zeros((len(rows), table.CUT_WIDTH.value), np.int64)
+            self.cuts[:, : given.shape[1]] = given[order]
         for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(rows)]):
             until = np.cumsum(programs[first:last])
             filled[first:last, table.FIRST_PROGRAM.value] = until - programs[first:last]
@@ -145,6 +150,10 @@ class Plan:
             first = found.get(launch.rule, (launch.rule, launch.first, 0))[1]
             found[launch.rule] = (launch.rule, first, launch.last)
         return list(found.values())
+
+
+def _numbers(given: bytes, width: int) -> passes.Numbers:
+    return np.frombuffer(given, np.int64).reshape(-1, width)
 
 
 def group_rows(
@@ -182,9 +191,9 @@ def pairwise_sum(sums: Tensor) -> Tensor:
     if len(sums) == 0:
         return torch.zeros(1, dtype=torch.float64, device=sums.device)
     while len(sums) > 1:
-        count = -(-len(sums) // reduce.PAIRS.value)
+        count = divided_up(len(sums), reduce.PAIRS.value)
         added = torch.empty(count, dtype=torch.float64, device=sums.device)
-        reduce.pairwise_kernel[(-(-count // reduce.ROWS.value),)](sums, added, len(sums), **OPTIONS)
+        reduce.pairwise_kernel[(divided_up(count, reduce.ROWS.value),)](sums, added, len(sums), **OPTIONS)
         sums = added
     return sums
 
@@ -207,7 +216,7 @@ def take_step(
         square_sum, grad_norm = pairwise_sum(square_sums(plan, rows)), norm
     derived = torch.empty((len(rows), table.DERIVED_WIDTH.value), dtype=torch.int32, device=rows.device)
     for name, first, last in plan.of_rules():
-        prepare.prepare_kernel[(-(-(last - first) // prepare.TENSORS.value),)](
+        prepare.prepare_kernel[(divided_up(last - first, prepare.TENSORS.value),)](
             rows[first:last],
             groups,
             derived[first:last],

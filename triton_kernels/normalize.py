@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import table as words
-from .arithmetic import float_of, maximum, root
+from .arithmetic import float_of, inverse_root, maximum, root
 from .codes import BLOCK
 
 MOMENTS = tl.constexpr(6)
@@ -54,7 +54,7 @@ def row_factor(average, mean, moments):
     if moments[4]:
         factor = tl.div_rn(average, floored(mean, moments[2]))
     else:
-        factor = tl.div_rn(1.0, root(tl.div_rn(average, mean)))
+        factor = inverse_root(tl.div_rn(average, mean))
     return factor
 
 
@@ -63,7 +63,7 @@ def column_factor(average, moments):
     """The same for a column."""
     factor = average
     if not moments[4]:
-        factor = tl.div_rn(1.0, root(average))
+        factor = inverse_root(average)
     return factor
 
 

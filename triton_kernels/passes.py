@@ -14,10 +14,6 @@ from . import prepare, reduce, sums, table
 from .normalize import MOMENTS
 from .rules import Rule
 
-_CHUNK = reduce.LANES.value * reduce.TERMS.value
-# The order of additions (csrc/core/matrices.h).
-_MAX_SLABS = 64
-_MIN_SLAB_ROWS = 320
 _ALIGNED = 16  # numbers: each tensor's begin at a multiple of this
 
 Numbers = np.ndarray[Any, Any]
@@ -77,19 +73,11 @@ class Cuts:
     def fill(cls, cuts: Numbers, rows: Numbers, second: int) -> Cuts:
         """Fills the table of these tensors' cuts; `second` is the state that holds their second moment, or -1."""
         row_count, column_count = rows[:, table.ROW_COUNT.value], rows[:, table.COLUMN_COUNT.value]
-        numel = rows[:, table.NUMEL.value]
-        matrices = numel // np.maximum(row_count * column_count, 1)
-        matrices = np.where(row_count > 0, matrices, 0)
-        height = _divided_up(row_count, np.clip(row_count // _MIN_SLAB_ROWS, 1, _MAX_SLABS))
-        slabs, panels = _divided_up(row_count, np.maximum(height, 1)), _divided_up(column_count, _CHUNK)
-        chunks = np.where(row_count > 0, 0, _divided_up(numel, _CHUNK))  # of vectors
+        matrices, slabs, panels = (cuts[:, word.value] for word in (table.MATRICES, table.SLABS, table.PANELS))
+        chunks = np.where(row_count > 0, 0, divided_up(rows[:, table.NUMEL.value], reduce.CHUNK.value))  # of vectors
         lines, columns = matrices * row_count, matrices * column_count
         units = matrices * slabs * panels + chunks
         for word, numbers in (
-            (table.MATRICES, matrices),
-            (table.HEIGHT, height),
-            (table.SLABS, slabs),
-            (table.PANELS, panels),
             (table.UNITS, units),
             (table.WEIGHED, matrices + chunks),
             (table.SECOND, rows[:, table.STATES.value + second] if second >= 0 else 0),
@@ -111,12 +99,12 @@ class Cuts:
 
         programs = {}
         for word, counts in (
-            (table.FIRST_OF_PARTS, _divided_up(lines * panels + chunks, reduce.CHUNKS.value)),
-            (table.FIRST_OF_ROWS, _divided_up(lines, sums.AVERAGED_ROWS.value)),
-            (table.FIRST_OF_STRIPS, matrices * slabs * _divided_up(column_count, sums.STRIP.value)),
-            (table.FIRST_OF_COLUMNS, _divided_up(columns, sums.AVERAGED_COLUMNS.value)),
+            (table.FIRST_OF_PARTS, divided_up(lines * panels + chunks, reduce.CHUNKS.value)),
+            (table.FIRST_OF_ROWS, divided_up(lines, sums.AVERAGED_ROWS.value)),
+            (table.FIRST_OF_STRIPS, matrices * slabs * divided_up(column_count, sums.STRIP.value)),
+            (table.FIRST_OF_COLUMNS, divided_up(columns, sums.AVERAGED_COLUMNS.value)),
             (table.FIRST_OF_MATRICES, matrices),
-            (table.FIRST_OF_UNITS, _divided_up(units, sums.SUMMED_UNITS.value)),
+            (table.FIRST_OF_UNITS, divided_up(units, sums.SUMMED_UNITS.value)),
         ):
             until = np.cumsum(counts)
             cuts[:, word.value] = until - counts
@@ -124,13 +112,14 @@ class Cuts:
         return cls(programs, doubles, floats)
 
 
-def _divided_up(a: Any, b: Any) -> Any:
+def divided_up(a: Any, b: Any) -> Any:
+    """Of integers, or arrays of them."""
     return -(-a // b)
 
 
 def _place(cuts: Numbers, word: int, sizes: Numbers, begin: int) -> int:
     """Gives each tensor a place of its size from `begin` on. Returns where the next place may begin."""
-    sizes = _divided_up(sizes, _ALIGNED) * _ALIGNED
+    sizes = divided_up(sizes, _ALIGNED) * _ALIGNED
     until = np.cumsum(sizes)
     cuts[:, word] = begin + until - sizes
     return begin + int(until[-1])

@@ -6,13 +6,16 @@ Elements past the end count as 0, which changes no bit of a sum.
 import triton
 import triton.language as tl
 
+from fusedopt import _core
+
 from . import table as words
 from .formats import BFLOAT16, FLOAT16, FLOAT32, decode16
 from .table import find_row
 from .tiles import load
 
-LANES = tl.constexpr(16)  # of a chunk, each summed in order
-TERMS = tl.constexpr(256)  # of a lane
+CHUNK = tl.constexpr(_core.reduction_chunk)  # elements
+LANES = tl.constexpr(_core.sum_lanes)  # of a chunk, each summed in order
+TERMS = tl.constexpr(_core.reduction_chunk // _core.sum_lanes)  # of a lane
 CHUNKS = tl.constexpr(16)  # of a program
 PAIRS = tl.constexpr(64)  # numbers that are added in pairs at a time
 ROWS = tl.constexpr(16)  # of them, of a program
@@ -51,6 +54,12 @@ def chunk_sums(TERM: tl.constexpr, source, begin, length, is_aligned, FORMATS: t
             lane = (term + k) * LANES + lanes
             total = total + TERM(source, (base, begin + lane, lane < length[:, None]), FORMATS, False)
     return in_pairs(total, CHUNKS, LANES, 4)
+
+
+@triton.jit
+def length_of_chunk(begin, numel):
+    """How many elements there are of a chunk that begins there."""
+    return tl.minimum(tl.maximum(numel - begin, 0), CHUNK)
 
 
 @triton.jit
@@ -125,14 +134,14 @@ def _square_of_gradient(source, place, FORMATS: tl.constexpr, WHOLE: tl.constexp
 
 @triton.jit(do_not_specialize=["count"])
 def square_sum_kernel(table, sums, count):
-    """The sum of the squares of each chunk of 4,096 elements; a program takes 16 chunks of one tensor."""
+    """The sum of the squares of each chunk; a program takes CHUNKS chunks of one tensor."""
     program = tl.program_id(0)
     row = table + find_row(table, count, program, words.FIRST_SUM_PROGRAM) * words.WIDTH
     numel = tl.load(row + words.NUMEL)
     source = (tl.load(row + words.GRAD), (tl.load(row + words.FORMATS) >> 3) & 7)
     chunk = (program - tl.load(row + words.FIRST_SUM_PROGRAM)) * CHUNKS + tl.arange(0, CHUNKS)
-    begin = chunk * (LANES * TERMS)
-    length = tl.minimum(tl.maximum(numel - begin, 0), LANES * TERMS)
+    begin = chunk * CHUNK
+    length = length_of_chunk(begin, numel)
     is_aligned = tl.load(row + words.IS_ALIGNED) != 0
     total = chunk_sums(_square_of_gradient, source, begin, length, is_aligned, 0)
     tl.store(sums + tl.load(row + words.FIRST_CHUNK) + chunk, total, mask=length > 0)

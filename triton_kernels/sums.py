@@ -8,8 +8,10 @@ workspaces for float64 and for float32, and the number of tensors. EPS says whic
 import triton
 import triton.language as tl
 
+from fusedopt import _core
+
 from . import table as words
-from .arithmetic import root
+from .arithmetic import inverse_root
 from .normalize import (
     column_factor,
     moments_of,
@@ -19,7 +21,19 @@ from .normalize import (
     row_factor,
     scaled,
 )
-from .reduce import CHUNKS, LANES, chunk_sums, empty_stack, in_pairs, paired, popped, pushed, squared
+from .reduce import (
+    CHUNK,
+    CHUNKS,
+    LANES,
+    chunk_sums,
+    empty_stack,
+    in_pairs,
+    length_of_chunk,
+    paired,
+    popped,
+    pushed,
+    squared,
+)
 from .table import find_row
 from .tiles import load, load_dense, load_param, store
 
@@ -27,9 +41,8 @@ AVERAGED_ROWS = tl.constexpr(128)  # of a program
 STRIP = tl.constexpr(256)  # columns
 AVERAGED_COLUMNS = tl.constexpr(32)
 SUMMED_UNITS = tl.constexpr(16)
-GROUP = tl.constexpr(4)  # rows whose weighted squares are added in float32
-_CHUNK = tl.constexpr(4096)  # LANES * TERMS of reduce.py
-_SLABS = tl.constexpr(64)  # at most
+GROUP = tl.constexpr(_core.weighed_rows)  # whose weighted squares are added in float32
+_SLABS = tl.constexpr(_core.max_slabs)
 
 
 @triton.jit
@@ -67,10 +80,21 @@ def _parts(row, cut, program):
     part = program * CHUNKS + tl.arange(0, CHUNKS)
     line = part // panels
     panel = part - line * panels
-    left = tl.minimum(column_count - panel * _CHUNK, _CHUNK)
+    left = tl.minimum(column_count - panel * CHUNK, CHUNK)
     length = tl.where(line < tl.load(cut + words.MATRICES) * tl.load(row + words.ROW_COUNT), left, 0)
     is_aligned = (tl.load(row + words.IS_ALIGNED) != 0) & (column_count % LANES == 0)
-    return part, line, panel, line * column_count + panel * _CHUNK, length, is_aligned
+    return part, line, panel, line * column_count + panel * CHUNK, length, is_aligned
+
+
+@triton.jit
+def _rows_of(slab, row, cut):
+    """The first row of a slab, counted through all matrices, and how many it has."""
+    row_count = tl.load(row + words.ROW_COUNT)
+    height = tl.load(cut + words.HEIGHT)
+    slabs = tl.load(cut + words.SLABS)
+    matrix = slab // slabs
+    begin = (slab - matrix * slabs) * height
+    return matrix * row_count + begin, tl.minimum(height, row_count - begin)
 
 
 # ---- terms of sums: see reduce.chunk_sums ------------------------------------------------------
@@ -143,8 +167,7 @@ def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS
         column_count = tl.load(row + words.COLUMN_COUNT)
         average = moved_by_mean(tl.load(at, mask=exists), square_sum, column_count, eps, moments_of(derived))
         tl.store(at, average, mask=exists)
-        weight = tl.div_rn(1.0, root(average))
-        tl.store(floats + tl.load(cut + words.ROW_FACTORS) + line, weight, mask=exists)
+        tl.store(floats + tl.load(cut + words.ROW_FACTORS) + line, inverse_root(average), mask=exists)
 
 
 @triton.jit
@@ -166,19 +189,13 @@ def column_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD
     """Both sums of each column of a slab: a program takes a strip of columns of a slab."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_STRIPS)
     if steps:
-        row_count = tl.load(row + words.ROW_COUNT)
         column_count = tl.load(row + words.COLUMN_COUNT)
-        height = tl.load(cut + words.HEIGHT)
-        slabs = tl.load(cut + words.SLABS)
         strips = (column_count + STRIP - 1) // STRIP
         slab = program // strips
         begin = (program - slab * strips) * STRIP
         columns = begin + tl.arange(0, STRIP)
         exists = columns < column_count
-        matrix = slab // slabs
-        first = (slab - matrix * slabs) * height
-        rows = tl.minimum(height, row_count - first)
-        line = matrix * row_count + first
+        line, rows = _rows_of(slab, row, cut)
         weights = floats + tl.load(cut + words.ROW_FACTORS)
         source = (tl.load(row + words.GRAD), _multiplier(derived), weights, column_count)
         sums = tl.zeros((STRIP,), tl.float64)
@@ -239,10 +256,10 @@ def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
         column_count = tl.load(row + words.COLUMN_COUNT)
         averages = tl.load(row + words.ROW_AVERAGES)
         stack = empty_stack(1)
-        blocks = (row_count + CHUNKS * _CHUNK - 1) // (CHUNKS * _CHUNK)
+        blocks = (row_count + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
         for block in range(blocks):
-            begin = (block * CHUNKS + tl.arange(0, CHUNKS)) * _CHUNK
-            length = tl.minimum(tl.maximum(row_count - begin, 0), _CHUNK)
+            begin = (block * CHUNKS + tl.arange(0, CHUNKS)) * CHUNK
+            length = length_of_chunk(begin, row_count)
             total = chunk_sums(_average, averages, matrix * row_count + begin, length, False, 0)
             stack = pushed(stack, block, in_pairs(total[None, :], 1, CHUNKS, 4))
         mean = (popped(stack, blocks) / row_count.to(tl.float64)).to(tl.float32)
@@ -286,7 +303,7 @@ def part_sum_kernel(table, cuts, groups, derived, doubles, floats, count, FORMAT
             of_rows = tl.load(floats + tl.load(cut + words.ROW_FACTORS) + line, mask=exists, other=0.0)
             columns = floats + tl.load(cut + words.COLUMN_FACTORS)
             matrix = line // tl.load(row + words.ROW_COUNT)
-            ahead = begin - (matrix * tl.load(row + words.COLUMN_COUNT) + panel * _CHUNK)
+            ahead = begin - (matrix * tl.load(row + words.COLUMN_COUNT) + panel * CHUNK)
             source = (tl.load(row + words.GRAD), _multiplier(derived), of_rows, columns, ahead, moments[3])
             GRAD: tl.constexpr = (FORMATS >> 3) & 7
             updates = chunk_sums(_square_of_matrix_update, source, begin, length, is_aligned, GRAD)
@@ -309,17 +326,14 @@ def unit_sum_kernel(table, cuts, groups, derived, doubles, floats, count):
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_UNITS)
     moments = moments_of(derived)
     if steps & (moments[4] | moments[5]):
-        row_count = tl.load(row + words.ROW_COUNT)
         height = tl.load(cut + words.HEIGHT)
-        slabs = tl.load(cut + words.SLABS)
         panels = tl.load(cut + words.PANELS)
         unit = program * SUMMED_UNITS + tl.arange(0, SUMMED_UNITS)
         exists = unit < tl.load(cut + words.UNITS)
         slab = unit // panels
-        matrix = slab // slabs
-        begin = (slab - matrix * slabs) * height
-        first = (matrix * row_count + begin) * panels + (unit - slab * panels)
-        rows = tl.where(exists, tl.minimum(height, row_count - begin), 0)
+        line, rows = _rows_of(slab, row, cut)
+        first = line * panels + (unit - slab * panels)
+        rows = tl.where(exists, rows, 0)
         if moments[5]:
             weights = _in_order(doubles + tl.load(cut + words.WEIGHT_SUMS), first, rows, panels, height)
             tl.store(doubles + tl.load(cut + words.PARAM_SUMS) + unit, weights, mask=exists)
@@ -338,8 +352,8 @@ def vector_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.
     if steps:
         moments = moments_of(derived)
         chunk = program * CHUNKS + tl.arange(0, CHUNKS)
-        begin = chunk * _CHUNK
-        length = tl.minimum(tl.maximum(tl.load(row + words.NUMEL) - begin, 0), _CHUNK)
+        begin = chunk * CHUNK
+        length = length_of_chunk(begin, tl.load(row + words.NUMEL))
         is_aligned = tl.load(row + words.IS_ALIGNED) != 0
         eps = _eps_of(row, groups, EPS).to(tl.float32)
         source = (tl.load(row + words.GRAD), _multiplier(derived), tl.load(cut + words.SECOND), eps, moments)

@@ -14,6 +14,8 @@ NUMEL = tl.constexpr(12)
 ROW = tl.constexpr(13)  # blocks of codes do not cross multiples of this; without codes, all elements are one row
 FIRST_INDEX = tl.constexpr(14)
 GROUP = tl.constexpr(15)
+# From bit 0 on, the DTypes of parameter, gradient and master, and the Master, three bits each; 12 the parameter's
+# Rounding; 13 states' DTypes, three bits each; 25 their Roundings. See csrc/core/tensors.h.
 FORMATS = tl.constexpr(16)
 ROW_AVERAGES = tl.constexpr(17)  # of a second moment that is factored
 COLUMN_AVERAGES = tl.constexpr(18)
@@ -34,8 +36,8 @@ MAX_GRAD_NORM = tl.constexpr(4)  # float64
 CONFIG = tl.constexpr(5)
 GROUP_WIDTH = tl.constexpr(18)
 
-# How a tensor is cut up for sums (csrc/core/matrices.h), and where these go: the table of rules that normalize. Offsets
-# are in the workspace of float64 or of float32.
+# How a tensor is cut up for sums, and where these go: the table of rules that normalize. The first ones are what the
+# core gives (csrc/core/matrices.h). Offsets are in the workspace of float64 or of float32.
 MATRICES = tl.constexpr(0)
 HEIGHT = tl.constexpr(1)  # rows of a slab; the last may be shorter
 SLABS = tl.constexpr(2)  # of a matrix

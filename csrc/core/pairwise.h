@@ -9,8 +9,11 @@
 namespace fusedopt {
 
 constexpr int64_t kReductionChunk = 4096;  // elements whose sum is one of those partial sums
+constexpr int kSumLanes = 16;              // of a chunk, each summed in order
 
 namespace {
+
+FUSEDOPT_FN constexpr int64_t chunks_of(int64_t numel) { return divided_up(numel, kReductionChunk); }
 
 // Destroys the numbers.
 FUSEDOPT_FN double pairwise_sum(double* x, int64_t n) {

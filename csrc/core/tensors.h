@@ -7,7 +7,9 @@ namespace fusedopt {
 
 constexpr int kMaxStates = 4;
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3, kInt8 = 4, kInt16 = 5 };
+// The values are positions in the list of names that follows, which Python reads (bindings.cpp). So are those below.
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kUInt8, kInt8, kInt16 };
+constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16", "uint8", "int8", "int16"};  // torch's
 
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -29,10 +31,12 @@ constexpr double epsilon_of(DType dtype) {
   return dtype == DType::kBFloat16 ? 0x1p-7 : dtype == DType::kFloat16 ? 0x1p-10 : 0x1p-23;
 }
 
-enum class Rounding : int32_t { kNearest = 0, kStochastic = 1 };
+enum class Rounding : int32_t { kNearest, kStochastic };
+constexpr const char* kRoundingNames[] = {"nearest", "stochastic"};
 
 // What a 16-bit parameter keeps beside itself so that small updates are not lost (storage/master.h).
-enum class Master : int32_t { kNone = 0, kKahan = 1, kSplit24 = 2, kSplit32 = 3, kFloat32 = 4 };
+enum class Master : int32_t { kNone, kKahan, kSplit24, kSplit32, kFloat32 };
+constexpr const char* kMasterNames[] = {nullptr, "kahan", "split24", "split32", "float32"};
 
 // A flat run of numbers in memory and how it is encoded. kUInt8 are the codes of storage/blockwise8.h.
 struct Buffer {
@@ -70,6 +74,20 @@ struct HealthCounts {
   int64_t saturated_codes = 0;   // of them, at the end of their range
   int64_t nonfinite_blocks = 0;  // blocks of codes that hold inf or NaN
 };
+
+// All of them by name.
+struct HealthCount {
+  const char* name;
+  int64_t HealthCounts::* count;
+};
+constexpr HealthCount kHealthCounts[] = {
+    {"stalled", &HealthCounts::stalled},
+    {"nonfinite_grads", &HealthCounts::nonfinite_grads},
+    {"codes", &HealthCounts::codes},
+    {"saturated_codes", &HealthCounts::saturated_codes},
+    {"nonfinite_blocks", &HealthCounts::nonfinite_blocks},
+};
+static_assert(sizeof(kHealthCounts) / sizeof(HealthCount) == sizeof(HealthCounts) / sizeof(int64_t));
 
 // One parameter of a step.
 struct TensorDesc {

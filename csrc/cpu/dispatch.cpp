@@ -90,7 +90,7 @@ Contexts derive_all(const std::vector<TensorDesc>& tensors, const std::vector<Gr
       const RuleInfo& info = rules()[group.rule];
       if (!info.normalizes) info.derive(group.config, step, {}, derived.hyper);
       derived.context.grad_multiplier = static_cast<float>(group.grad_multiplier);
-      for (uint32_t k = 0; k < 3; ++k) derived.context.stream_keys[k] = stream_key(group.seed, step, k);
+      fill_stream_keys(group.seed, step, derived.context.stream_keys);
     }
     result.of_tensor.push_back(held);
   }
@@ -132,17 +132,15 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void add_counts(HealthCounts& total, const HealthCounts& counts) {
+void step_chunk(StepFn step, const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                HealthCounts* health) {
+  if (health == nullptr) return step(tensor, context, begin, length, nullptr);
+  HealthCounts counts;
+  step(tensor, context, begin, length, &counts);
 #if defined(_OPENMP)
 #pragma omp critical(fusedopt_health)
 #endif
-  {
-    total.stalled += counts.stalled;
-    total.nonfinite_grads += counts.nonfinite_grads;
-    total.codes += counts.codes;
-    total.saturated_codes += counts.saturated_codes;
-    total.nonfinite_blocks += counts.nonfinite_blocks;
-  }
+  for (const HealthCount& each : kHealthCounts) health->*each.count += counts.*each.count;
 }
 
 int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position) {
@@ -160,14 +158,8 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
   for_each_chunk(plan_step(tensors, takes_one_pass), threads, [&](int64_t, const Chunk& chunk) {
     const TensorDesc& tensor = tensors[chunk.tensor];
     const Derived& derived = contexts.derived[contexts.of_tensor[chunk.tensor]];
-    const StepFn step_chunk = kernels.step[groups[tensor.group].rule];
-    if (health == nullptr) {
-      step_chunk(tensor, derived.context, chunk.begin, chunk.length, nullptr);
-    } else {
-      HealthCounts counts;
-      step_chunk(tensor, derived.context, chunk.begin, chunk.length, &counts);
-      add_counts(health[chunk.tensor], counts);
-    }
+    step_chunk(kernels.step[groups[tensor.group].rule], tensor, derived.context, chunk.begin, chunk.length,
+               health == nullptr ? nullptr : health + chunk.tensor);
   });
   std::vector<int32_t> others;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -179,7 +171,7 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
 
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : tensors) count += (tensor.numel + kReductionChunk - 1) / kReductionChunk;
+  for (const TensorDesc& tensor : tensors) count += chunks_of(tensor.numel);
   return count;
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/registry.h"
 #include "core/tensors.h"
+#include "cpu/kernels.h"
 
 namespace fusedopt::cpu {
 
@@ -26,8 +27,10 @@ void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& 
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors);
 void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threads);
 
-// Chunks of one tensor may be counted by several threads at once.
-void add_counts(HealthCounts& total, const HealthCounts& counts);
+// Steps a chunk of a tensor, and adds to `health`, unless it is null, what was counted of it; several threads may do so
+// at once.
+void step_chunk(StepFn step, const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                HealthCounts* health);
 
 // The last place at or before an element where a tensor may be cut: not within a block.
 int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position);

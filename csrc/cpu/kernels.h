@@ -6,17 +6,16 @@
 #include "core/pairwise.h"
 #include "core/tensors.h"
 #include "rules/normalize.h"
+#include "storage/random.h"
 
 namespace fusedopt {
 
 // What is the same for every element of one tensor in one step.
 struct StepContext {
-  const void* hyper;        // the rule's Hyper
-  float grad_multiplier;    // +- inverse loss scale x clip coefficient
-  uint32_t stream_keys[3];  // random bits of states 0 and 1, of states 2 and 3, of the parameter
+  const void* hyper;      // the rule's Hyper
+  float grad_multiplier;  // +- inverse loss scale x clip coefficient
+  uint32_t stream_keys[kStreams];
 };
-
-constexpr int kParamStream = 2;
 
 // `health` is null or takes counts of the chunk. Chunks begin and end where blocks do.
 using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length, HealthCounts* health);

@@ -94,19 +94,17 @@ class Member {
     sums_.dtype = tensor.param.dtype;
     derive();
     reads_weights_ = info_->reads_weights(group.config);
-    parts_ = divided_up(tensor.numel, kReductionChunk);
-    const Factors& factors = tensor.factors;
-    if (factors.exist()) {
-      cut_ = MatrixCut::of(factors, tensor.numel);
-      parts_ = cut_.units();
-      has_whole_rows_ = cut_.panels == 1 ||
-                        (takes_weighted() && cut_.panels <= kMaxPanels && cut_.matrices * cut_.slabs >= kManySlabs);
-      if (!has_whole_rows_) row_sums_ = workspace.doubles.want(rows() * cut_.panels);
-      column_sums_ = workspace.doubles.want(cut_.matrices * cut_.slabs * factors.column_count);
-      if (takes_weighted()) weighted_sums_ = workspace.doubles.want(cut_.matrices * cut_.slabs * factors.column_count);
+    cut_ = MatrixCut::of(tensor.factors, tensor.numel);
+    parts_ = is_matrix() ? cut_.units() : chunks_of(tensor.numel);
+    if (is_matrix()) {
+      has_whole_rows_ =
+          cut_.panels == 1 || (takes_weighted() && cut_.panels <= kMaxPanels && cut_.all_slabs() >= kManySlabs);
+      if (!has_whole_rows_) row_sums_ = workspace.doubles.want(cut_.row_parts());
+      column_sums_ = workspace.doubles.want(cut_.slab_columns());
+      if (takes_weighted()) weighted_sums_ = workspace.doubles.want(cut_.slab_columns());
       means_ = workspace.floats.want(cut_.matrices);
-      row_factors_ = workspace.floats.want(rows());
-      column_factors_ = workspace.floats.want(cut_.matrices * factors.column_count);
+      row_factors_ = workspace.floats.want(cut_.rows());
+      column_factors_ = workspace.floats.want(cut_.columns());
     }
     update_sums_ = workspace.doubles.want(parts_);
     if (reads_weights_) param_sums_ = workspace.doubles.want(parts_);
@@ -115,15 +113,15 @@ class Member {
   // To be called once members no longer move and the workspace is there.
   void settle() {
     if (is_matrix()) units_left_.begin(units());
-    scratch_ = {floats(row_factors_), floats(column_factors_), rows()};
+    scratch_ = {floats(row_factors_), floats(column_factors_), cut_.rows()};
     tensor_.scratch = &scratch_;
     context_.hyper = hyper_;
     context_.grad_multiplier = multiplier_;
-    for (uint32_t k = 0; k < 3; ++k) context_.stream_keys[k] = stream_key(group_->seed, step_, k);
+    fill_stream_keys(group_->seed, step_, context_.stream_keys);
   }
 
   bool is_matrix() const { return tensor_.factors.exist(); }
-  int64_t units() const { return has_whole_rows_ ? cut_.matrices * cut_.slabs : parts_; }  // of a matrix
+  int64_t units() const { return has_whole_rows_ ? cut_.all_slabs() : parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
   // First pass over a unit of a matrix. Whoever does the last unit updates the averages and factors of the matrix.
@@ -179,11 +177,8 @@ class Member {
     const int64_t begin = cut_between_blocks(tensor_, item * kItem);
     const int64_t end =
         (item + 1) * kItem < tensor_.numel ? cut_between_blocks(tensor_, (item + 1) * kItem) : tensor_.numel;
-    const StepFn step_chunk = kernels.step[group_->rule];
-    if (health == nullptr) return step_chunk(tensor_, context_, begin, end - begin, nullptr);
-    HealthCounts counts;
-    step_chunk(tensor_, context_, begin, end - begin, &counts);
-    add_counts(health[index_], counts);
+    step_chunk(kernels.step[group_->rule], tensor_, context_, begin, end - begin,
+               health == nullptr ? nullptr : health + index_);
   }
 
   // All passes at once over a tensor of one item, by one thread, from its cache.
@@ -203,7 +198,7 @@ class Member {
   // Between the passes.
   void factor(const Kernels& kernels) {
     const Factors& factors = tensor_.factors;
-    for (int64_t r = 0; !has_whole_rows_ && r < rows(); ++r) {
+    for (int64_t r = 0; !has_whole_rows_ && r < cut_.rows(); ++r) {
       const double sum = pairwise_sum(doubles(row_sums_) + r * cut_.panels, cut_.panels);
       factors.rows[r] = moved_average(factors.rows[r], sum, factors.column_count, moments());
     }
@@ -224,7 +219,6 @@ class Member {
     }
   }
 
-  int64_t rows() const { return cut_.matrices * tensor_.factors.row_count; }
   double* doubles(size_t offset) const { return workspace_->doubles.data() + offset; }
   float* floats(size_t offset) const { return workspace_->floats.data() + offset; }
   void derive() { info_->derive(group_->config, step_, sums_, hyper_); }
@@ -233,24 +227,19 @@ class Member {
   bool takes_weighted() const { return !moments().is_clamped; }
 
   MatrixUnit unit_at(int64_t i) const {
-    const Factors& factors = tensor_.factors;
     const int64_t panels = has_whole_rows_ ? 1 : cut_.panels;
-    const int64_t panel = i % panels, slab = i / panels % cut_.slabs, matrix = i / panels / cut_.slabs;
-    const int64_t width = has_whole_rows_ ? factors.column_count : kReductionChunk;
-    return {matrix * factors.row_count,
-            slab * cut_.height,
-            std::min((slab + 1) * cut_.height, factors.row_count),
-            panel * width,
-            std::min((panel + 1) * width, factors.column_count),
+    const int64_t width = has_whole_rows_ ? cut_.column_count : kReductionChunk, column = i % panels * width;
+    const SlabRows rows = cut_.rows_of(i / panels);
+    return {rows.matrix_row, rows.begin, rows.begin + rows.count, column, std::min(column + width, cut_.column_count),
             has_whole_rows_};
   }
 
   // Where sums of the columns of a unit lie.
   double* columns_of(size_t sums, const MatrixUnit& unit) const {
-    return doubles(sums) + slab_of(unit) * tensor_.factors.column_count + unit.column_begin;
+    return doubles(sums) + slab_of(unit) * cut_.column_count + unit.column_begin;
   }
   int64_t slab_of(const MatrixUnit& unit) const {
-    return unit.matrix_row / tensor_.factors.row_count * cut_.slabs + unit.row_begin / cut_.height;
+    return unit.matrix_row / cut_.row_count * cut_.slabs + unit.row_begin / cut_.height;
   }
   int64_t first_part(const MatrixUnit& unit) const {
     return slab_of(unit) * cut_.panels + unit.column_begin / kReductionChunk;

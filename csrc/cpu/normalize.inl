@@ -111,7 +111,7 @@ FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float
   });
   if (unit.has_whole_rows) {
     float& average = tensor.factors.rows[unit.matrix_row + row];
-    average = moved_average(average, pairwise_sum(panel_sums, divided_up(width, kReductionChunk)), width, moments);
+    average = moved_average(average, pairwise_sum(panel_sums, chunks_of(width)), width, moments);
   } else {
     sums.rows[(row - unit.row_begin) * sums.row_stride] = panel_sums[0];
   }
@@ -151,7 +151,7 @@ void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier
     next.weigh(tensor, unit);
     last = next;
   }
-  if (found.weights != nullptr) std::copy_n(weight_sums, divided_up(width, kReductionChunk), found.weights);
+  if (found.weights != nullptr) std::copy_n(weight_sums, chunks_of(width), found.weights);
   if (sums.weighted == nullptr) return;
   for_each_piece(0, width, length, [&](int64_t column, int64_t end) {
     weigh(tensor, multiplier, unit, {&last, column, static_cast<int>(end - column), sums.weighted + column});

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/pairwise.h"
 #include "core/portable.h"
 #include "cpu/lanes_avx512.inl"
 #if defined(__x86_64__)
@@ -15,7 +16,7 @@
 namespace fusedopt {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = kSumLanes;
 constexpr int kHalfLanes = kLanes / 2;
 
 template <class Half>

@@ -5,6 +5,7 @@
 
 #include "core/tensors.h"
 #include "rules/normalize.h"
+#include "storage/random.h"
 
 namespace fusedopt::cuda {
 
@@ -72,7 +73,7 @@ template <class Rule>
 struct Derived {
   typename Rule::Hyper hyper;
   float grad_multiplier;
-  uint32_t stream_keys[3];
+  uint32_t stream_keys[kStreams];
   int32_t skips;  // 1: gradients were not finite, nothing changes
 };
 

@@ -45,7 +45,7 @@ std::vector<int32_t> tensors_of(const Batch& batch, int rule) {
 
 int64_t count_square_sums(const Batch& batch) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : batch.tensors) count += divided_up(tensor.numel, kReductionChunk);
+  for (const TensorDesc& tensor : batch.tensors) count += chunks_of(tensor.numel);
   return count;
 }
 
@@ -63,7 +63,7 @@ void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
   packed.params->sums = sums;
   int64_t chunks = 0;
   for (const TensorDesc& tensor : batch.tensors) {
-    const int64_t count = divided_up(tensor.numel, kReductionChunk);
+    const int64_t count = chunks_of(tensor.numel);
     packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, static_cast<uint32_t>(tensor.grad.dtype)},
                divided_up(count, kBlockChunks));
     chunks += count;

@@ -61,7 +61,7 @@ struct Plan {
     const Factors& factors = tensor.factors;
     if (!factors.exist() || tensor.numel == 0 || factors.column_count > kMaxSlabColumns) return 0;
     const MatrixCut cut = MatrixCut::of(factors, tensor.numel);
-    return cut.height * factors.column_count < kLargeSlab ? 0 : cut.matrices * cut.slabs;
+    return cut.height * factors.column_count < kLargeSlab ? 0 : cut.all_slabs();
   }
 
   const GroupDesc& group_of(const TensorDesc& tensor) const { return listed_.batch.groups[tensor.group]; }
@@ -81,35 +81,31 @@ struct Plan {
   }
 
   void add_matrix(const TensorDesc& tensor, size_t index, bool takes_slabs) {
-    const Factors& factors = tensor.factors;
-    const MatrixCut cut = MatrixCut::of(factors, tensor.numel);
-    const int64_t rows = cut.matrices * factors.row_count, columns = cut.matrices * factors.column_count;
+    const MatrixCut cut = MatrixCut::of(tensor.factors, tensor.numel);
     const bool reads = reads_weights(tensor), weighs = !is_clamped(tensor);
     const int64_t updates = weighs ? cut.matrices : cut.units();
     NormalizedMatrix m{};
     fill(tensor, index, m);
-    m.rows = factors.rows;
-    m.columns = factors.columns;
-    m.row_count = factors.row_count;
-    m.column_count = factors.column_count;
+    m.rows = tensor.factors.rows;
+    m.columns = tensor.factors.columns;
     m.cut = cut;
-    if (!takes_slabs || !weighs) m.row_sums = pieces_.take<double>(rows * cut.panels);
-    if (reads) m.weight_sums = pieces_.take<double>(rows * cut.panels);
-    m.column_sums = pieces_.take<double>(columns * cut.slabs);
-    if (weighs) m.weighted_sums = pieces_.take<double>(columns * cut.slabs);
-    m.chunk_sums = pieces_.take<double>(cut.matrices * divided_up(factors.row_count, kReductionChunk));
+    if (!takes_slabs || !weighs) m.row_sums = pieces_.take<double>(cut.row_parts());
+    if (reads) m.weight_sums = pieces_.take<double>(cut.row_parts());
+    m.column_sums = pieces_.take<double>(cut.slab_columns());
+    if (weighs) m.weighted_sums = pieces_.take<double>(cut.slab_columns());
+    m.chunk_sums = pieces_.take<double>(cut.matrices * chunks_of(cut.row_count));
     if (reads) m.param_sums = pieces_.take<double>(cut.units());
     m.update_sums = pieces_.take<double>(updates);
-    m.row_factors = pieces_.take<float>(rows);
-    m.column_factors = pieces_.take<float>(columns);
+    m.row_factors = pieces_.take<float>(cut.rows());
+    m.column_factors = pieces_.take<float>(cut.columns());
     m.means = pieces_.take<float>(cut.matrices);
     (takes_slabs ? slabs : matrices).push_back(m);
-    scratch[index] = {m.row_factors, m.column_factors, rows};
+    scratch[index] = {m.row_factors, m.column_factors, cut.rows()};
     parts.push_back({m.param_sums, m.update_sums, cut.units(), updates, m.index, 0});
   }
 
   void add_vector(const TensorDesc& tensor, size_t index) {
-    const int64_t chunks = divided_up(tensor.numel, kReductionChunk);
+    const int64_t chunks = chunks_of(tensor.numel);
     NormalizedVector v{};
     fill(tensor, index, v);
     v.second = static_cast<float*>(tensor.states[info_.second_moment].data);
@@ -143,21 +139,18 @@ void sum_matrices(const Plan& plan, cudaStream_t stream) {
   const auto launch_on = [&](void (*kernel)(MatrixParams), const std::vector<Matrix>& matrices, const auto& blocks_of) {
     launch_over(kernel, matrices, kSumThreads, plan, stream, blocks_of);
   };
-  const auto rows = [](const Matrix& m) { return m.cut.matrices * m.row_count; };
-  const auto row_chunks = [&](const Matrix& m) { return divided_up(rows(m) * m.cut.panels, kBlockChunks); };
+  const auto rows = [](const Matrix& m) { return divided_up(m.cut.rows(), kSumThreads); };
+  const auto row_chunks = [](const Matrix& m) { return divided_up(m.cut.row_parts(), kBlockChunks); };
 
-  launch_over(slab_kernel, plan.slabs, kSlabThreads, plan, stream,
-              [](const Matrix& m) { return m.cut.matrices * m.cut.slabs; });
+  launch_over(slab_kernel, plan.slabs, kSlabThreads, plan, stream, [](const Matrix& m) { return m.cut.all_slabs(); });
   launch_on(row_sum_kernel, plan.matrices, row_chunks);
-  launch_on(row_average_kernel, plan.matrices,
-            [&](const Matrix& m) { return m.cut.panels > 1 ? divided_up(rows(m), kSumThreads) : 0; });
+  launch_on(row_average_kernel, plan.matrices, [&](const Matrix& m) { return m.cut.panels > 1 ? rows(m) : 0; });
   launch_on(column_sum_kernel, plan.matrices,
-            [](const Matrix& m) { return divided_up(m.cut.matrices * m.cut.slabs * m.column_count, kSumThreads); });
+            [](const Matrix& m) { return divided_up(m.cut.slab_columns(), kSumThreads); });
 
-  launch_on(column_average_kernel, all,
-            [](const Matrix& m) { return divided_up(m.cut.matrices * m.column_count, kSumThreads); });
+  launch_on(column_average_kernel, all, [](const Matrix& m) { return divided_up(m.cut.columns(), kSumThreads); });
   launch_on(mean_kernel, all, [](const Matrix& m) { return m.cut.matrices; });
-  launch_on(row_factor_kernel, all, [&](const Matrix& m) { return divided_up(rows(m), kSumThreads); });
+  launch_on(row_factor_kernel, all, rows);
 
   launch_on(weight_sum_kernel, all, [&](const Matrix& m) { return m.weight_sums != nullptr ? row_chunks(m) : 0; });
   const auto is_clamped = [](const Matrix& m) { return m.weighted_sums == nullptr; };

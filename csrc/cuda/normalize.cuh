@@ -45,14 +45,14 @@ FUSEDOPT_DEVICE RowChunk row_chunk(const NormalizedMatrix& m) {
   chunk.row = i / m.cut.panels;
   chunk.panel = i - chunk.row * m.cut.panels;
   const int64_t column = chunk.panel * kReductionChunk;
-  chunk.begin = chunk.row * m.column_count + column;
-  chunk.length = chunk.row < m.cut.matrices * m.row_count ? length_of_chunk(column, m.column_count) : 0;
+  chunk.begin = chunk.row * m.cut.column_count + column;
+  chunk.length = chunk.row < m.cut.rows() ? length_of_chunk(column, m.cut.column_count) : 0;
   return chunk;
 }
 
 // Brings the average of a row up to date. Returns the weight of the row in the sums of columns.
 FUSEDOPT_DEVICE float move_row(const NormalizedMatrix& m, int64_t row, double square_sum, const Moments& moments) {
-  const float average = moved_average(m.rows[row], square_sum, m.column_count, moments);
+  const float average = moved_average(m.rows[row], square_sum, m.cut.column_count, moments);
   m.rows[row] = average;
   return weight_of_row(average);
 }
@@ -92,7 +92,7 @@ FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int
     constexpr int kLoads = 8;
     static_assert(kLoads % kWeighedRows == 0);
     for_each_loaded<kLoads>(
-        0, count, 1, [&](int row) { return grad(begin + row * m.column_count); },
+        0, count, 1, [&](int row) { return grad(begin + row * m.cut.column_count); },
         [&](float g, int row, int k) {
           const double x = static_cast<double>(g * multiplier);
           sum = sum + x * x;
@@ -103,21 +103,20 @@ FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int
 
 FUSEDOPT_DEVICE void store_column(const NormalizedMatrix& m, int64_t slab, int64_t column, double sum,
                                   WeighedColumn& weighted) {
-  m.column_sums[slab * m.column_count + column] = sum;
+  m.column_sums[slab * m.cut.column_count + column] = sum;
   if (m.weighted_sums == nullptr) return;
   weighted.finish();
-  m.weighted_sums[slab * m.column_count + column] = weighted.sum;
+  m.weighted_sums[slab * m.cut.column_count + column] = weighted.sum;
 }
 
-struct SlabRows {
+struct RowRange {
   int64_t begin;  // counted through all matrices
   int count;
 };
 
-FUSEDOPT_DEVICE SlabRows rows_of_slab(const NormalizedMatrix& m, int64_t slab) {
-  const int64_t matrix = slab / m.cut.slabs;
-  const int64_t begin = (slab - matrix * m.cut.slabs) * m.cut.height, left = m.row_count - begin;
-  return {matrix * m.row_count + begin, static_cast<int>(left < m.cut.height ? left : m.cut.height)};
+FUSEDOPT_DEVICE RowRange rows_of_slab(const NormalizedMatrix& m, int64_t slab) {
+  const SlabRows rows = m.cut.rows_of(slab);
+  return {rows.matrix_row + rows.begin, static_cast<int>(rows.count)};
 }
 
 // ---- matrices: sums of rows and columns ----------------------------------------------------------
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(kSumThreads) row_average_kernel(const __grid_c
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
   const int64_t row = thread_of(m);
-  if (known.skips || row >= m.cut.matrices * m.row_count) return;
+  if (known.skips || row >= m.cut.rows()) return;
   double* sums = m.row_sums + row * m.cut.panels;
   sums[0] = move_row(m, row, pairwise_sum(sums, m.cut.panels), known.moments);
 }
@@ -145,14 +144,14 @@ __global__ void __launch_bounds__(kSumThreads) row_average_kernel(const __grid_c
 __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const __grid_constant__ MatrixParams params) {
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
-  const int64_t slab = thread_of(m) / m.column_count, column = thread_of(m) - slab * m.column_count;
-  if (known.skips || slab >= m.cut.matrices * m.cut.slabs) return;
-  const SlabRows rows = rows_of_slab(m, slab);
+  const int64_t slab = thread_of(m) / m.cut.column_count, column = thread_of(m) - slab * m.cut.column_count;
+  if (known.skips || slab >= m.cut.all_slabs()) return;
+  const RowRange rows = rows_of_slab(m, slab);
   const double* weights = m.row_sums + rows.begin * m.cut.panels;
   double sum = 0.0;
   WeighedColumn weighted;
   add_to_column(
-      m, rows.begin * m.column_count + column, rows.count, known.multiplier,
+      m, rows.begin * m.cut.column_count + column, rows.count, known.multiplier,
       [&](int row) { return static_cast<float>(weights[row * m.cut.panels]); }, sum, weighted);
   store_column(m, slab, column, sum, weighted);
 }
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
   if (known.skips) return;
   const float multiplier = known.multiplier;
   const int64_t slab = blockIdx.x - m.first_block;
-  const SlabRows rows = rows_of_slab(m, slab);
-  const int columns = static_cast<int>(m.column_count), thread = static_cast<int>(threadIdx.x);
+  const RowRange rows = rows_of_slab(m, slab);
+  const int columns = static_cast<int>(m.cut.column_count), thread = static_cast<int>(threadIdx.x);
   const int own = thread / kSumLanes;  // row, of those that are summed at a time
   double sums[kSlabColumns] = {};
   WeighedColumn weighted[kSlabColumns];
@@ -234,15 +233,15 @@ FUSEDOPT_DEVICE double sum_of_slabs(const double* sums, int64_t slabs, int64_t s
 __global__ void __launch_bounds__(kSumThreads) column_average_kernel(const __grid_constant__ MatrixParams params) {
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
-  const int64_t i = thread_of(m), matrix = i / m.column_count;
+  const int64_t i = thread_of(m), matrix = i / m.cut.column_count;
   if (known.skips || matrix >= m.cut.matrices) return;
-  const int64_t sums = matrix * m.cut.slabs * m.column_count + (i - matrix * m.column_count);
-  const double sum = sum_of_slabs(m.column_sums + sums, m.cut.slabs, m.column_count);
-  const float average = moved_average(m.columns[i], sum, m.row_count, known.moments);
+  const int64_t sums = matrix * m.cut.slabs * m.cut.column_count + (i - matrix * m.cut.column_count);
+  const double sum = sum_of_slabs(m.column_sums + sums, m.cut.slabs, m.cut.column_count);
+  const float average = moved_average(m.columns[i], sum, m.cut.row_count, known.moments);
   m.columns[i] = average;
   m.column_factors[i] = column_factor(average, known.moments);
   if (m.weighted_sums == nullptr) return;
-  const double weighted = sum_of_slabs(m.weighted_sums + sums, m.cut.slabs, m.column_count);
+  const double weighted = sum_of_slabs(m.weighted_sums + sums, m.cut.slabs, m.cut.column_count);
   m.weighted_sums[sums] = weighted / static_cast<double>(average);
 }
 
@@ -251,12 +250,12 @@ __global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant
   __shared__ double held[kPairs];
   const NormalizedMatrix& m = tensor_of_block(params);
   if (params.normalizations[m.index].skips) return;
-  const int64_t matrix = blockIdx.x - m.first_block, chunks = divided_up(m.row_count, kReductionChunk);
-  const float* averages = m.rows + matrix * m.row_count;
+  const int64_t matrix = blockIdx.x - m.first_block, chunks = chunks_of(m.cut.row_count);
+  const float* averages = m.rows + matrix * m.cut.row_count;
   double* sums = m.chunk_sums + matrix * chunks;
   for (int64_t first = 0; first < chunks; first += kBlockChunks) {
     const int64_t chunk = first + threadIdx.x / kSumLanes, begin = chunk * kReductionChunk;
-    const int length = length_of_chunk(begin, m.row_count);
+    const int length = length_of_chunk(begin, m.cut.row_count);
     double sum = 0.0;
     for_each_loaded<8>(
         sum_lane(), length, kSumLanes, [&](int i) { return averages[begin + i]; },
@@ -266,11 +265,11 @@ __global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant
   }
   __syncthreads();
   const double total = pairwise_sum_of_block(sums, chunks, held);
-  const float mean = static_cast<float>(total / static_cast<double>(m.row_count));
+  const float mean = static_cast<float>(total / static_cast<double>(m.cut.row_count));
   if (threadIdx.x == 0) m.means[matrix] = mean;
   if (m.weighted_sums == nullptr) return;
-  double* weighted = m.weighted_sums + matrix * m.cut.slabs * m.column_count;
-  const double updates = pairwise_sum_of_block(weighted, m.column_count, held) * static_cast<double>(mean);
+  double* weighted = m.weighted_sums + matrix * m.cut.slabs * m.cut.column_count;
+  const double updates = pairwise_sum_of_block(weighted, m.cut.column_count, held) * static_cast<double>(mean);
   if (threadIdx.x == 0) m.update_sums[matrix] = updates;
 }
 
@@ -278,8 +277,8 @@ __global__ void __launch_bounds__(kSumThreads) row_factor_kernel(const __grid_co
   const NormalizedMatrix& m = tensor_of_block(params);
   const Normalization& known = params.normalizations[m.index];
   const int64_t row = thread_of(m);
-  if (known.skips || row >= m.cut.matrices * m.row_count) return;
-  m.row_factors[row] = row_factor(m.rows[row], m.means[row / m.row_count], known.moments);
+  if (known.skips || row >= m.cut.rows()) return;
+  m.row_factors[row] = row_factor(m.rows[row], m.means[row / m.cut.row_count], known.moments);
 }
 
 // ---- matrices: sums of units -----------------------------------------------------------------------
@@ -303,7 +302,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   const float multiplier = known.multiplier;
   const RowChunk chunk = row_chunk(m);
   const float row = chunk.length > 0 ? m.row_factors[chunk.row] : 0.0f;
-  const float* columns = m.column_factors + chunk.row / m.row_count * m.column_count + chunk.panel * kReductionChunk;
+  const float* columns =
+      m.column_factors + chunk.row / m.cut.row_count * m.cut.column_count + chunk.panel * kReductionChunk;
   const double sum = chunk_sum_of_grads<8>(
       m, chunk.length, [=](const auto& grad, int i) { return GradAnd{grad(chunk.begin + i), columns[i]}; },
       [=](const GradAnd& x, int) { return normalize<true>(x.grad * multiplier, row, x.other, moments); });
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kSumThreads) unit_sum_kernel(const __grid_cons
   const int64_t unit = thread_of(m) / 32;
   if (params.normalizations[m.index].skips || unit >= m.cut.units()) return;
   const int64_t slab = unit / m.cut.panels, panels = m.cut.panels;
-  const SlabRows rows = rows_of_slab(m, slab);
+  const RowRange rows = rows_of_slab(m, slab);
   const int64_t first = rows.begin * panels + (unit - slab * panels);
   const bool is_first = threadIdx.x % 32 == 0;
   if (m.weight_sums != nullptr) {

@@ -19,13 +19,12 @@ struct NormalizedMatrix : NormalizedBuffers {
   // One for each row and panel: first of squared gradients, after which a row's first holds the weight of the row; then
   // of squared updates. If slabs are taken whole, only these.
   double* row_sums;
-  double* weight_sums;              // the same of squared weights; or null
-  double* column_sums;              // of slabs: of squared gradients
-  double* weighted_sums;            // the same, divided by the averages of rows; null where moments are clamped
-  double* chunk_sums;               // of averages of rows
-  double* param_sums;               // of units; or null
-  double* update_sums;              // of units; if there are weighted sums, of matrices
-  int64_t row_count, column_count;  // of one matrix
+  double* weight_sums;    // the same of squared weights; or null
+  double* column_sums;    // of slabs: of squared gradients
+  double* weighted_sums;  // the same divided by the averages of rows; null where moments are clamped
+  double* chunk_sums;     // of averages of rows
+  double* param_sums;     // of units; or null
+  double* update_sums;    // of units; if there are weighted sums, of matrices
   MatrixCut cut;
   uint32_t first_block;
 };

@@ -104,7 +104,7 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Rule> param
     tensor.normalization->moments = derived.hyper.moments;
     tensor.normalization->multiplier = derived.grad_multiplier;
   }
-  for (uint32_t k = 0; k < 3; ++k) derived.stream_keys[k] = stream_key(group.seed, step, k);
+  fill_stream_keys(group.seed, step, derived.stream_keys);
   if (params.counts) *tensor.step += 1.0f;
 }
 

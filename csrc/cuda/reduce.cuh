@@ -8,7 +8,6 @@
 
 namespace fusedopt::cuda {
 
-constexpr int kSumLanes = 16;  // of a chunk of kReductionChunk elements, each summed in order
 constexpr int kSumThreads = 256;
 constexpr int kBlockChunks = kSumThreads / kSumLanes;  // that a block of 16 lanes each takes
 constexpr int kPairs = 2048;                           // numbers that a block adds in pairs: a power of two

@@ -115,7 +115,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
       store(tensor.states[k], dtype, rounds, place, s[k], random, k & 1);
     }
   });
-  if (formats.rounds_param) draw(derived.stream_keys[2], tensor.first_index, place, random);
+  if (formats.rounds_param) draw(derived.stream_keys[kParamStream], tensor.first_index, place, random);
   store_param(tensor.param, tensor.master, formats, place, p, random);
 }
 

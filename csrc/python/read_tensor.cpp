@@ -1,6 +1,7 @@
 #include "python/read_tensor.h"
 
-#include <vector>
+#include <algorithm>
+#include <iterator>
 
 namespace py = pybind11;
 
@@ -68,8 +69,15 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
 // A build of torch has one of CUDA and ROCm, and calls either "cuda".
 Device known_as(Device device) { return {device.type == dlpack::kRocm ? dlpack::kCuda : device.type, device.id}; }
 
+// Where tensors are read, by torch's names.
+constexpr struct {
+  const char* name;
+  int32_t type;
+} kDevices[] = {{"cpu", dlpack::kCpu}, {"cuda", dlpack::kCuda}, {"xpu", dlpack::kOneApi}};
+
 bool is_readable(Device device) {
-  return device.type == dlpack::kCpu || device.type == dlpack::kCuda || device.type == dlpack::kOneApi;
+  return std::any_of(std::begin(kDevices), std::end(kDevices),
+                     [&](const auto& each) { return each.type == device.type; });
 }
 
 bool read_through_exchange(PyObject* object, TensorView& view) {
@@ -131,6 +139,15 @@ bool read_through_attributes(PyObject* object, TensorView& view) {
 }
 
 }  // namespace
+
+Device device_named(const std::string& type, int32_t index) {
+  std::string names;
+  for (const auto& each : kDevices) {
+    if (type == each.name) return {each.type, index};
+    names += (names.empty() ? "'" : ", '") + std::string(each.name) + "'";
+  }
+  throw py::value_error("device_type='" + type + "' is none whose tensors the core reads; use one of " + names);
+}
 
 void bind_torch(py::tuple tensor_types, py::dict dtypes, py::object is_neg, py::object data_ptr,
                 py::object exchange_api) {

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "core/tensors.h"
@@ -17,6 +18,9 @@ struct Device {
 
   bool operator==(const Device& other) const { return type == other.type && id == other.id; }
 };
+
+// The one that torch calls `type`, such as "cuda", of this index. Throws a ValueError if the core reads none there.
+Device device_named(const std::string& type, int32_t index);
 
 struct TensorView {
   void* data = nullptr;

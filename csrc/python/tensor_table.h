@@ -2,19 +2,20 @@
 //
 // Parameters, gradients and states may all have been replaced since the last step (FSDP2 and
 // load_state_dict do so), so everything is looked at anew. What is remembered of a state tensor is only
-// its dtype and size, and only while the very same object still points to the same memory.
+// its dtype and size, and only while the very same object still points to the same memory (record.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "core/registry.h"
-#include "core/tensors.h"
+#include "python/param_group.h"
+#include "python/param_objects.h"
 #include "python/read_tensor.h"
+#include "python/record.h"
 
 namespace fusedopt {
 
@@ -52,6 +53,10 @@ class TensorTable {
   // The same as numbers, for kernels that are not compiled here: kRowWords int64 for each tensor, see `write_row`.
   std::vector<int64_t> rows();
 
+  // How the matrices of each are cut up for sums: the numbers of matrices, rows of a slab, slabs of a matrix, panels of
+  // a slab (core/matrices.h).
+  std::vector<int64_t> cuts();
+
   // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
   pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
   int64_t count_square_sums() const;
@@ -59,64 +64,13 @@ class TensorTable {
   size_t size() const { return lists_.tensors.size(); }
 
  private:
-  // A state tensor as it was read some step ago.
-  struct Known {
-    pybind11::object object;
-    Buffer buffer;
-    int64_t numel = 0;
-    Place place;
-    bool still(PyObject* now, int64_t size) const;  // the same object, of that size, at the same memory
-  };
-  // What is known of the parameter at one position of a group.
-  struct Record {
-    Place param, grad;
-    std::array<Known, kMaxStates> states, scales;
-    Known master, step;
-    std::array<Known, 2> factors;  // rows, columns
-    Factors shapes;                // of theirs, in elements
-    void prefetch(size_t state_count) const;
-  };
-  struct State {
-    Rounding rounding;
-    bool is_signed;
-    pybind11::object key, codes_key, scales_key;  // its names in a parameter's state, interned
-  };
-  struct Group {
-    GroupDesc desc;
-    std::vector<State> states;
-    Rounding rounding = Rounding::kNearest;  // of parameters
-    int param_group = 0;
-    std::vector<int64_t> positions;
-    Master master = Master::kNone;
-    pybind11::object master_key;
-    std::array<pybind11::object, 2> factor_keys;  // null where second moments are not factored
-  };
-  // The Python objects of one parameter. `scales[k]` is null where state k is dense, `master` where there is none.
-  struct Objects {
-    PyObject* param = nullptr;
-    PyObject* grad = nullptr;
-    std::array<PyObject*, kMaxStates> states{}, scales{};
-    PyObject* master = nullptr;
-    PyObject* step = nullptr;
-    std::array<PyObject*, 2> factors{};
-  };
-
-  // Finds a parameter's state in its dict; false if something is missing.
-  static bool find_state(const Group& group, PyObject* held, Objects& objects);
-  bool append(int group, int64_t position, const Objects& objects, int64_t first_index, Record& record);
-  bool append_state(const State& state, PyObject* object, PyObject* scales, const TensorView& param, Known& known,
-                    Known& known_scales, TensorDesc& desc, Buffer& buffer) const;
-  bool append_master(const Group& group, PyObject* object, const TensorView& param, Known& known,
-                     TensorDesc& desc) const;
-  bool append_factors(const Group& group, const Objects& objects, const TensorView& param, Record& record,
-                      TensorDesc& desc) const;
-  bool read(PyObject* object, TensorView& view) const;  // false, too, if it lies on another device
+  bool take(int group, int64_t position, const ParamObjects& objects, int64_t first_index, Record& record);
   void list_groups(const std::vector<double>& grad_multipliers);
   void sort();
 
-  std::vector<Group> groups_;
+  std::vector<ParamGroup> groups_;
   Device device_;                             // where tensors must lie to be taken
-  StepLists lists_;                           // its groups are filled by `batch`
+  StepLists lists_;                           // its groups are filled by `list_groups`
   bool is_sorted_ = true;                     // the tensors, by group and position
   std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold
   std::vector<std::vector<Record>> records_;  // of each group, by position

@@ -57,17 +57,19 @@ FUSEDOPT_FN float normalize(float g, float v, const Moments& m) {
   return g / root(kClamped ? maximum(v, m.least) : v);
 }
 
+FUSEDOPT_FN float inverse_root(float x) { return 1.0f / root(x); }
+
 // The factor of a row, by which its elements are multiplied: from the row's average and the mean of all averages.
 FUSEDOPT_FN float row_factor(float average, float mean, const Moments& m) {
-  return m.is_clamped ? average / maximum(mean, m.least_mean) : 1.0f / root(average / mean);
+  return m.is_clamped ? average / maximum(mean, m.least_mean) : inverse_root(average / mean);
 }
 FUSEDOPT_FN float column_factor(float average, const Moments& m) {
-  return m.is_clamped ? average : 1.0f / root(average);
+  return m.is_clamped ? average : inverse_root(average);
 }
 
 // What a row's gradients are multiplied by before their squares go to the weighted sums of columns: sum of u u =
 // mean R * sum over columns of (sum over rows of (weight g)^2) / C.
-FUSEDOPT_FN float weight_of_row(float average) { return 1.0f / root(average); }
+FUSEDOPT_FN float weight_of_row(float average) { return inverse_root(average); }
 
 template <bool kClamped>
 FUSEDOPT_FN float normalize(float g, float row, float column, const Moments& m) {

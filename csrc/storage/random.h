@@ -14,6 +14,8 @@ namespace fusedopt {
 namespace {
 
 constexpr uint32_t kGolden = 0x9E3779B1u;
+constexpr int kStreams = 3;  // of states 0 and 1, of states 2 and 3, of the parameter
+constexpr int kParamStream = 2;
 
 FUSEDOPT_FN uint32_t fmix(uint32_t h) {
   h ^= h >> 16;
@@ -27,6 +29,10 @@ FUSEDOPT_FN uint32_t fmix(uint32_t h) {
 // The key of stream k at one step; the same for every element below index 2^32.
 FUSEDOPT_FN uint32_t stream_key(uint32_t seed, int64_t step, uint32_t k) {
   return fmix(fmix(seed * kGolden + static_cast<uint32_t>(step)) + k);
+}
+
+FUSEDOPT_FN void fill_stream_keys(uint32_t seed, int64_t step, uint32_t (&keys)[kStreams]) {
+  for (uint32_t k = 0; k < kStreams; ++k) keys[k] = stream_key(seed, step, k);
 }
 
 // The same for the elements whose index has the upper half `hi`.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .. import _core
 from ..storage.masters import KEYS
 from ..storage.state import StateSpec
 
@@ -15,9 +16,10 @@ from ..storage.state import StateSpec
 # A rule of several layouts has a reference for each; it is also told dtype=, the parameter's as it is stored.
 Reference = Callable[..., "tuple[Tensor, ...]"]
 
-# Counts by name, as csrc/core/tensors.h explains them, of parameters by (group, position). A session's groups are
-# GroupSteps, everybody else's are param groups.
+# Counts by name, as csrc/core/tensors.h explains and lists them, of parameters by (group, position). A session's groups
+# are GroupSteps, everybody else's are param groups.
 Health = dict[tuple[int, int], dict[str, int]]
+HEALTH_COUNTS = _core.health_counts
 
 # Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
 REFERENCES: dict[str, Reference] = {}

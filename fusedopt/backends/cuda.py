@@ -17,7 +17,6 @@ from . import triton
 from .device import DeviceSession, Scalars, guard, pointer
 from .table import PARAM_DTYPES
 
-_CUDA = 2  # DLPack's number
 NOT_BUILT = (
     "this build of fusedopt has no CUDA kernels; reinstall it where nvcc 12 or later is on the PATH: "
     "pip install --no-binary fusedopt --force-reinstall --no-deps fusedopt, or install Triton, whose kernels are the "
@@ -84,9 +83,6 @@ class CudaBackend:
 
     def device_of(self, tensor: Tensor) -> torch.device:
         return tensor.device
-
-    def device_type(self, device: torch.device) -> int:
-        return _CUDA
 
     def guard(self, device: torch.device) -> AbstractContextManager[int]:
         return guard(device)

@@ -22,9 +22,6 @@ class DeviceBackend(Protocol):
     def device_of(self, tensor: Tensor) -> torch.device:
         """The device that a tensor is on, with its number."""
 
-    def device_type(self, device: torch.device) -> int:
-        """DLPack's number for the kind of a device."""
-
     def guard(self, device: torch.device) -> AbstractContextManager[int]:
         """Makes a device the current one for as long as it is entered; gives its current stream."""
 
@@ -83,8 +80,7 @@ class DeviceSession:
         """The table of a tensor's device, with this step's groups."""
         device = self._backend.device_of(tensor)
         if device not in self._tables:
-            kind, index = self._backend.device_type(device), device.index or 0
-            self._tables[device] = _core.TensorTable(device_type=kind, device_id=index)
+            self._tables[device] = _core.TensorTable(device_type=device.type, device_index=device.index or 0)
         if device not in self._begun:
             self._begun.add(device)
             add_groups(self._tables[device], self._groups, self._positions)

@@ -16,7 +16,7 @@ from ..storage import quantization
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
-from .base import REFERENCES, GroupStep, Health, ParamStep
+from .base import HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 _PARAM_STREAM = 4  # after the four states that a rule has at most
@@ -91,13 +91,9 @@ def count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str
     """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it."""
     grad = _numbers(entry.grad, entry.param)
     unmoved = _same_bits(before, weights(group, entry)) & (grad != 0)
-    counts = {
-        "stalled": int(unmoved.sum()),
-        "nonfinite_grads": int((~grad.isfinite()).sum()),
-        "codes": 0,
-        "saturated_codes": 0,
-        "nonfinite_blocks": 0,
-    }
+    counts = dict.fromkeys(HEALTH_COUNTS, 0)
+    counts["stalled"] += int(unmoved.sum())
+    counts["nonfinite_grads"] += int((~grad.isfinite()).sum())
     for spec, held in zip(group.states, entry.states):
         if len(held) == 2:
             top = 0x7F if spec.is_signed else 0xFF

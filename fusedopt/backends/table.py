@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 
 from .. import _core
-from ..storage.masters import KEYS
-from ..storage.state import ROUNDINGS
+from ..storage.state import DTYPES
 from .base import GroupStep, ParamStep
 
-# DType and Master in csrc/core/tensors.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4, torch.int16: 5}
-MASTERS: dict[str | None, int] = {kind: i for i, kind in enumerate([None, *KEYS])}
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the core calls these by (csrc/core/tensors.h).
+DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in enumerate(_core.dtypes)}
+ROUNDING_CODES = {name: code for code, name in enumerate(_core.roundings)}
+MASTER_CODES = {kind: code for code, kind in enumerate(_core.masters)}
+PARAM_DTYPES = tuple(DTYPES.values())
 
 
 def bind_torch(*, exchange: bool = True) -> None:
     """Tells the core how to read tensors; ``exchange=False`` leaves DLPack's C table unused."""
     _core.bind_torch(
         tensor_types=(torch.Tensor, torch.nn.Parameter),
-        dtypes=DTYPES,
+        dtypes=DTYPE_CODES,
         is_neg=torch.Tensor.is_neg,
         data_ptr=torch.Tensor.data_ptr,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) if exchange else None,
@@ -38,9 +38,9 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             rule=group.rule,
             config=group.hyper,
             seed=group.seed,
-            roundings=[ROUNDINGS.index(rounding) for rounding in group.roundings],
-            rounding=ROUNDINGS.index(group.rounding),
-            master=MASTERS[group.master],
+            roundings=[ROUNDING_CODES[rounding] for rounding in group.roundings],
+            rounding=ROUNDING_CODES[group.rounding],
+            master=MASTER_CODES[group.master],
             master_key=group.master_key,
             param_group=group.param_group,
             positions=places or [],

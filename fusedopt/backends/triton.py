@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from .. import _core
 from .device import DeviceSession, Scalars, guard
 from .table import PARAM_DTYPES
 
-_DLPACK = {"cpu": 1, "cuda": 2, "xpu": 14}  # its numbers; ROCm's devices are called cuda
 _OLDEST = (3, 3)  # kernels take functions as constants, and tuples
 _INSTALL = "pip install -U 'fusedopt[triton]'"
 
@@ -90,8 +88,7 @@ class TritonSession(DeviceSession):
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
         if device not in self._plans or self._plans[device][0] != (rows, rules):
-            numbers = np.frombuffer(rows, np.int64).reshape(len(table), -1)
-            self._plans[device] = ((rows, rules), kernels().Plan(numbers, rules))
+            self._plans[device] = ((rows, rules), kernels().Plan(rows, table.cuts(), rules))
         return self._plans[device][1]
 
     def _mirrors_of(self, device: torch.device) -> tuple[Any, Any, Any]:
@@ -143,9 +140,6 @@ class TritonBackend:
 
     def device_of(self, tensor: Tensor) -> torch.device:
         return tensor.device
-
-    def device_type(self, device: torch.device) -> int:
-        return _DLPACK[device.type]
 
     def guard(self, device: torch.device) -> AbstractContextManager[int]:
         return _no_guard() if device.type == "cpu" else guard(device)

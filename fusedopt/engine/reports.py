@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.base import Health
+from ..backends.base import HEALTH_COUNTS, Health
 from ..storage import masters
 from ..storage.state import EIGHT_BIT, StateSpec, requested_format, slots_of, why_not_quantized
 from .contract import Contract
@@ -216,8 +216,7 @@ class HealthRecord:
                 total[name] += number
 
     def report(self) -> HealthReport:
-        names = (*_MEANINGS, "codes")
-        totals = {name: sum(counts[name] for counts in self.counts.values()) for name in names}
+        totals = {name: sum(counts[name] for counts in self.counts.values()) for name in HEALTH_COUNTS}
         by_parameter = {self._label(*key): dict(counts) for key, counts in self.counts.items()}
         return HealthReport(self.steps, self.elements, totals, by_parameter)
 

@@ -132,5 +132,10 @@ def imported(module: str, package: str) -> Any:
     """A module of a package that only writing its format needs."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(f"a state dict for {package} is written with {package}: pip install {package}") from error
+    except Exception as error:  # of whatever kind, if it is made for another torch
+        raise ImportError(
+            f"a state dict for {package} is written with {package}, which does not load: {error}; install a version of "
+            f"it that is made for torch {torch.__version__}"
+        ) from error

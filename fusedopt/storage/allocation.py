@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,25 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
     for dtype, members in pooled.items():
         for slab_members in _slabs(requests, members):
             slots = [_slot(requests[i]) for i in slab_members]
-            slab = _zeroed(torch.Size([sum(slots)]), dtype).untyped_storage()
+            slab = _zeroed(torch.Size([sum(slots)]), dtype).view(torch.uint8).numpy()
             offset = 0
             for i, slot in zip(slab_members, slots):
-                # set_ makes a tensor of its own over the slab, not a view with the bookkeeping of one
-                tensors[i] = torch.empty(0, dtype=dtype, device="cpu").set_(slab, offset, requests[i].shape)  # type: ignore[call-overload]
-                offset += slot
+                tensors[i] = _within(slab, offset, dtype, requests[i].shape)
+                offset += slot * dtype.itemsize
     return tensors  # type: ignore[return-value]
+
+
+def _within(slab: Any, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A tensor of its own in a slab's memory, not a view with the bookkeeping of one.
+
+    Its storage begins where it does. With an offset in a storage that tensors share, a compiled step would copy all
+    that lies before it as well, and in torch 2.6 from the wrong place.
+    """
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    if shape.numel() == 0:
+        return tensor.view(shape)
+    storage = torch.frombuffer(slab, dtype=dtype, count=shape.numel(), offset=offset).untyped_storage()
+    return tensor.set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _slot(request: Request) -> int:

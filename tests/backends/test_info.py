@@ -13,8 +13,8 @@ import fusedopt
 from fusedopt import _core, backends
 from fusedopt.backends import info
 
-# What steps CUDA parameters where there are no CUDA kernels.
-WITHOUT = "triton" if backends.triton.is_installed() else "eager"
+# What steps CUDA parameters where there are no CUDA kernels. The triton of an old torch is too old.
+WITHOUT = "triton" if backends.triton.missing() is None else "eager"
 
 
 def test_here() -> None:

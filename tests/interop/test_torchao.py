@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, make_params, params_of, saved, train
+from cases import assert_same_bits, make_params, params_of, peer, saved, train
 from conversions import FORMATS, assert_same_step, assert_within, copies, dense, sharded
 from torch import Tensor
 
 import fusedopt
+from fusedopt.interop.shared import imported
 
 SHAPES = [(64, 96), (50, 90), (33,)]  # 24 blocks of 256; as many elements, but not in whole blocks; few
 
@@ -18,7 +20,7 @@ SHAPES = [(64, 96), (50, 90), (33,)]  # 24 blocks of 256; as many elements, but 
 @pytest.fixture
 def torchao(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its optimizers; what they compile in every first step is run as it is written."""
-    module = pytest.importorskip("torchao.optim")
+    module = peer("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return module
 
@@ -84,6 +86,13 @@ def test_torchao_states_of_bfloat16_parameters(torchao: Any) -> None:
                 assert_same_bits(again.state[twin][key], value, key)
             else:  # decoded and rounded to the nearest again, it is itself
                 assert torch.equal(again.state[twin][key].codes, value.codes)
+
+
+def test_one_that_is_made_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_for_another.py").write_text("raise AttributeError('torch has no such thing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"made_for_another, which does not load: torch has no such thing; install a"):
+        imported("made_for_another", "made_for_another")
 
 
 def test_torchao_shards(torchao: Any, mesh: Any) -> None:

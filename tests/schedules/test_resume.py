@@ -127,7 +127,7 @@ def test_resuming_in_a_new_process(tmp_path: Path) -> None:
     whole = {case: train(make(case), 0, STEPS) for case in steps}
     begun = {case: save(case, tmp_path / case, step) for case, step in steps.items()}
     code = (
-        "import json, pathlib, sys; sys.path.append(sys.argv[3]); import test_resume as t;"
+        "import json, pathlib, sys; sys.path.append(sys.argv[3]); import test_resume as t; "
         "folder = pathlib.Path(sys.argv[1]);"
         "print(json.dumps({c: t.resume(c, folder / c, s) for c, s in json.loads(sys.argv[2]).items()}))"
     )
@@ -136,6 +136,7 @@ def test_resuming_in_a_new_process(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # not where the sources of the package are
     ).stdout
     resumed = json.loads(output.splitlines()[-1])
     assert {case: begun[case] + resumed[case] for case in steps} == whole

@@ -135,7 +135,8 @@ def test_the_order_of_calls_is_looked_at_as_in_torch() -> None:
         warnings.simplefilter("ignore")
         other.step()
         other.step(5)
-    for name in ("_step_count", "last_epoch", "_last_lr", "base_lrs", "_is_initial", "_get_lr_called_within_step"):
+    names = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_is_initial", "_get_lr_called_within_step"}
+    for name in names & vars(other).keys():  # torch 2.6 has no _is_initial
         assert getattr(other, name) == getattr(scheduler, name), name
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import peer
 from torch.utils.data import Dataset
 
 import fusedopt
@@ -59,8 +60,9 @@ def expected(schedule: Schedule) -> list[float]:
 
 
 def make_trainer(folder: Path, optimizer: Any, scheduler: Any, model: Any, **kwargs: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = peer("transformers")
+    peer("accelerate")
+    trainer = peer("transformers.trainer")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -72,7 +74,7 @@ def make_trainer(folder: Path, optimizer: Any, scheduler: Any, model: Any, **kwa
         disable_tqdm=True,
         **kwargs.pop("arguments", {"save_strategy": "no"}),
     )
-    return transformers.Trainer(
+    return trainer.Trainer(
         model=model,
         args=arguments,
         train_dataset=Windows(),

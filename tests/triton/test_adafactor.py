@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cases import (
@@ -25,7 +24,7 @@ from interpreted import offset_params
 from matrices import FACTORED_VARIANTS as VARIANTS
 from matrices import factored_dtypes
 
-from fusedopt import Adafactor
+from fusedopt import Adafactor, _core
 from fusedopt.reference import adafactor as reference
 from fusedopt.reference import factored
 from fusedopt.reference.norm import pairwise_sum
@@ -49,14 +48,33 @@ def assert_kernels_agree(
 
 
 def cut(*shape: int) -> tuple[Any, Any]:
-    """How a tensor of this shape is cut up: its row of the table, and what is needed."""
-    from fusedopt.triton_kernels import passes, table
+    """How a tensor of this shape is cut up: its row of the table, and what is needed. Nothing reads its memory."""
+    from fusedopt.triton_kernels import launch
 
-    row, cuts = np.zeros((1, table.WIDTH.value), np.int64), np.zeros((1, table.CUT_WIDTH.value), np.int64)
-    row[0, table.NUMEL.value] = math.prod(shape)
-    if len(shape) > 1:
-        row[0, [table.ROW_COUNT.value, table.COLUMN_COUNT.value]] = shape[-2:]
-    return cuts[0], passes.Cuts.fill(cuts, row, -1)
+    rule = "adafactor_matrix" if len(shape) > 1 else "adafactor_vector"
+    shapes = [shape[:-1], shape[:-2] + shape[-1:]] if len(shape) > 1 else [shape]
+    table = _core.TensorTable()
+    table.add_group(
+        rule=rule,
+        config=dict.fromkeys(launch.RULES[rule].config, 0.0),
+        seed=0,
+        roundings=[0] * len(shapes),
+        rounding=0,
+        master=0,
+        master_key="",
+    )
+    assert table.add(
+        group=0,
+        position=0,
+        param=torch.empty(shape),
+        grad=torch.empty(shape),
+        states=tuple((torch.empty(held),) for held in shapes),
+        master=None,
+        step=torch.zeros(()),
+        first_index=0,
+    )
+    plan = launch.Plan(table.rows(), table.cuts(), [rule])
+    return plan.cuts[0], plan.launches[0].cuts
 
 
 @factored_dtypes
@@ -101,11 +119,17 @@ def test_slabs_and_panels(variant: str, shapes: list[Any]) -> None:
 @pytest.mark.parametrize("variant", ["relative", "torch"])
 def test_as_many_slabs_as_there_may_be(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of fewer rows than they have; the last is shorter."""
-    from fusedopt.triton_kernels import passes
+    from fusedopt.triton_kernels import passes, table
+
+    fill = passes.Cuts.fill
+
+    def of_three_rows(cuts: Any, *others: Any) -> Any:
+        cuts[:, [table.HEIGHT.value, table.SLABS.value]] = 3, 64
+        return fill(cuts, *others)
 
     runs = []
     monkeypatch.setattr(factored, "_MIN_ROWS", 2)
-    monkeypatch.setattr(passes, "_MIN_SLAB_ROWS", 2)
+    monkeypatch.setattr(passes.Cuts, "fill", of_three_rows)
     for backend in ("triton", "eager"):
         runs.append(train(Adafactor(make_params([(190, 6)], torch.float32), **VARIANTS[variant], backend=backend), 1))
     assert_same_run(*runs)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 Compiled = Callable[..., Any]
+TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -23,8 +24,9 @@ def compiled(tmp_path: Path) -> Compiled:
     """Runs a task of triton_compiled.py with an empty cache."""
 
     def run(*arguments: str) -> Any:
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, str(Path(__file__).parents[1] / "triton_compiled.py"), *arguments]
+        paths = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(TESTS)]).lstrip(os.pathsep)
+        environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, str(TESTS / "triton_compiled.py"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
@@ -35,12 +37,13 @@ def compiled(tmp_path: Path) -> Compiled:
 @pytest.mark.parametrize(
     ("target", "made", "first", "every"),
     [
-        pytest.param("cuda:90", "cubin", 0, 1, marks=pytest.mark.long),
-        # A minute each. All are made of the same kernels, so that those for one target say much of the others: of
-        # which some are compiled here, none twice.
+        # All take a minute for each target, and kernels are the same for all targets. So here each is compiled for one
+        # of NVIDIA's, and half of them for AMD's.
+        pytest.param("cuda:90", "cubin", 0, 2, marks=pytest.mark.long),
         pytest.param("hip:gfx942", "hsaco", 0, 2, marks=pytest.mark.long),
         pytest.param("cuda:80", "cubin", 1, 4, marks=pytest.mark.long),
         pytest.param("cuda:100", "cubin", 3, 4, marks=pytest.mark.long),
+        pytest.param("cuda:90", "cubin", 0, 1, marks=pytest.mark.slow),
         pytest.param("hip:gfx942", "hsaco", 0, 1, marks=pytest.mark.slow),
         pytest.param("cuda:80", "cubin", 0, 1, marks=pytest.mark.slow),
         pytest.param("cuda:100", "cubin", 0, 1, marks=pytest.mark.slow),
@@ -48,7 +51,7 @@ def compiled(tmp_path: Path) -> Compiled:
 )
 def test_every_kernel_compiles(compiled: Compiled, target: str, made: str, first: int, every: int) -> None:
     kernels = compiled("all", target, str(first), str(every))
-    assert len(kernels) > 80 // every
+    assert len(kernels) >= 80 // every
     assert all(made in stages for stages in kernels.values())
 
 
