@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP_INSTALL := pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/$(PIP_INSTALL) --constraint constraints.txt
 CORE := $(shell find csrc cmake -type f) CMakeLists.txt
 SOURCES := $(CORE) $(shell find fusedopt triton_kernels -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt
 
@@ -17,15 +18,19 @@ PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
-.PHONY: demo emulated test test-all bench gpu-check lint format sanitize sanitize-formats sanitize-others ci clean
+.PHONY: demo emulated test test-all test-torch install-check bench gpu-check lint format sanitize sanitize-all docs ci \
+	clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small GPT with torch's AdamW and ours, and compare"
-	@echo "make test      run the tests (make test-all adds the long ones)"
+	@echo "make test      run the tests (make test-all adds long ones and all combinations)"
+	@echo "make test-torch TORCH=2.6.0  run the CPU's tests against that torch, in an environment of its own"
+	@echo "make install-check  install as users do, in new environments"
 	@echo "make bench     measure the optimizer step against torch and installed peers"
 	@echo "make gpu-check with a GPU: build, test and measure the CUDA kernels, offline, with PYTHON's packages (OUT=folder)"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make lint      ruff, mypy, import-linter, clang-format"
+	@echo "make docs      build the documentation's site in out/site"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
 # torch first and pinned: nothing installed later may bring another.
@@ -34,10 +39,10 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
-# The package with one of its extras; dev has test and bench in it.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+# The package with one of its extras; dev has test, bench and docs in it.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(PIP) ".[$*]"
-	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench)
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench $(VENV)/.docs)
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
@@ -53,11 +58,28 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 emulated: $(EMULATED)/.installed
 
 test: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not thorough"
 
-test-all: $(VENV)/.test $(EMULATED)/.installed
+test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
+
+install-check: $(VENV)/.test
+	$(PYTEST) -m slow tests/test_install.py
+
+# Against a torch other than that of constraints.txt. Left out is what does not reach the CPU's kernels: CUDA's need no
+# torch, and Triton's need a triton of their own.
+TORCH_VENV := .venv-torch-$(TORCH)
+$(TORCH_VENV)/.test: $(SOURCES)
+	$(if $(TORCH),,$(error say which torch: make test-torch TORCH=2.6.0))
+	$(PYTHON) -m venv $(TORCH_VENV)
+	FUSEDOPT_CMAKE_ARGS=-DFUSEDOPT_CUDA=OFF FUSEDOPT_BUILD_DIR=build/test-torch \
+		$(TORCH_VENV)/bin/$(PIP_INSTALL) torch==$(TORCH) ".[test]"
+	@touch $@
+
+test-torch: $(TORCH_VENV)/.test
+	OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not thorough and not gpu" \
+		--ignore=tests/cuda --ignore=tests/triton
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py --processes 3 --out out/bench
@@ -67,10 +89,15 @@ OUT ?= out/gpu
 gpu-check:
 	$(PYTHON) bench/gpu_check.py --out $(OUT)
 
+# The variable silences a notice of the theme's about mkdocs 2, which is not installed.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.dev
@@ -90,20 +117,17 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
-	$(PYTEST) -s -m "not slow" -p no:cacheprovider
-FORMATS_TEST := tests/test_bits.py::test_every_path_gives_the_same_bits
+	$(PYTEST) -s -p no:cacheprovider
+SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafactor_bits.py storage/test_formats.py \
+	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py)
 
-# In two halves, which `make -j2 sanitize` runs side by side.
-sanitize: sanitize-formats sanitize-others
+sanitize: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)
 
-sanitize-formats: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) $(FORMATS_TEST)
+sanitize-all: $(SANITIZED)/.installed
+	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
-sanitize-others: $(SANITIZED)/.installed
-	$(SANITIZED_PYTEST) --deselect $(FORMATS_TEST) tests/test_bits.py tests/test_adafactor_bits.py tests/test_formats.py \
-		tests/test_norm.py tests/test_tensors.py tests/test_quantization.py
-
-ci: test lint sanitize
+ci: test lint sanitize docs
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -57,17 +58,19 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
 
+class CleanBuild(build_py):
+    """Starts from nothing: setuptools keeps what an earlier build left, and would install modules that are gone."""
+
+    def run(self) -> None:
+        """Removes the package that an earlier build made, then builds."""
+        shutil.rmtree(Path(self.build_lib) / "fusedopt", ignore_errors=True)
+        super().run()
+
+
 setup(
     ext_modules=[CMakeExtension("fusedopt._core")],
-    cmdclass={"build_ext": CMakeBuild},
-    packages=[
-        "fusedopt",
-        "fusedopt.backends",
-        "fusedopt.cli",
-        "fusedopt.reference",
-        "fusedopt.schedules",
-        "fusedopt.triton_kernels",
-    ],
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild},
+    packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.triton_kernels"],
     package_dir={"fusedopt": "fusedopt", "fusedopt.triton_kernels": "triton_kernels"},
     package_data={"fusedopt": ["py.typed", "*.pyi"]},
 )

@@ -109,7 +109,7 @@ def table(case: dict[str, Any]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -150,7 +150,7 @@ def main() -> None:
             case = measure(workload, dtype, settings)
             _print(console, case)
             results["cases"].append(case)
-            # After every case: a run takes long, and what is measured is measured.
+            # After every case, because a run takes long and what has been measured should be kept.
             written.write_text(json.dumps(results, indent=1) + "\n")
     picture = arguments.out / f"{arguments.name}.png"
     chart.draw(results, picture)

@@ -46,7 +46,7 @@ class Contender:
         dtypes: Parameter dtypes it is measured with.
         before_step: Called before every `optimizer.step()` and timed with it.
         gradient_reads: How often a step has to read the gradients: twice when a norm comes first.
-        workloads: Where it is measured; 8-bit state of vectors, which are not quantized, would be float32.
+        workloads: Where it is measured. Vectors are not quantized, so their 8-bit state would be float32.
     """
 
     name: str
@@ -103,7 +103,7 @@ CONTENDERS = (
         "fusedopt Adafactor, lr given",
         OURS,
         partial(Adafactor, lr=HYPER["lr"], relative_step=False, scale_parameter=False),
-        gradient_reads=3,
+        gradient_reads=2,
     ),
     Contender("fusedopt + clip", OURS, _ours(max_grad_norm=MAX_GRAD_NORM), dtypes=_UNSCALED, gradient_reads=2),
     Contender(
@@ -133,7 +133,7 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Running:
-    """A contender whose state is made: its first step is taken.
+    """A contender that has taken its first step, so its state exists.
 
     Attributes:
         contender: Which one.
@@ -233,7 +233,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _watched(seconds: float) -> Iterator[None]:
-    """Turns whatever a peer raises into an UnavailableError, cuts it off after some seconds, mutes its logs."""
+    """Turns whatever a peer raises into an UnavailableError, cuts it off after some seconds, and mutes its logs."""
     was_cut_off = False
 
     def cut_off(signum: int, frame: object) -> None:
@@ -247,7 +247,7 @@ def _watched(seconds: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Asked of the flag, not of the error: compilers wrap the one that cut them off in their own.
+        # The flag decides, not the error: compilers wrap the error that cut them off in one of their own.
         reason = f"the first step took more than {seconds:g} s" if was_cut_off else _one_line(error)
         raise UnavailableError(reason) from error
     finally:

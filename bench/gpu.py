@@ -3,7 +3,7 @@
     python bench/gpu.py --out out/gpu
 
 Needs no packages beside torch. FUSEDOPT_GPU_DRY=1 runs it on the CPU with tiny tensors and kernels compiled for the CPU
-(FUSEDOPT_EMULATED says where they are), to see that it runs; its figures then say nothing, nor does it write any.
+(FUSEDOPT_EMULATED says where they are), to see that it works; its figures then mean nothing, and none are written.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torch.nn import Parameter  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
 from bench.gpu_cases import CASES, MAX_GRAD_NORM, Case, Contender  # noqa: E402
-from fusedopt.info import info  # noqa: E402
+from fusedopt.backends.info import info  # noqa: E402
 
 DRY = os.environ.get("FUSEDOPT_GPU_DRY", "0") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
 COPY = "copy"
 COPY_BYTES = 2**16 if DRY else 2**30
 # Device clock cycles before a timed step, about a millisecond: launches then wait for the device and not the other way
-# round, as behind a backward pass. What the host takes is told beside it.
+# round, as after a backward pass. The time that the host takes is reported beside it.
 AHEAD = 2_000_000
-STEPS_OF_A_ROUND = 2 if DRY else 20  # where the wall's clock is read
+STEPS_OF_A_ROUND = 2 if DRY else 20  # timed by the wall clock
 
 
 def synchronize() -> None:
@@ -50,7 +50,7 @@ def synchronize() -> None:
 
 
 def params_of(case: Case) -> list[Parameter]:
-    """Parameters and gradients of a global norm of one half, below what is clipped to."""
+    """Parameters, and gradients with a global norm of one half, which is below the norm that is clipped to."""
     shapes = case.tiny if DRY else case.shapes
     generator = torch.Generator(DEVICE).manual_seed(0)
     std = 0.5 / math.sqrt(sum(math.prod(shape) for shape in shapes))
@@ -78,9 +78,9 @@ def step_of(contender: Contender, optimizer: Optimizer, params: list[Parameter])
 
 
 def moved_bytes(contender: Contender, optimizer: Optimizer, params: list[Parameter]) -> float | None:
-    """What a step must read and write, in bytes per parameter: weights and state both ways, gradients as often as said.
+    """What a step must read and write, in bytes per parameter: weights and state both ways, and the gradient reads.
 
-    Temporaries do not count: who writes some shows a lower bandwidth.
+    Temporaries do not count, so a contender that writes some shows a lower bandwidth.
     """
     if contender.gradient_reads is None:
         return None
@@ -91,7 +91,7 @@ def moved_bytes(contender: Contender, optimizer: Optimizer, params: list[Paramet
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds of the device, and of the host until it is free again."""
+    """Milliseconds that the device takes, and those until the host is free again."""
     if DRY:
         begun = time.perf_counter()
         step()
@@ -109,7 +109,7 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 
 
 def timed_on_the_wall(step: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds of one of many steps, until all are done and until the host is."""
+    """Milliseconds per step, of many steps: until all are done, and until the host is."""
     synchronize()
     begun = time.perf_counter()
     for _ in range(STEPS_OF_A_ROUND):
@@ -134,7 +134,7 @@ def kernels_of(step: Callable[[], object]) -> int | None:
 
 
 def measure(case: Case, rounds: int, warmup: int) -> dict[str, Any]:
-    """Steps of all in turns, and copying memory among them."""
+    """All contenders step in turns, and copying memory takes turns with them."""
     params = params_of(case)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -160,7 +160,7 @@ def measure(case: Case, rounds: int, warmup: int) -> dict[str, Any]:
                 found = timed_on_the_wall(steps[name]) if case.waits_for_host else timed(steps[name])
             if number >= warmup:
                 times[name].append(found)
-        order = order[1:] + order[:1]  # everybody follows everybody else's cache sooner or later
+        order = order[1:] + order[:1]  # sooner or later, each follows every other
     numel = sum(param.numel() for param in params)
     finite = all(bool(param.isfinite().all()) for param in params)
     launches = {name: kernels_of(step) for name, step in steps.items()} if case.counts_launches else {}
@@ -308,7 +308,7 @@ def main() -> None:
         results["cases"].append(measure(case, arguments.rounds, arguments.warmup))
         texts.append(render(results["cases"][-1]))
         print(texts[-1], end="\n\n", flush=True)
-        if not DRY:  # after every case: what is measured is measured
+        if not DRY:  # after every case, so that it is kept
             (arguments.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
             (arguments.out / "gpu.txt").write_text("\n\n".join(texts) + "\n")
         gc.collect()

@@ -1,4 +1,4 @@
-"""What is stepped on a GPU, who steps it, and what is aimed at."""
+"""What is stepped on a GPU, by which contenders, and the aims."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Contender:
     Attributes:
         name: In tables and JSON.
         build: Makes the optimizer; raises ImportError if its package is not there.
-        gradient_reads: How often a step must read the gradients, twice if a norm comes first; None is not told.
+        gradient_reads: How often a step must read the gradients, twice if a norm comes first; None if not known.
         clips: Whether torch's clip_grad_norm_ comes before the step and is timed with it.
         fraction_aimed_at: Of the bandwidth of a copy.
         speed_up_aimed_at: Times the case's baseline.
@@ -50,10 +50,10 @@ class Case:
         name: Short.
         title: What it is.
         shapes: Of the parameters.
-        tiny: Of those in a dry run.
+        tiny: Of the parameters in a dry run.
         dtype: Of parameters and gradients.
         contenders: The first is what others are compared with.
-        waits_for_host: Many steps are timed by the clock on the wall, as the host is what takes the time.
+        waits_for_host: Many steps are timed by the wall clock, because the host is what takes the time.
         counts_launches: Whether the kernels of a step are counted, too.
     """
 

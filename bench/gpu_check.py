@@ -3,8 +3,8 @@
     python bench/gpu_check.py --out out/gpu
 
 Offline, with the packages of the interpreter that runs it (torch, pytest, pybind11, setuptools) and with cmake, ninja
-and nvcc on the PATH. The package goes to a folder of its own; the environment stays as it is. A step that fails is
-told, the others still run, and the exit status says so. Logs, the tests' results and the benchmark's JSON lie in --out.
+and nvcc on the PATH. The package goes to a folder of its own; the environment stays as it is. If a step fails, this is
+reported, the others still run, and the exit status is not 0. Logs, test results and the benchmark's JSON are in --out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Step:
-    """A command with a time limit, in seconds; together they are to fit into ten minutes of a GPU's time.
+    """A command with a time limit, in seconds; all of them have to fit into ten minutes of a GPU's time.
 
-    One that is a `remedy_for` another runs only if that failed.
+    A step that is a `remedy_for` another one runs only if that one failed.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Result:
 
 
 def capability() -> str | None:
-    """Of the first device, as in 90; None if there is none."""
+    """The capability of the first device, as in 90; None if there is no device."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.hip is not None:
@@ -56,7 +56,7 @@ def capability() -> str | None:
 
 
 def steps(out: Path) -> list[Step]:
-    """What is done, in this order."""
+    """The steps, in their order."""
     python = sys.executable
     site = out / "site"
     pip = [
@@ -69,8 +69,8 @@ def steps(out: Path) -> list[Step]:
         "--no-deps",
         "--no-index",
     ]
-    built = "import fusedopt._cuda; from fusedopt.info import render; print(render())"
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    built = "import fusedopt._cuda; from fusedopt.backends.info import render; print(render())"
+    tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_gpu_*.py"))
     return [
         Step("build", [*pip, "--upgrade", "--target", str(site), str(ROOT)], 200),
         Step("build without pip", [python, str(Path(__file__).resolve()), "--build-into", str(site)], 200, "build"),
@@ -85,7 +85,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def build_into(site: Path) -> None:
-    """Builds the package by CMake alone: metadata that an old setuptools does not read are no reason not to test."""
+    """Builds the package by CMake alone, in case an old setuptools cannot read the metadata."""
     import pybind11
 
     build = site.parent / "build-without-pip"
@@ -98,7 +98,7 @@ def build_into(site: Path) -> None:
 
 
 def run(step: Step, out: Path, environment: dict[str, str]) -> Result:
-    """Runs a step; what it prints goes to a log and the end of it, where it fails, to the terminal."""
+    """Runs a step. Its output goes to a log and, if it fails, the end of that to the terminal."""
     log = out / f"{step.name}.log"
     print(f"{step.name} ...", flush=True)
     begun = time.monotonic()

@@ -1,8 +1,8 @@
 """Interleaved timing: all contenders of a workload take turns, and copying memory takes turns with them.
 
-Steps share the machine's mood: frequencies, neighbours and caches drift, so a contender is compared with
-the baseline of the same rounds, never with one of another minute. A step starts with the caches that
-somebody else left, as after a backward pass.
+Frequencies, neighbours and caches of a machine drift, so a contender is compared with the baseline of the
+same rounds, never with that of another minute. A step starts with the caches that another contender left
+behind, as after a backward pass.
 
 Contenders are measured in batches so that their states fit in memory, and every batch has its own baseline
 and its own copy. All of them step the same parameters with the same gradients.
@@ -49,7 +49,7 @@ class Settings:
         warmup: Rounds before those, not counted.
         processes: Fresh processes that repeat everything; the median of their results is reported.
         peers: Whether other packages take part.
-        only: Parts of names: contenders that have none of them stay out; none given, all take part.
+        only: Parts of names; contenders whose names have none of them stay out. If empty, all take part.
         first_step_limit: Seconds that a peer may take for its first step.
     """
 
@@ -129,7 +129,7 @@ def measure_here(workload_name: str, dtype: str, settings: Settings, label: str)
 
 
 def _progress() -> Progress:
-    # Refreshed by hand between rounds: a refreshing thread would compete with the steps being timed.
+    # Refreshed explicitly between rounds: a refreshing thread would compete with the steps that are timed.
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -150,7 +150,7 @@ def _batches(entered: Sequence[Contender]) -> Iterator[list[Contender]]:
 
 
 def orders(count: int) -> Iterator[list[int]]:
-    """Endless turn orders in which everybody follows everybody else equally often.
+    """Endless orders of turns in which each follows every other equally often.
 
     A Williams design: a zigzag 0, n-1, 1, n-2, ... shifted by one each round. With an odd count the zigzag is
     balanced only together with its mirror image, so every second turn around runs backwards.
@@ -211,7 +211,7 @@ def _rows(running: Sequence[Running], times: dict[str, np.ndarray], numel: int) 
 
 
 def _merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One case out of the same case from several processes: the median of every number."""
+    """Merges the same case from several processes into one: the median of every number."""
     rows = []
     for name in dict.fromkeys(row["name"] for run in runs for row in run["rows"]):
         same = [row for run in runs for row in run["rows"] if row["name"] == name]

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: enough to judge it by, nothing that names a host."""
+"""What a measurement was taken on: enough to judge it by, but nothing that names a host."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def _huge_pages() -> str:
     return text.partition("[")[2].partition("]")[0] or "unknown"
 
 
-QUIET_CORES = 0.15  # more than that in other hands, and figures are doubtful
+QUIET_CORES = 0.15  # if others use more than this, figures are doubtful
 
 
 class OtherLoad:
-    """How many cores other processes keep busy meanwhile: two threads that wait for a third are slow."""
+    """How many cores other processes keep busy meanwhile, because steps that have to share cores are slow."""
 
     def __init__(self) -> None:
         self._started = self._seconds()
@@ -77,7 +77,7 @@ class OtherLoad:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float] | None:
-        """The clock, what all cores have worked, and what this process has worked."""
+        """The clock, and the seconds that all cores and this process have worked."""
         try:
             line = Path("/proc/stat").read_text().splitlines()[0]
         except OSError:

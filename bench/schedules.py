@@ -24,7 +24,7 @@ KWARGS: dict[str, dict[str, Any]] = {
 
 
 def scheduler(get: Any, name: str, *measured: float) -> Any:
-    """One for an optimizer with one group, past its warmup; `measured` is what its rule is told."""
+    """A scheduler for an optimizer with one group, past its warmup; `measured` is passed to its rule."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
     optimizer = torch.optim.SGD([parameter], lr=0.1)

@@ -2,8 +2,8 @@
 
     python examples/demo.py [--steps N] [--out out]
 
-Every run starts from the same weights and sees the same batches, so what differs is the optimizer alone.
-The runs take turns, a step each, so that a busy machine slows all of them alike.
+Every run starts from the same weights and sees the same batches, so only the optimizer differs.
+The runs take turns, one step each, so that a busy machine slows all of them alike.
 Writes demo.png and demo.json; fails if the float32 curve strays from torch's.
 """
 
@@ -33,7 +33,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 LIMIT = 2e-3  # largest loss difference allowed between torch and fusedopt, both in float32
-LAST = 5  # logged steps behind the training loss in the table
+LAST = 5  # logged steps that the training loss in the table is averaged over
 Summary = dict[str, float]
 
 
@@ -101,7 +101,7 @@ def summarise(training: Training, baseline: Training) -> Summary:
         "validation_loss": training.validation_loss(),
         "optimizer_ms": statistics.median(training.optimizer_ms),
         "state_bytes_per_parameter": training.state_bytes() / training.parameters,
-        # Not Python's max(), which steps over a NaN.
+        # Not Python's max(), which passes over a NaN.
         "largest_difference": torch.tensor(differences(training, baseline)).abs().max().item(),
     }
 
@@ -132,13 +132,13 @@ def table(summaries: dict[str, Summary], config: Config, parameters: int) -> Tab
 
 
 def plot(trainings: dict[str, Training], path: Path) -> None:
-    """Curves over each other, and below them what is left when torch's is taken away."""
+    """The curves over each other, and below them their differences from torch's."""
     plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 8), sharex=True, height_ratios=(3, 2), layout="constrained")
     baseline = trainings[TORCH.name]
     steps, losses = list(baseline.losses), list(baseline.losses.values())
     top.plot(steps, losses, color=TORCH.colour, lw=9, solid_capstyle="round", label=TORCH.name)
-    # Dashes that take turns along torch's broad band: every curve stays visible where all are one.
+    # Dashes that take turns along torch's broad band, so that every curve stays visible where all coincide.
     others, dash = CONFIGURATIONS[1:], 3.5
     for i, c in enumerate(others):
         pattern = (dash * (len(others) - i), (dash, dash * (len(others) - 1)))

@@ -35,13 +35,13 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy of the stream and added to it."""
+    """Attention and MLP, each applied to a normalised copy of the stream and added to it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        # No bias: one on the keys changes nothing, so its gradient is rounding noise, which Adam would scale up.
+        # No bias: on the keys it changes nothing, so its gradient would be rounding noise, which Adam would scale up.
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -63,7 +63,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, 256, bias=False)
         for embedding in (self.bytes, self.positions):
-            # Torch's own 1 is too large to learn from, a usual 0.02 so small that the first steps turn it round.
+            # torch's own 1 is too large to learn from, and the usual 0.02 so small that the first steps turn it round.
             nn.init.normal_(embedding.weight, std=0.2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def load_text() -> tuple[Tensor, Tensor]:
 
 
 def batches(data: Tensor, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random windows and the byte after each of theirs; every run is given the same ones."""
+    """Random windows, and the byte after each of their bytes; every run is given the same ones."""
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.steps):
         starts = torch.randint(len(data) - config.context, (config.batch, 1), generator=generator)
@@ -102,7 +102,7 @@ class Training:
         matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay}
         vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
         self.optimizer = make_optimizer([matrices, vectors], config)
-        # An optimizer that takes its learning rate from the step's number has none to schedule.
+        # An optimizer that takes its learning rate from the step's number has no rate to schedule.
         has_lr = self.optimizer.param_groups[0]["lr"] is not None
         self.scheduler = LambdaLR(self.optimizer, self.lr_factor) if has_lr else None
         train_data, self.validation_data = load_text()

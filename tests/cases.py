@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,11 @@ ISAS = _core.available_isas()
 PATHS = [(isa, 2) for isa in ISAS] + [(ISAS[-1], threads) for threads in (1, 5) if not SANITIZED]
 
 
+def peer(module: str) -> Any:
+    """A module to compare with; where it is not installed, or does not load with this torch, the test is skipped."""
+    return pytest.importorskip(module, exc_type=Exception)  # torchao raises an AttributeError
+
+
 def _peers(package: str, name: str) -> type[torch.optim.Optimizer]:
     """A class to compare with; where its package is not installed, making one skips the test that does."""
     try:
@@ -35,6 +42,10 @@ def _peers(package: str, name: str) -> type[torch.optim.Optimizer]:
             pytest.skip(f"needs {package}")
 
         return type(name, (torch.optim.Optimizer,), {"__init__": init, "__module__": package})
+
+
+# torch's Adam has this argument since 2.7.
+_DECOUPLED = [{name: True} for name in inspect.signature(torch.optim.Adam).parameters if name.startswith("decoupled_")]
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ CASES = [
         fusedopt.Adam,
         torch.optim.Adam,
         {"lr": 1e-2, "weight_decay": 0.1},
-        ({}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.0}, {"decoupled_weight_decay": True}),
+        ({}, {"amsgrad": True, "maximize": True}, {"weight_decay": 0.0}, *_DECOUPLED),
         # torch adds the L2 term in one fused multiply-add, which bit equality across devices forbids us; where
         # it dwarfs the gradient, as it does for some elements here, 100 steps show it (measured: 1.10).
         error_ratio=1.2,
@@ -216,6 +227,29 @@ def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
+def shifted(param: Tensor) -> torch.nn.Parameter:
+    """The same numbers one element behind an aligned address."""
+    memory = torch.empty(param.numel() + 1, dtype=param.dtype, device=param.device)
+    memory[1:] = param.detach().flatten()
+    return torch.nn.Parameter(memory[1:].view(param.shape))
+
+
+def copied(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(param.detach().clone()) for param in params]
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What comes back from a file."""
+    memory = io.BytesIO()
+    torch.save(state_dict, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=True)
+
+
 # Magnitudes over several decades, so that subnormals of the 16-bit formats occur.
 _MAGNITUDES = torch.tensor([2.0**-exponent for exponent in range(16)])
 
@@ -242,7 +276,7 @@ def set_grads(params: list[torch.nn.Parameter], step: int, scale: float = 1.0) -
 def train(
     optimizer: torch.optim.Optimizer, steps: int, first: int = 0, grads: Callable[..., None] = set_grads
 ) -> torch.optim.Optimizer:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     for step in range(first, first + steps):
         grads(params, step)
         optimizer.step()
@@ -271,7 +305,7 @@ def assert_paths_agree(run: Callable[[str], torch.optim.Optimizer], monkeypatch:
         torch.set_num_threads(threads)
         found = run("cpu")
         expected = expected or found
-        assert all(param.isfinite().all() for group in found.param_groups for param in group["params"])
+        assert all(param.isfinite().all() for param in params_of(found))
         assert_same_run(found, expected)
 
 

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+
+# The folder tests/triton is not the package, for which it would pass where that is not installed.
+if (found := importlib.util.find_spec("triton")) is not None and found.origin is None:
+    sys.modules["triton"] = None  # type: ignore[assignment]
 
 import pytest
 import torch
@@ -10,12 +16,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from emulated import emulated as emulated  # fixtures
+from conversions import mesh as mesh  # fixtures
+from emulated import emulated as emulated
+from gpu import REASON
 from gpu import kernels_at_hand as kernels_at_hand
 from interpreted import _quick as _quick
 from interpreted import interpreted as interpreted
 
 from fusedopt import _core
+
+# What is only for a GPU is not looked at without one; test_dry.py of `cuda` runs it dry.
+collect_ignore_glob = ["*/test_gpu*.py"] if REASON else []
+
+
+def pytest_report_header() -> list[str]:
+    return [f"tests/*/test_gpu*.py: {REASON}"] if REASON else []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, assert_same_run, make_params, train
+from cases import assert_same_bits, assert_same_run, make_params, params_of, shifted, train
 from emulated import FOLDER, EmulatedBackend
 
 from fusedopt import backends
@@ -41,9 +41,7 @@ def params_on(device: torch.device | str, shapes: list[tuple[int, ...]], dtype: 
     params = []
     for param in make_params(shapes, dtype):
         moved = param.detach().to(device)
-        memory = torch.empty(param.numel() + 1, dtype=dtype, device=device)
-        memory[1:] = moved.flatten()
-        params += [torch.nn.Parameter(moved), torch.nn.Parameter(memory[1:].view(param.shape))]
+        params += [torch.nn.Parameter(moved), shifted(moved)]
     return params
 
 
@@ -79,7 +77,7 @@ def assert_device_agrees(
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     held = [state for param in params for state in optimizer.state[param].values()]
     return [tensor.detach().cpu() for tensor in [*params, *held]]
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from cases import make_params, shifted
 
 from fusedopt.backends.triton import is_interpreting
 
@@ -42,3 +44,9 @@ def interpreted(request: pytest.FixtureRequest) -> None:
     if not is_interpreting():
         pytest.skip("TRITON_INTERPRET=1 is not set, because there is a GPU")
     request.getfixturevalue("_quick")
+
+
+def offset_params(dtype: torch.dtype, shapes: list[Any]) -> list[torch.nn.Parameter]:
+    """The last shape once more, one element behind an aligned address."""
+    *params, last = make_params([*shapes, shapes[-1]], dtype)
+    return [*params, shifted(last)]

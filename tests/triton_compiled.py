@@ -1,4 +1,4 @@
-"""What test_triton_compile.py runs without the interpreter: python triton_compiled.py TASK TARGET ... prints JSON."""
+"""What triton/test_compile.py runs without the interpreter: python triton_compiled.py TASK TARGET ... prints JSON."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """Adafactor: csrc/rules/adafactor.h, which has the equation and its paper."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .normalize import by_factors, by_second_moment
+from .rule import Normalizing, Rule
 
 CONFIG = (
     "lr",
@@ -55,7 +58,7 @@ def _relative_lr(config, step):
 
 @triton.jit
 def _derive(config, step, sums, MOMENTUM: tl.constexpr):
-    """(what p is multiplied by, what it loses of itself, a/d or 1/d, what m is multiplied by, b1, 1 - b1)."""
+    """(decay and lost: p becomes p decay, then p - lost p; a/d or 1/d; the multiplier of m; b1, 1 - b1)."""
     param_sum, update_sum, numel = sums
     eps2, clip_threshold, beta1, weight_decay = config[2], config[3], config[5], config[6]
     scale_parameter, compat, is_torch = config[7], config[10], config[11]
@@ -80,25 +83,25 @@ def derive(config, step, sums):
 
 @triton.jit
 def derive_momentum(config, step, sums):
-    """With one."""
+    """With a first moment."""
     return _derive(config, step, sums, MOMENTUM=True)
 
 
 @triton.jit
 def of_matrix(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """The quotient of a matrix."""
+    """What takes the gradient's place in a matrix."""
     return by_factors(row, derived, g, hyper, place, COUNT, WHOLE)
 
 
 @triton.jit
 def of_vector(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """That of anything else."""
+    """The same, where each element has a second moment."""
     return by_second_moment(g, s[0], hyper)
 
 
 @triton.jit
 def of_vector_momentum(row, derived, g, s, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """The same, where the second moment comes behind a first."""
+    """The same, where the second moment comes after a first."""
     return by_second_moment(g, s[1], hyper)
 
 
@@ -116,7 +119,7 @@ def _averaged(u, exp_avg, hyper):
 
 @triton.jit
 def matrix(p, u, s, hyper):
-    """Of a factored second moment."""
+    """With a factored second moment."""
     return _updated(p, hyper[8] * u, hyper), (), u
 
 
@@ -129,7 +132,7 @@ def matrix_momentum(p, u, s, hyper):
 
 @triton.jit
 def vector(p, u, s, hyper):
-    """Of a second moment for each element, up to date already."""
+    """With a second moment for each element, which is up to date already."""
     return _updated(p, hyper[8] * u, hyper), s, u
 
 
@@ -138,3 +141,15 @@ def vector_momentum(p, u, s, hyper):
     """With a first moment."""
     exp_avg = _averaged(u, s[0], hyper)
     return _updated(p, hyper[9] * exp_avg, hyper), (exp_avg, s[1]), u
+
+
+def _rule(update: Any, derive: Any, quotient: Any, states: tuple[tuple[str, bool], ...], second: int) -> Rule:
+    return Rule(update, derive, CONFIG, states, 12, normalizing=Normalizing(moments, quotient, EPS, second))
+
+
+RULES = {
+    "adafactor_matrix": _rule(matrix, derive, of_matrix, (), -1),
+    "adafactor_momentum_matrix": _rule(matrix_momentum, derive_momentum, of_matrix, MOMENTUM, -1),
+    "adafactor_vector": _rule(vector, derive, of_vector, VECTOR, 0),
+    "adafactor_momentum_vector": _rule(vector_momentum, derive_momentum, of_vector_momentum, MOMENTUM + VECTOR, 1),
+}

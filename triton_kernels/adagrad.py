@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import decayed, root
+from .rule import Rule
 
 CONFIG = ("lr", "lr_decay", "eps", "weight_decay")
 STATES = (("sum", False),)
@@ -24,3 +25,6 @@ def adagrad(p, g, s, hyper):
     total = s[0] + g * g
     rooted = root(total)
     return p - lr * tl.div_rn(g, rooted + eps), (total,), rooted
+
+
+RULES = {"adagrad": Rule(adagrad, derive, CONFIG, STATES, 3, rooted=0)}

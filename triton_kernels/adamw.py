@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import maximum, power, root
+from .rule import Rule
 
 CONFIG = ("lr", "beta1", "beta2", "eps", "weight_decay")
 STATES = (("exp_avg", True), ("exp_avg_sq", False))
@@ -71,3 +72,11 @@ def adam(p, g, s, hyper):
 def adam_amsgrad(p, g, s, hyper):
     """The same, with the largest second moment so far."""
     return _adam(p, g, s, hyper, L2=True, AMSGRAD=True)
+
+
+RULES = {
+    "adamw": Rule(adamw, derive, CONFIG, STATES, 9, rooted=1),
+    "adamw_amsgrad": Rule(adamw_amsgrad, derive, CONFIG, STATES_AMSGRAD, 9),
+    "adam": Rule(adam, derive, CONFIG, STATES, 9, rooted=1),
+    "adam_amsgrad": Rule(adam_amsgrad, derive, CONFIG, STATES_AMSGRAD, 9),
+}

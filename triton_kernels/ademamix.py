@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import power, root
+from .rule import Rule
 
 CONFIG = ("lr", "beta1", "beta2", "beta3", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
 STATES = (("exp_avg", True), ("exp_avg_slow", True), ("exp_avg_sq", False))
@@ -11,17 +12,17 @@ STATES = (("exp_avg", True), ("exp_avg_slow", True), ("exp_avg_sq", False))
 
 @triton.jit
 def alpha_at(alpha, t_alpha, step):
-    """Linear until t_alpha; 0 is no schedule."""
+    """Linear until t_alpha; 0 means no schedule."""
     grown = alpha * step.to(tl.float64) / tl.where(t_alpha > 0.0, t_alpha, 1.0)
     return tl.where((t_alpha > 0.0) & (grown < alpha), grown, alpha)
 
 
 @triton.jit
 def beta3_at(beta1, beta3, t_beta3, step):
-    """Its half-life grows linearly from beta1's until t_beta3; 0 is no schedule."""
+    """Its half-life grows linearly from beta1's until t_beta3; 0 means no schedule."""
     part = tl.where(t_beta3 > 0.0, step.to(tl.float64) / tl.where(t_beta3 > 0.0, t_beta3, 1.0), 1.0)
     grows = (part < 1.0) & (beta3 > beta1)
-    # What is not looked at in the end has harmless numbers in it.
+    # Elements that are not used in the end get harmless numbers.
     part = tl.where(grows, part, 0.5)
     log1 = tl.log(tl.where(grows & (beta1 > 0.0), beta1, 0.5))
     log3 = tl.log(tl.where(grows, beta3, 0.75))
@@ -63,3 +64,6 @@ def ademamix(p, g, s, hyper):
     mixed = exp_avg * inverse_bias1 + alpha * exp_avg_slow
     p = p * decay - lr * tl.div_rn(mixed, tl.div_rn(rooted, sqrt_bias2) + eps)
     return p, (exp_avg, exp_avg_slow, exp_avg_sq), rooted
+
+
+RULES = {"ademamix": Rule(ademamix, derive, CONFIG, STATES, 12, rooted=2)}

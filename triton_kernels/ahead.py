@@ -1,8 +1,8 @@
-"""Compiles kernels ahead of time, without a GPU, into Triton's cache: a first step then finds what it needs.
+"""Compiles kernels ahead of time, without a GPU, into Triton's cache, where a first step then finds what it needs.
 
-Triton's key is the source of the kernel and of what it calls, what it is compiled for (constants, types and alignment
-of arguments), the options, the target, and Triton's and ptxas' versions. Kernels are therefore "launched" as a step
-launches them, with a driver that has the target for its device and with arguments that have a dtype only.
+Triton's key consists of the source of the kernel and of what it calls, what it is compiled for (constants, types and
+alignment of arguments), the options, the target, and the versions of Triton and ptxas. Kernels are therefore "launched"
+as a step launches them, with a driver whose device is the target and with arguments that have nothing but a dtype.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from triton.runtime import driver
 
 from fusedopt import checks
 from fusedopt.backends.table import DTYPE_CODES, MASTER_CODES, ROUNDING_CODES
-from fusedopt.masters import KEYS
-from fusedopt.masters import rounding_of as param_rounding_of
-from fusedopt.names import CLASSES
-from fusedopt.state import DTYPES, EIGHT_BIT, FORMATS, StateSpec, requested_format, rounding_of
+from fusedopt.engine.optimizer import CLASSES
+from fusedopt.storage.masters import KEYS
+from fusedopt.storage.masters import rounding_of as param_rounding_of
+from fusedopt.storage.state import DTYPES, EIGHT_BIT, FORMATS, StateSpec, requested_format, rounding_of
 
 from . import launch, passes, prepare, reduce, rules, step
 
@@ -60,7 +60,7 @@ def _specs_of(name: str) -> list[StateSpec]:
 def words_of(name: str, text: str) -> list[int]:
     """The FORMATS (table.py) of a rule's kernels for one of the texts that USUAL_FORMATS has.
 
-    There are two where states have 8 bits: vectors keep float32.
+    There are two if states have 8 bits, because vectors keep float32.
     """
     parts = text.split("/")
     if len(parts) not in (2, 3):
@@ -102,7 +102,7 @@ class Job:
 
 
 def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = None) -> list[Job]:
-    """Everything that a step of these rules (None: of all) in these formats launches."""
+    """Everything that a step of these rules (None: of all rules) in these formats launches."""
     chosen = [checks.one_of("rule", name, rules.RULES) for name in names] if names else list(rules.RULES)
     found = [
         Job("square sums", reduce.square_sum_kernel, (torch.int64, torch.float64, 2)),
@@ -136,7 +136,7 @@ def _sums(label: str, rule: rules.Rule, formats: int) -> list[Job]:
 
 
 class _Pretended:
-    """A driver whose device is a target. Triton remembers kernels by device, so each target is one of its own."""
+    """A driver whose device is a target. Triton remembers kernels by device, so each target has a device of its own."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target

@@ -1,7 +1,7 @@
 """Arithmetic with the bits of csrc/rules/rule.h and core/portable.h: IEEE operations in the order they are written.
 
-Kernels are launched with enable_fp_fusion=False. Of float32 numbers, `/` and `tl.sqrt` are approximations: rules divide
-by tl.div_rn and take `root`; of float64 numbers, both are correctly rounded.
+Kernels are launched with enable_fp_fusion=False. For float32, `/` and `tl.sqrt` are approximations, so rules use
+tl.div_rn and `root`; for float64, both are correctly rounded.
 """
 
 import triton
@@ -46,13 +46,13 @@ def maximum(a, b):
 
 @triton.jit
 def decayed(g, p, weight_decay):
-    """The gradient with an L2 penalty's, where there is one."""
+    """The gradient plus that of an L2 penalty, if there is one."""
     return tl.where(weight_decay != 0.0, g + weight_decay * p, g)
 
 
 @triton.jit
 def power(base, exponent):
-    """base**exponent in float64, by the multiplications of the core; of as many as the vectors are long."""
+    """base**exponent in float64, for each element of vectors, by the multiplications of the core."""
     result = base * 0.0 + 1.0
     while tl.max(exponent, 0) > 0:
         result = tl.where((exponent & 1) != 0, result * base, result)

@@ -1,6 +1,6 @@
 """How numbers are stored, element by element: csrc/storage/dense.h, master.h and random.h in Triton.
 
-All integer or exact arithmetic. Casts of Triton's are not used to round: its interpreter cuts bfloat16 short.
+All integer or exact arithmetic. Triton's casts are not used for rounding, because its interpreter truncates bfloat16.
 """
 
 import triton
@@ -54,11 +54,11 @@ def key_at(key, high):
 
 @triton.jit
 def draw(key, begin, lanes):
-    """Random bits of the elements `lanes` (fewer than 2^32) behind `begin`, an index in the global tensor (int64)."""
+    """Random bits of the elements `lanes` (less than 2^32) after `begin`, an index in the global tensor (int64)."""
     low = begin.to(tl.uint32)
     high = (begin >> 32).to(tl.uint32)
     at = low + lanes.to(tl.uint32)
-    # In the middle of a block the upper half of the index may change, and with it the key.
+    # The upper half of the index, and with it the key, may change in the middle of a block.
     return fmix(at * _GOLDEN + tl.where(at < low, key_at(key, high + 1), key_at(key, high)))
 
 
@@ -118,7 +118,7 @@ def encode16(x, random, DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
 
 @triton.jit
 def adopt_written(codes, kept, DTYPE: tl.constexpr):
-    """A float32 master, or the parameter where somebody else has written it since: no rounding of the master then."""
+    """A float32 master; or the parameter, where that is no rounding of the master, as something else has written it."""
     down = encode16(kept, bits_of(kept) * 0, DTYPE, True)
     up = encode16(kept, bits_of(kept) * 0 + 0xFFFF, DTYPE, True)
     return tl.where((codes == down) | (codes == up), kept, decode16(codes, DTYPE))
@@ -126,25 +126,25 @@ def adopt_written(codes, kept, DTYPE: tl.constexpr):
 
 @triton.jit
 def join(codes, low):
-    """A weight of which the upper half (uint16) and what is below (int32) are kept apart."""
+    """A weight whose upper half (uint16) and the rest below it (int32) are kept apart."""
     return float_of((codes.to(tl.uint32) << 16) + low.to(tl.uint32))
 
 
 @triton.jit
 def split(u):
-    """The upper half of a weight's pattern, ties away, and what is left of it (int32)."""
+    """The upper half of a weight's pattern, rounded with ties away, and what is left (int32)."""
     high = (u + 0x8000) >> 16
     return high.to(tl.uint16), (u - (high << 16)).to(tl.int32)
 
 
 @triton.jit
 def canonical(w):
-    """The pattern of a weight; NaN as one, as others would become -0 or inf by the carry."""
+    """The pattern of a weight; NaN as a single pattern, since others would become -0 or inf by the carry."""
     u = bits_of(w)
     return tl.where((u & _SIZE_BITS) > _INFINITY, 0x7FC00000, u)
 
 
 @triton.jit
 def remainder_of(w, p):
-    """What w - p leaves behind; of a parameter that is inf or NaN, nothing."""
+    """What p lacks of w; 0 for a parameter that is inf or NaN."""
     return tl.where((bits_of(p) & _INFINITY) == _INFINITY, 0.0, w - p)

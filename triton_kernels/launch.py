@@ -1,7 +1,7 @@
 """What the host does in a step: keeps tables in device memory, and launches kernels. It waits for nothing.
 
-Tables are sent again only when they have changed; pointers of gradients may do so in every step. Learning rates that
-are Python numbers are in them, so that a schedule changes numbers in memory and compiles nothing.
+Tables are sent again only when they have changed; pointers of gradients may change in every step. Tables also hold the
+learning rates that are Python numbers, so a schedule changes numbers in memory and compiles nothing.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def prepare_constants(name: str, *, clips: bool) -> dict[str, Any]:
 
 
 class Mirror:
-    """Numbers in device memory that are sent there when they have changed."""
+    """Numbers in device memory, sent there again only when they have changed."""
 
     def __init__(self) -> None:
         self._sent: tuple[bytes, int] | None = None
-        self._tensors: tuple[Tensor, ...] = ()  # there and, for as long as it may still be read, here
+        self._tensors: tuple[Tensor, ...] = ()  # on the device and, as long as it may still be read, on the host
         self._captured: list[tuple[Tensor, ...]] = []
 
     def on(self, device: torch.device, stream: int, numbers: np.ndarray[Any, Any]) -> Tensor:
@@ -85,7 +85,7 @@ class Mirror:
         else:
             pinned = torch.from_numpy(numbers).pin_memory()
             tensors = (pinned.to(device, non_blocking=True), pinned)
-            if not is_captured:  # what a graph copies is not there before it is replayed
+            if not is_captured:  # what a graph copies exists only once it is replayed
                 self._sent, self._tensors = wanted, tensors
         if is_captured:
             self._captured.append(tensors)  # every replay reads them
@@ -179,7 +179,7 @@ def group_rows(
 
 
 def square_sums(plan: Plan, rows: Tensor) -> Tensor:
-    """The sums of squares of all gradients by chunk, in list order."""
+    """The sums of squares of all gradients, one for each chunk, in list order."""
     sums = torch.empty(plan.chunks, dtype=torch.float64, device=rows.device)
     if plan.sum_programs > 0:
         reduce.square_sum_kernel[(plan.sum_programs,)](rows, sums, len(rows), **OPTIONS)

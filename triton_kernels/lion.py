@@ -4,6 +4,7 @@ import triton
 import triton.language as tl  # noqa: F401  (the interpreter looks for it)
 
 from .arithmetic import sign
+from .rule import Rule
 
 CONFIG = ("lr", "beta1", "beta2", "weight_decay")
 STATES = (("exp_avg", True),)
@@ -24,3 +25,6 @@ def lion(p, g, s, hyper):
     exp_avg = beta2 * s[0] + one_minus_beta2 * g
     p = p * decay - lr * direction
     return p, (exp_avg,), exp_avg
+
+
+RULES = {"lion": Rule(lion, derive, CONFIG, STATES, 6)}

@@ -1,8 +1,9 @@
-"""What rules share that divide a gradient by the root of its second moment before the update, and must know the RMS of
-the quotient before they can take the step: csrc/rules/normalize.h in Triton.
+"""What is shared by rules that divide a gradient by the root of its second moment before the update, and must know the
+RMS of the quotient before they can take the step: csrc/rules/normalize.h in Triton.
 
-Such a rule's hyperparameters begin with the moments, of which none hangs on a sum: (what averages keep, what they take,
-floor of the mean of row averages, floor under the root, whether there are floors, whether squared weights are wanted).
+Such a rule's hyperparameters begin with the moments, none of which depends on a sum: (what averages keep, what they
+take, floor of the mean of row averages, floor under the root, whether there are floors, whether squared weights are
+wanted).
 """
 
 import triton
@@ -18,7 +19,7 @@ _FAR = tl.constexpr(1 << 30)  # farther than a tile reaches
 
 @triton.jit
 def moments_of(derived):
-    """See above; the last two as truths."""
+    """See above; the last two as booleans."""
     keep = float_of(tl.load(derived + words.HYPER))
     take = float_of(tl.load(derived + words.HYPER + 1))
     least_mean = float_of(tl.load(derived + words.HYPER + 2))
@@ -30,26 +31,26 @@ def moments_of(derived):
 
 @triton.jit
 def moved(held, value, moments):
-    """An average with one more value in it."""
+    """An average that has taken in one more value."""
     return moments[0] * held + moments[1] * value
 
 
 @triton.jit
 def moved_by_mean(held, square_sum, count, eps, moments):
-    """The average of a row or column of `count` elements with this sum of squares; `eps` in float64."""
+    """The new average of a row or column of `count` elements with this sum of squares; `eps` in float64."""
     mean = square_sum / count.to(tl.float64)
     return moved(held, tl.where(moments[4], mean, mean + eps).to(tl.float32), moments)
 
 
 @triton.jit
 def floored(x, least):
-    """Where `least` is one number: the interpreter does not take truths of scalars for those of vectors."""
+    """The maximum with a single number: the interpreter does not mix booleans of scalars with those of vectors."""
     return maximum(x, tl.zeros_like(x) + least)
 
 
 @triton.jit
 def row_factor(average, mean, moments):
-    """What elements of a row are multiplied by for the row's sake; `mean` is that of the averages."""
+    """The factor of a row, by which its elements are multiplied; `mean` is the mean of the row averages."""
     if moments[4]:
         factor = tl.div_rn(average, floored(mean, moments[2]))
     else:
@@ -59,7 +60,7 @@ def row_factor(average, mean, moments):
 
 @triton.jit
 def column_factor(average, moments):
-    """The same for the column's."""
+    """The same for a column."""
     factor = average
     if not moments[4]:
         factor = inverse_root(average)
@@ -76,7 +77,7 @@ def over_root(g, second, least, is_clamped):
 
 @triton.jit
 def scaled(g, row, column, least, is_clamped):
-    """The same, the second moment being the product of two factors, or the gradient times these."""
+    """The same, with the product of two factors as the second moment; or the gradient times these factors."""
     if is_clamped:
         u = over_root(g, row * column, least, True)
     else:
@@ -89,13 +90,13 @@ def scaled(g, row, column, least, is_clamped):
 
 @triton.jit
 def by_second_moment(g, second, hyper):
-    """What takes the gradient's place, the second moment having been brought up to date."""
+    """What takes the gradient's place; the second moment is up to date already."""
     return over_root(g, second, hyper[3], hyper[4] != 0.0)
 
 
 @triton.jit
 def _walk(place, offsets, count):
-    """Elements `offsets` (int32) behind `place`, where after `count` comes 0: turns (int32) and places (int64)."""
+    """Elements `offsets` (int32) after `place`, where places wrap at `count`: turns (int32) and places (int64)."""
     period = tl.minimum(count, _FAR).to(tl.int32)
     beyond = offsets - tl.minimum(count - place, _FAR).to(tl.int32)
     turns = tl.where(beyond < 0, 0, tl.maximum(beyond, 0) // period + 1)
@@ -104,9 +105,9 @@ def _walk(place, offsets, count):
 
 @triton.jit
 def _places_of(begin, offsets, extents):
-    """The row (through all matrices), and the column (likewise) of elements `offsets` behind `begin`.
+    """The rows and columns of elements `offsets` after `begin`, both counted through all matrices.
 
-    Without a division of 64 bits for each.
+    There is no 64-bit division for each element.
     """
     row_count, column_count = extents
     line = begin // column_count
@@ -118,7 +119,7 @@ def _places_of(begin, offsets, extents):
 
 @triton.jit
 def _factors_of_blocks(rows, columns, begin, extents, COUNT: tl.constexpr):
-    """Of whole blocks that are of one row each: the factors of their columns lie in aligned memory."""
+    """For whole blocks, each within one row: the factors of their columns lie in aligned memory."""
     line, column = _places_of(begin, tl.arange(0, COUNT) * BLOCK, extents)
     of_rows = tl.broadcast_to(tl.load(rows + line)[:, None], (COUNT, BLOCK))
     return of_rows, tl.load((columns + column // BLOCK * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :])
@@ -132,7 +133,7 @@ def _factors_of_elements(rows, columns, begin, offsets, extents):
 
 @triton.jit
 def by_factors(row, derived, g, hyper, place, COUNT: tl.constexpr, WHOLE: tl.constexpr):
-    """The same of a matrix, or of several, from the factors of rows and columns."""
+    """The same for one matrix or several, from the factors of rows and columns."""
     begin, offsets, mask = place
     row_count = tl.load(row + words.ROW_COUNT)
     column_count = tl.load(row + words.COLUMN_COUNT)

@@ -1,4 +1,4 @@
-"""The host's part in the sums that rules that normalize take before a step: how tensors are cut up, and launches."""
+"""The host's part in the sums that come before a step of rules that normalize: how tensors are cut up, and launches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from . import prepare, reduce, sums, table
 from .normalize import MOMENTS
 from .rules import Rule
 
-_ALIGNED = 16  # numbers, where the first of a tensor's comes
+_ALIGNED = 16  # numbers: each tensor's begin at a multiple of this
 
 Numbers = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel over tensors, of which each has programs from the one on that its row of cuts has at `first`."""
+    """A kernel over tensors; the row of cuts of each has its first program at `first`."""
 
     kernel: Any
     first: int
@@ -60,9 +60,9 @@ class Cuts:
     """How the tensors of a launch are cut up.
 
     Attributes:
-        programs: Of the passes, by their `first`.
-        doubles: What they need of float64.
-        floats: And of float32.
+        programs: How many programs each pass has, by its `first`.
+        doubles: How many float64 numbers they need.
+        floats: How many float32 numbers they need.
     """
 
     programs: dict[int, int]
@@ -71,7 +71,7 @@ class Cuts:
 
     @classmethod
     def fill(cls, cuts: Numbers, rows: Numbers, second: int) -> Cuts:
-        """Fills up the table of these tensors' cuts; `second` is their second moment's state, or -1."""
+        """Fills the table of these tensors' cuts; `second` is the state that holds their second moment, or -1."""
         row_count, column_count = rows[:, table.ROW_COUNT.value], rows[:, table.COLUMN_COUNT.value]
         matrices, slabs, panels = (cuts[:, word.value] for word in (table.MATRICES, table.SLABS, table.PANELS))
         chunks = np.where(row_count > 0, 0, divided_up(rows[:, table.NUMEL.value], reduce.CHUNK.value))  # of vectors
@@ -118,7 +118,7 @@ def divided_up(a: Any, b: Any) -> Any:
 
 
 def _place(cuts: Numbers, word: int, sizes: Numbers, begin: int) -> int:
-    """Gives each tensor a place of its size from `begin` on; where the next may begin."""
+    """Gives each tensor a place of its size from `begin` on. Returns where the next place may begin."""
     sizes = divided_up(sizes, _ALIGNED) * _ALIGNED
     until = np.cumsum(sizes)
     cuts[:, word] = begin + until - sizes
@@ -136,7 +136,7 @@ def workspace(cuts: Sequence[Cuts], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def take(rule: Rule, formats: int, cuts: Cuts, arguments: tuple[Tensor, ...], count: int, options: Any) -> None:
-    """Launches everything; `arguments` are those that sums.py tells of."""
+    """Launches everything; sums.py describes the `arguments`."""
     for each in passes(rule, formats):
         if cuts.programs[each.first] > 0:
             each.kernel[(cuts.programs[each.first],)](*arguments, count, **each.constants, **options)

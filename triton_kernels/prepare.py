@@ -1,5 +1,5 @@
-"""What a step derives before it begins, on the device, so that neither step counts nor learning rates nor the gradient
-norm are waited for. It also counts the step. csrc/cuda/prepare.cuh in Triton.
+"""What a step derives before it begins, on the device, so that nothing waits for step counts, learning rates or the
+gradient norm. It also counts the step. csrc/cuda/prepare.cuh in Triton.
 """
 
 import triton
@@ -11,7 +11,7 @@ from .normalize import MOMENTS, moments_of
 from .reduce import paired
 
 TENSORS = tl.constexpr(64)  # of a program
-_CLIP_EPS = tl.constexpr(1e-6)  # fusedopt/gather.py
+_CLIP_EPS = tl.constexpr(1e-6)  # fusedopt/engine/gather.py
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _steps_of(row, exists):
 
 @triton.jit
 def _config_of(group, CONFIG: tl.constexpr):
-    """The hyperparameters of groups; the first of them is the learning rate, which may be elsewhere on the device."""
+    """The hyperparameters of groups; the first one, the learning rate, may be elsewhere on the device."""
     config = ()
     for k in tl.static_range(CONFIG):
         config = config + (tl.load(group + words.CONFIG + k).to(tl.float64, bitcast=True),)
@@ -42,7 +42,7 @@ def _config_of(group, CONFIG: tl.constexpr):
 
 @triton.jit
 def _epsilon_of(row, exists):
-    """The distance from 1 to the next number of parameters' formats."""
+    """The distance from 1 to the next number, in the formats of parameters."""
     dtype = tl.load(row + words.FORMATS, mask=exists, other=0) & 7
     eps = tl.where(dtype == BFLOAT16, 0.0078125, tl.where(dtype == FLOAT16, 0.0009765625, 0.00000011920928955078125))
     return eps.to(tl.float64)
@@ -120,7 +120,7 @@ def finish_kernel(
     CONFIG: tl.constexpr,
     HYPER: tl.constexpr,
 ):
-    """The rest of a rule that normalizes, when the sums of units are known: a program a tensor."""
+    """The rest for a rule that normalizes, once the sums of units are known: one program per tensor."""
     own = tl.arange(0, 1)
     program = tl.program_id(0)
     row = table + program * words.WIDTH
@@ -135,7 +135,7 @@ def finish_kernel(
         of_updates = tl.where(moments[4], units, tl.load(cut + words.WEIGHED))
         found = paired(doubles, begin, tl.where(both == 0, of_params, of_updates), 2, 256, 8)
         exists = own >= 0
-        _, step = _steps_of(row + own, exists)  # of this step: it has been counted
+        _, step = _steps_of(row + own, exists)  # of this step, which has been counted already
         param_sum = tl.sum(tl.where(both == 0, found, 0.0), 0)  # of one number
         update_sum = tl.sum(tl.where(both == 1, found, 0.0), 0)
         sums = (param_sum, update_sum, tl.load(row + words.NUMEL))

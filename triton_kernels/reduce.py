@@ -1,6 +1,6 @@
-"""Sums in an order that nothing changes: the additions of fusedopt/reference/norm.py, and the gradient norm.
+"""Sums in a fixed order, with the additions of fusedopt/reference/norm.py, and the gradient norm.
 
-A sum has the bits of one that leaves out what is past the end, because adding 0 to it changes none.
+Elements past the end count as 0, which changes no bit of a sum.
 """
 
 import triton
@@ -19,7 +19,7 @@ TERMS = tl.constexpr(_core.reduction_chunk // _core.sum_lanes)  # of a lane
 CHUNKS = tl.constexpr(16)  # of a program
 PAIRS = tl.constexpr(64)  # numbers that are added in pairs at a time
 ROWS = tl.constexpr(16)  # of them, of a program
-AT_ONCE = tl.constexpr(4)  # loads on their way, behind each other
+AT_ONCE = tl.constexpr(4)  # loads under way, one after the other
 _LEVELS = tl.constexpr(24)  # of pairs of blocks
 
 
@@ -36,8 +36,8 @@ def in_pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr, LEVELS: tl.constexpr):
 def chunk_sums(TERM: tl.constexpr, source, begin, length, is_aligned, FORMATS: tl.constexpr):
     """The sums of CHUNKS chunks.
 
-    TERM(source, place, FORMATS, WHOLE) are float64 terms, 0 where none exists: of each chunk `length` from `begin` on.
-    `is_aligned` tells that each `begin` is a multiple of 16 in aligned memory.
+    TERM(source, place, FORMATS, WHOLE) gives float64 terms, `length` of each chunk from `begin` on, and 0 where none
+    exists. `is_aligned`: each `begin` is a multiple of 16 in aligned memory.
     """
     total = tl.zeros((CHUNKS, LANES), tl.float64)
     lanes = tl.arange(0, LANES)[None, :]
@@ -71,13 +71,13 @@ def squared(x):
 
 # ---- any number of numbers in pairs ------------------------------------------------------------
 #
-# Blocks of 2^k numbers come one after the other. A stack has, of each `level`, the sum of the last complete 2^level of
-# them where the number of blocks so far has that bit: what pairs up by then does, what is odd waits.
+# Blocks of 2^k numbers come one after the other. At each `level`, a stack has the sum of the last complete 2^level of
+# them, if the number of blocks so far has that bit: sums are added as soon as they form a pair, and odd ones wait.
 
 
 @triton.jit
 def empty_stack(ROWS: tl.constexpr):
-    """Of as many sums side by side."""
+    """A stack for ROWS sums side by side."""
     stack = ()
     for _ in tl.static_range(_LEVELS):
         stack = stack + (tl.zeros((ROWS,), tl.float64),)
@@ -86,7 +86,7 @@ def empty_stack(ROWS: tl.constexpr):
 
 @triton.jit
 def pushed(stack, index, total):
-    """The stack with the sums of block `index`, which comes behind those that it has."""
+    """The stack after adding the sums of block `index`, the next one."""
     after = ()
     carried = (index & 0) == 0
     for level in tl.static_range(_LEVELS):
@@ -99,7 +99,7 @@ def pushed(stack, index, total):
 
 @triton.jit
 def popped(stack, count):
-    """The sums of all blocks, of which there were `count`."""
+    """The sums of all `count` blocks."""
     total = tl.zeros_like(stack[0])
     for level in tl.static_range(_LEVELS):
         total = tl.where(((count >> level) & 1) == 1, stack[level] + total, total)
@@ -134,7 +134,7 @@ def _square_of_gradient(source, place, FORMATS: tl.constexpr, WHOLE: tl.constexp
 
 @triton.jit(do_not_specialize=["count"])
 def square_sum_kernel(table, sums, count):
-    """The sum of the squares of each chunk; programs of CHUNKS chunks of one tensor."""
+    """The sum of the squares of each chunk; a program takes CHUNKS chunks of one tensor."""
     program = tl.program_id(0)
     row = table + find_row(table, count, program, words.FIRST_SUM_PROGRAM) * words.WIDTH
     numel = tl.load(row + words.NUMEL)
@@ -149,7 +149,7 @@ def square_sum_kernel(table, sums, count):
 
 @triton.jit(do_not_specialize=["count"])
 def pairwise_kernel(numbers, sums, count):
-    """Adds each 64 numbers in pairs, an odd one out moving up; the same to the results gives pairs over all."""
+    """Adds every 64 numbers in pairs, an odd one out moving up; repeated on the results, it adds all in pairs."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
     x = tl.load(numbers + at, mask=at < count, other=0.0)

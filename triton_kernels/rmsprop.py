@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import decayed, maximum, root
+from .rule import Rule
 
 CONFIG = ("lr", "alpha", "eps", "weight_decay", "momentum")
 STATES = (("square_avg", False),)
@@ -53,7 +54,7 @@ def rmsprop_momentum(p, g, s, hyper):
 
 @triton.jit
 def rmsprop_centered(p, g, s, hyper):
-    """Of the variance instead of the mean square."""
+    """With the variance instead of the mean square."""
     return _rmsprop(p, g, s, hyper, CENTERED=True, MOMENTUM=False)
 
 
@@ -61,3 +62,11 @@ def rmsprop_centered(p, g, s, hyper):
 def rmsprop_centered_momentum(p, g, s, hyper):
     """Both."""
     return _rmsprop(p, g, s, hyper, CENTERED=True, MOMENTUM=True)
+
+
+RULES = {
+    "rmsprop": Rule(rmsprop, derive, CONFIG, STATES, 6, rooted=0),
+    "rmsprop_momentum": Rule(rmsprop_momentum, derive, CONFIG, STATES_MOMENTUM, 6, rooted=1),
+    "rmsprop_centered": Rule(rmsprop_centered, derive, CONFIG, STATES_CENTERED, 6),
+    "rmsprop_centered_momentum": Rule(rmsprop_centered_momentum, derive, CONFIG, STATES_CENTERED_MOMENTUM, 6),
+}

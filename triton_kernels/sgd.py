@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import decayed
+from .rule import Rule
 
 CONFIG = ("lr", "momentum", "dampening", "weight_decay")
 STATES = (("momentum_buffer", True),)
@@ -45,3 +46,10 @@ def sgd_momentum(p, g, s, hyper):
 def sgd_nesterov(p, g, s, hyper):
     """Nesterov's."""
     return _momentum(p, g, s, hyper, NESTEROV=True)
+
+
+RULES = {
+    "sgd": Rule(sgd, derive, CONFIG, (), 4),
+    "sgd_momentum": Rule(sgd_momentum, derive, CONFIG, STATES, 4),
+    "sgd_nesterov": Rule(sgd_nesterov, derive, CONFIG, STATES, 4),
+}

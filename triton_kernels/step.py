@@ -1,7 +1,7 @@
 """THE kernel: a tile is decoded to float32, the rule applied, and the result encoded; many tensors in one launch.
 
-A tile is (blocks, 64) elements: whole where it is full, every buffer lies on multiples of 16 bytes, and blocks follow
-each other without gaps. Such tiles are read and written in vectors and unmasked, all others element by element.
+A tile is (blocks, 64) elements. It is whole if it is full, every buffer lies on multiples of 16 bytes, and blocks
+follow each other without gaps. Whole tiles are read and written in unmasked vectors, all others element by element.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .table import find_row
 from .tiles import load_dense, load_param, load_state, store_param, store_state
 
 BLOCKS = tl.constexpr(16)  # of a tile
-PART = tl.constexpr(4)  # of them, taken at a time where a tile is not whole: less code to compile
+PART = tl.constexpr(4)  # blocks taken at a time if a tile is not whole: less code to compile
 TILES = tl.constexpr(4)  # of a program, one after the other
 
 
@@ -47,7 +47,7 @@ def step_tile(
     blocks, row_blocks, length = extents
     lanes = tl.arange(0, BLOCK)[None, :]
     order = tl.arange(0, COUNT)
-    # Where numbers lie, and scales: the first, from there on, and which exist.
+    # Where numbers and scales lie: the first one, offsets from there, and which exist.
     if WHOLE:
         offsets = order[:, None] * BLOCK + lanes
         place = (begin * BLOCK, offsets, offsets >= 0)
@@ -74,7 +74,7 @@ def step_tile(
 
     random = tl.zeros((COUNT, BLOCK), tl.uint32)  # where nothing is drawn
     for k in tl.static_range(STATES):
-        # States 2 k and 2 k + 1 share a stream: it is drawn for the first of them that is rounded so.
+        # States 2 k and 2 k + 1 share a stream, which is drawn for the first of them that is rounded stochastically.
         if ((FORMATS >> (25 + k)) & 1) == 1 and not (k % 2 == 1 and ((FORMATS >> (24 + k)) & 1) == 1):
             random = draw_for(row, derived, k // 2, place)
         store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, WHOLE)

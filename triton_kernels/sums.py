@@ -1,8 +1,8 @@
 """Sums over tensors before the step of a rule that normalizes: of squared gradients along rows and columns, of squared
-weights and updates. csrc/cuda/normalize.cuh in Triton; fusedopt/reference/factored.py is the order of additions.
+weights and updates. csrc/cuda/normalize.cuh in Triton, with the order of additions of fusedopt/reference/factored.py.
 
 All kernels have the same arguments: tables of tensors, of how these are cut up, of groups and of what is derived, the
-workspace for float64 and for float32, how many tensors. EPS is which of a group's hyperparameters is added to squares.
+workspaces for float64 and for float32, and the number of tensors. EPS says which hyperparameter is added to squares.
 """
 
 import triton
@@ -47,7 +47,7 @@ _SLABS = tl.constexpr(_core.max_slabs)
 
 @triton.jit
 def _find(table, cuts, derived, count, FIRST: tl.constexpr):
-    """A program's tensor: its rows of tables, whether it is stepped at all, and the program's number within it."""
+    """A program's tensor: its rows of the tables, whether it is stepped at all, and the program's number within it."""
     program = tl.program_id(0)
     index = find_row(cuts, count, program, FIRST, words.CUT_WIDTH)
     cut = cuts + index * words.CUT_WIDTH
@@ -74,7 +74,7 @@ def _multiplier(derived):
 
 @triton.jit
 def _parts(row, cut, program):
-    """What rows have of panels: numbers of these parts, their rows, panels, first elements and lengths."""
+    """The parts of rows within panels: their numbers, rows, panels, first elements and lengths."""
     column_count = tl.load(row + words.COLUMN_COUNT)
     panels = tl.load(cut + words.PANELS)
     part = program * CHUNKS + tl.arange(0, CHUNKS)
@@ -118,7 +118,7 @@ def _average(averages, place, _: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _square_of_matrix_update(source, place, GRAD: tl.constexpr, WHOLE: tl.constexpr):
-    """Where there are floors. Factors of columns lie `ahead` of where gradients do."""
+    """Where there are floors. Factors of columns lie `ahead` elements before the gradients' places."""
     address, multiplier, of_rows, columns, ahead, least = source
     begin, offsets, mask = place
     g = load_dense(address, GRAD, place, WHOLE) * multiplier
@@ -154,7 +154,7 @@ def row_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD: t
 
 @triton.jit(do_not_specialize=["count"])
 def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr):
-    """Brings the averages of rows up to date; what rows weigh in sums of columns lies where their factors will."""
+    """Brings the averages of rows up to date. Their weights in sums of columns lie where their factors will be."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_ROWS)
     if steps:
         panels = tl.load(cut + words.PANELS)
@@ -172,7 +172,7 @@ def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS
 
 @triton.jit
 def _add_rows(sums, weighted, source, line, left, columns, GRAD: tl.constexpr, WHOLE: tl.constexpr):
-    """The sums of squares of columns, and the weighted ones, after a group of rows more, of which `left` are there."""
+    """The sums of squares of columns, and the weighted ones, after one more group of rows, of which `left` exist."""
     address, multiplier, weights, column_count = source
     t = ()
     for k in tl.static_range(GROUP):
@@ -186,7 +186,7 @@ def _add_rows(sums, weighted, source, line, left, columns, GRAD: tl.constexpr, W
 
 @triton.jit(do_not_specialize=["count"])
 def column_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD: tl.constexpr):
-    """Both sums of each column of a slab: programs of a slab's strip of columns each."""
+    """Both sums of each column of a slab: a program takes a strip of columns of a slab."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_STRIPS)
     if steps:
         column_count = tl.load(row + words.COLUMN_COUNT)
@@ -224,7 +224,7 @@ def _sum_of_slabs(sums, begin, exists, slabs, stride):
 
 @triton.jit(do_not_specialize=["count"])
 def column_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr):
-    """Brings the averages of columns up to date; their factors, and the mean part of each in squared updates."""
+    """Brings the averages of columns up to date. Stores their factors, and the part of each in squared updates."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_COLUMNS)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
@@ -243,13 +243,13 @@ def column_average_kernel(table, cuts, groups, derived, doubles, floats, count, 
         tl.store(floats + tl.load(cut + words.COLUMN_FACTORS) + column, factor, mask=exists)
         sums = doubles + tl.load(cut + words.WEIGHTED_SUMS)
         weighted = _sum_of_slabs(sums, begin, exists, slabs, column_count)
-        # In the place of the first slab's, on which the value hangs: that is read by then.
+        # In place of the first slab's sum, which the value depends on, so that has been read by then.
         tl.store(sums + begin, weighted / average.to(tl.float64), mask=exists)
 
 
 @triton.jit(do_not_specialize=["count"])
 def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
-    """A program a matrix: the mean of the averages of its rows, and from weighted sums that of its squared updates."""
+    """A program per matrix: the mean of its row averages and, from weighted sums, the sum of its squared updates."""
     row, cut, derived, steps, matrix = _find(table, cuts, derived, count, words.FIRST_OF_MATRICES)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
@@ -267,13 +267,13 @@ def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
         tl.store(floats + tl.load(cut + words.MEANS) + own, mean)
         begin = own * tl.load(cut + words.SLABS) * column_count
         weighted = paired(doubles + tl.load(cut + words.WEIGHTED_SUMS), begin, column_count + own * 0, 1, 256, 8)
-        # Where there are floors, unit_sum_kernel writes others over these.
+        # If there are floors, unit_sum_kernel overwrites these.
         tl.store(doubles + tl.load(cut + words.UPDATE_SUMS) + own, weighted * mean.to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["count"])
 def row_factor_kernel(table, cuts, groups, derived, doubles, floats, count):
-    """From the averages of rows and their means."""
+    """The factors of rows, from their averages and the means of these."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_ROWS)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
@@ -290,7 +290,7 @@ def row_factor_kernel(table, cuts, groups, derived, doubles, floats, count):
 
 @triton.jit(do_not_specialize=["count"])
 def part_sum_kernel(table, cuts, groups, derived, doubles, floats, count, FORMATS: tl.constexpr):
-    """For each row's part in a panel, where they are wanted: the sums of squared weights, and of squared updates."""
+    """The sums of squared weights and of squared updates of each row's part in a panel, where they are wanted."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_PARTS)
     moments = moments_of(derived)
     if steps & (moments[4] | moments[5]):
@@ -312,7 +312,7 @@ def part_sum_kernel(table, cuts, groups, derived, doubles, floats, count, FORMAT
 
 @triton.jit
 def _in_order(numbers, first, count, stride, height):
-    """The sums of `count` numbers each, one after the other; of the most there are `height`."""
+    """The sums of `count` numbers each, added one after the other; no count exceeds `height`."""
     total = tl.zeros((SUMMED_UNITS,), tl.float64)
     for begin in range(0, height, 8):
         for k in tl.static_range(8):
@@ -322,7 +322,7 @@ def _in_order(numbers, first, count, stride, height):
 
 @triton.jit(do_not_specialize=["count"])
 def unit_sum_kernel(table, cuts, groups, derived, doubles, floats, count):
-    """The rows of units in order, where they have been summed."""
+    """Adds the rows of units in order, where the rows have been summed."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_UNITS)
     moments = moments_of(derived)
     if steps & (moments[4] | moments[5]):
@@ -347,7 +347,7 @@ def unit_sum_kernel(table, cuts, groups, derived, doubles, floats, count):
 
 @triton.jit(do_not_specialize=["count"])
 def vector_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr, FORMATS: tl.constexpr):
-    """Brings second moments up to date; sums of chunks of squared updates and, where wanted, of squared weights."""
+    """Brings second moments up to date. Sums squared updates by chunk and, where wanted, squared weights."""
     row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_PARTS)
     if steps:
         moments = moments_of(derived)

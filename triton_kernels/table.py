@@ -11,7 +11,7 @@ STATES = tl.constexpr(3)  # four of them
 SCALES = tl.constexpr(7)  # four, of 8-bit states
 STEP = tl.constexpr(11)
 NUMEL = tl.constexpr(12)
-ROW = tl.constexpr(13)  # blocks of codes do not cross multiples of this; where there are none, all elements are one
+ROW = tl.constexpr(13)  # blocks of codes do not cross multiples of this; without codes, all elements are one row
 FIRST_INDEX = tl.constexpr(14)
 GROUP = tl.constexpr(15)
 # From bit 0 on, the DTypes of parameter, gradient and master, and the Master, three bits each; 12 the parameter's
@@ -42,9 +42,9 @@ MATRICES = tl.constexpr(0)
 HEIGHT = tl.constexpr(1)  # rows of a slab; the last may be shorter
 SLABS = tl.constexpr(2)  # of a matrix
 PANELS = tl.constexpr(3)  # of a slab
-UNITS = tl.constexpr(4)  # what slabs have of panels; of a vector, chunks
-WEIGHED = tl.constexpr(5)  # sums of updates, where those of matrices are told from weighted sums of columns
-ROW_SUMS = tl.constexpr(6)  # of a row's part in a panel: of squared gradients; of squared updates, later
+UNITS = tl.constexpr(4)  # parts of slabs within panels; for a vector, chunks
+WEIGHED = tl.constexpr(5)  # sums of updates, if those of matrices come from weighted sums of columns
+ROW_SUMS = tl.constexpr(6)  # of a row's part in a panel: of squared gradients, later of squared updates
 WEIGHT_SUMS = tl.constexpr(7)  # the same of squared weights
 COLUMN_SUMS = tl.constexpr(8)  # of slabs
 WEIGHTED_SUMS = tl.constexpr(9)  # the same, weighted by the averages of rows
@@ -68,14 +68,14 @@ SKIPS = tl.constexpr(0)
 MULTIPLIER = tl.constexpr(1)  # float32
 KEYS = tl.constexpr(2)  # three
 HYPER = tl.constexpr(5)
-# Of rules that normalize, behind hyperparameters: where the factors of rows and columns are (int64).
+# For rules that normalize, after the hyperparameters: where the factors of rows and columns are (int64).
 FACTORS = tl.constexpr(18)
 DERIVED_WIDTH = tl.constexpr(24)  # so that rows lie on multiples of 16 bytes
 
 
 @triton.jit
 def find_row(table, count, program, WORD: tl.constexpr, WIDTH: tl.constexpr = WIDTH):
-    """The last of the rows whose first program is this one or one before it."""
+    """The last row whose first program is this one or an earlier one."""
     low = count * 0
     high = count
     while high - low > 1:

@@ -1,7 +1,7 @@
 """Tiles between memory and float32: gradients, parameters with what they keep beside them, states.
 
-A place is (begin, offsets, mask): where the elements of a tile lie in their buffers, and which exist. Of a WHOLE tile
-all do, `begin` is at an address on a multiple of 16 bytes, and `offsets` are known to follow each other.
+A place is (begin, offsets, mask): where the elements of a tile lie in their buffers, and which exist. In a WHOLE tile
+all exist, `begin` has an address on a multiple of 16 bytes, and `offsets` are known to follow each other.
 """
 
 import triton
@@ -31,7 +31,7 @@ from .formats import (
 
 @triton.jit
 def load(address, NUMBER: tl.constexpr, place, WHOLE: tl.constexpr):
-    """A tile of a buffer as it lies in memory; 0 past the ends of blocks."""
+    """A tile of a buffer as it lies in memory, with 0 past the ends of blocks."""
     begin, offsets, mask = place
     numbers = address.to(tl.pointer_type(NUMBER)) + begin
     if WHOLE:
@@ -71,7 +71,7 @@ def store_dense(address, x, random, DTYPE: tl.constexpr, ROUNDS: tl.constexpr, p
 
 @triton.jit
 def load_param(row, FORMATS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """A parameter in full precision: with what its master keeps."""
+    """A parameter in full precision, including what its master keeps."""
     DTYPE: tl.constexpr = FORMATS & 7
     KEPT: tl.constexpr = (FORMATS >> 6) & 7
     KIND: tl.constexpr = (FORMATS >> 9) & 7

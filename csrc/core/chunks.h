@@ -2,7 +2,7 @@
 //
 // A chunk is a run of one tensor. An item is a run of chunks that one thread takes at a time: a large
 // tensor spreads over many items, many small tensors share one. Empty tensors make no chunk. Neither
-// cut changes a bit of the result: rules are element-wise and random bits hang on the element's index.
+// cut changes a bit of the result: rules are element-wise and random bits depend on the element's index.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ namespace fusedopt {
 
 constexpr int64_t kMaxSlabs = 64;
 constexpr int64_t kMinSlabRows = 320;
-constexpr int kWeighedRows = 4;  // whose weighted squares are added to each other in float32 first
+constexpr int kWeighedRows = 4;  // rows whose weighted squares are first added to each other in float32
 
 // The rows of a slab.
 struct SlabRows {

@@ -32,7 +32,7 @@ FUSEDOPT_FN float float_of(uint32_t bits) {
 FUSEDOPT_FN constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // base^exponent by repeated squaring: the same multiplications, hence the same double, on the host,
-// on a device and in the reference path (fusedopt/reference/scalars.py). Never libm's pow.
+// on a device and in the reference path (fusedopt/reference/arithmetic.py). Never libm's pow.
 FUSEDOPT_FN double power(double base, int64_t exponent) {
   double result = 1.0;
   for (; exponent > 0; exponent >>= 1) {

@@ -50,7 +50,7 @@ struct StepLists {
   std::vector<GroupDesc> groups;
 };
 
-// The same number in modules that agree on how these lie in memory.
+// A number that is the same in modules that agree on the layout of these lists in memory.
 inline int64_t layout_of_lists() {
   return static_cast<int64_t>(sizeof(TensorDesc)) << 32 | static_cast<int64_t>(sizeof(GroupDesc)) << 8 |
          static_cast<int64_t>(rules().size());

@@ -1,5 +1,5 @@
-// The arithmetic of storage/blockwise8.h in AVX-512 intrinsics, a block of 64 elements at a time: what an 8-bit
-// step is bound by. Operations on numbers are those of Square8, hence the bits.
+// The arithmetic of storage/blockwise8.h, which bounds an 8-bit step, in AVX-512 intrinsics: a block of 64 elements
+// at a time. Operations on numbers are those of Square8, and so are the bits.
 #pragma once
 
 #if defined(__AVX512BW__)
@@ -48,8 +48,8 @@ FUSEDOPT_FN uint32_t largest_of(const LaneBlock& x) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(lane));
 }
 
-// The 64 codes of a block. `halves`: random bits, 16 of them and anything above. kRoots: whether `roots` holds the
-// square roots of x.
+// The 64 codes of a block. `halves`: 16 random bits in each lower half, with anything above. kRoots: whether `roots`
+// holds the square roots of x.
 template <bool kSigned, bool kRoots>
 FUSEDOPT_FN Bits encode_block(const LaneBlock& x, const LaneBlock& roots, const BlockScale& scale, const Draw& draw,
                               const BitBlock& halves) {
@@ -72,7 +72,7 @@ FUSEDOPT_FN Bits encode_block(const LaneBlock& x, const LaneBlock& roots, const 
                                           _mm512_packs_epi32(bits_of(x.at[2]), bits_of(x.at[3])));
     const Bits both = _mm512_ternarylogic_epi32(code, minus, all(0x80808080u), 0xF8);
     code = _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(code, code), both);
-  } else {  // what is not zero has a code that is not
+  } else {  // only zero has the code zero
     const Bits some = _mm512_packus_epi16(_mm512_packs_epi32(magnitude_of(x.at[0]), magnitude_of(x.at[1])),
                                           _mm512_packs_epi32(magnitude_of(x.at[2]), magnitude_of(x.at[3])));
     code = _mm512_max_epu8(code, _mm512_min_epu8(some, _mm512_set1_epi8(1)));

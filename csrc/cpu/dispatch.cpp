@@ -94,7 +94,7 @@ Contexts derive_all(const std::vector<TensorDesc>& tensors, const std::vector<Gr
     }
     result.of_tensor.push_back(held);
   }
-  // Only now that the vector no longer moves.
+  // Only now, as the vector no longer moves its elements.
   for (Derived& derived : result.derived) derived.context.hyper = derived.hyper;
   return result;
 }
@@ -184,7 +184,7 @@ void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threa
 
 void zero(void* data, int64_t bytes, int threads) {
 #if defined(__linux__)
-  // Huge pages halve the first step and save some 8 % of every later one; a refusal costs nothing.
+  // Huge pages halve the first step and save about 8 % of every later one; a refusal costs nothing.
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);

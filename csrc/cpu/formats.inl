@@ -1,5 +1,5 @@
-// Decode and encode of a tile: dense and blockwise states, parameters with their masters. Rules are
-// not known here, nor is the order of things.
+// Decode and encode of a tile: dense and blockwise states, parameters with their masters. Neither rules
+// nor the order of a step are known here.
 #pragma once
 
 #include "core/portable.h"
@@ -87,7 +87,7 @@ void decode_blocks(const uint8_t* codes, const uint8_t* scales, float* target, i
   }
 }
 
-// The largest magnitude of n numbers, as an integer: in the order of the numbers, and NaN is above all.
+// The largest magnitude of n numbers, as an integer: integers have the order of the numbers, with NaN above all.
 FUSEDOPT_FN uint32_t largest_of(const float* values, int n) {
 #if defined(__AVX512BW__)
   if (n == kBlock) return largest_of(load_block(values));

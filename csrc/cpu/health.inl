@@ -1,4 +1,4 @@
-// Counts what goes wrong quietly in a step: asked for now and then, and only then paid for.
+// Counts what goes wrong quietly in a step. This is done only on request, and costs nothing otherwise.
 #pragma once
 
 #include "cpu/formats.inl"

@@ -25,7 +25,7 @@ constexpr int kMaxRules = 32;
 constexpr int kMaxPanels =
     4;  // of a unit, so that two groups of rows and the sums of columns fit in second-level caches
 
-// What a slab of rows has of a panel of at most kReductionChunk columns; or whole rows of few panels.
+// The part of a slab of rows within a panel of at most kReductionChunk columns; or whole rows, if panels are few.
 struct MatrixUnit {
   int64_t matrix_row;  // the first of its matrix, counted through all of them
   int64_t row_begin, row_end;
@@ -37,7 +37,7 @@ struct MatrixUnit {
 struct UnitSums {
   double* columns;   // of squared gradients
   double* weighted;  // of squared gradients divided by the average of their row; or null
-  double* weights;   // of squared weights, one for each panel, which are added to; or null
+  double* weights;   // of squared weights, one for each panel, to which they are added; or null
   double* rows;      // of squared gradients, row_stride apart, if rows are not whole
   int64_t row_stride;
 };

@@ -15,12 +15,12 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Tensors are taken in waves of about as many elements: what a pass has read, the next one finds in cache.
+// Tensors are taken in waves of about this many elements, so that each pass finds in cache what the last one read.
 constexpr int64_t kWave = 1 << 20;
 constexpr int64_t kItem = 1 << 16;  // elements of a work item
 constexpr size_t kMembers = 512;    // of a wave, to begin with
-constexpr int64_t kLateSteps = 4;   // of a thread: about a unit's time
-constexpr int64_t kManySlabs = 16;  // of which units may be whole
+constexpr int64_t kLateSteps = 4;   // that a thread keeps for the end: about a unit's time
+constexpr int64_t kManySlabs = 16;  // enough for units of whole rows
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
 void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
@@ -35,8 +35,8 @@ void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
   }
 }
 
-// Numbers handed out in whole cache lines, so that threads do not wait for each other's, nor vectors for two lines
-// each.
+// Hands out numbers in whole cache lines, so that threads do not wait for each other's lines, and no vector lies in
+// two of them.
 template <class Number>
 class Numbers {
  public:
@@ -76,7 +76,7 @@ class Countdown {
   Countdown() = default;
   Countdown(Countdown&&) noexcept {}
   void begin(int64_t parts) { left_.store(parts, std::memory_order_relaxed); }
-  // Whether the part just done was the last. Who is told so sees what the others have written.
+  // Whether the part just done was the last. Whoever gets true sees what the others have written.
   bool counts_last() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
 
  private:
@@ -110,7 +110,7 @@ class Member {
     if (reads_weights_) param_sums_ = workspace.doubles.want(parts_);
   }
 
-  // Only once members no longer move, and the workspace is there.
+  // To be called once members no longer move and the workspace is there.
   void settle() {
     if (is_matrix()) units_left_.begin(units());
     scratch_ = {floats(row_factors_), floats(column_factors_), cut_.rows()};
@@ -124,7 +124,7 @@ class Member {
   int64_t units() const { return has_whole_rows_ ? cut_.all_slabs() : parts_; }  // of a matrix
   int64_t items() const { return divided_up(tensor_.numel, kItem); }
 
-  // First pass, of a unit of a matrix. The last one done brings its averages and factors up to date.
+  // First pass over a unit of a matrix. Whoever does the last unit updates the averages and factors of the matrix.
   void sum_unit(const Kernels& kernels, int64_t i) {
     const MatrixUnit unit = unit_at(i);
     UnitSums sums{};
@@ -140,7 +140,7 @@ class Member {
     if (units_left_.counts_last()) factor(kernels);
   }
 
-  // Both passes before the step at once, of an item of elements that are no matrix: nothing hangs on all of them.
+  // Both passes before the step at once, over an item of elements without a matrix: none needs a sum over all.
   void sum_elements(const Kernels& kernels, int64_t item) {
     const int64_t end = std::min((item + 1) * kItem, tensor_.numel);
     for (int64_t begin = item * kItem; begin < end; begin += kReductionChunk) {
@@ -151,7 +151,7 @@ class Member {
     }
   }
 
-  // Second pass, of a unit of a matrix, unless the first could do it.
+  // Second pass over a unit of a matrix, unless the first could do its work.
   bool needs_second_pass() const { return !takes_weighted() || !has_whole_rows_; }
   void sum_updates(const Kernels& kernels, int64_t i) {
     const MatrixUnit unit = unit_at(i);
@@ -172,7 +172,7 @@ class Member {
     derive();
   }
 
-  // Third pass: the step, of an item of elements.
+  // Third pass: the step of an item of elements.
   void step(const Kernels& kernels, int64_t item, HealthCounts* health) const {
     const int64_t begin = cut_between_blocks(tensor_, item * kItem);
     const int64_t end =
@@ -181,7 +181,7 @@ class Member {
                health == nullptr ? nullptr : health + index_);
   }
 
-  // All passes at once, of a tensor of one item: by one thread, from its cache.
+  // All passes at once over a tensor of one item, by one thread, from its cache.
   bool is_small() const { return tensor_.numel <= kItem; }
   void take_whole(const Kernels& kernels, HealthCounts* health) {
     if (is_matrix()) {
@@ -279,7 +279,7 @@ class Member {
   NormalizeScratch scratch_;
   MatrixCut cut_;
   int64_t parts_;
-  bool has_whole_rows_ = false;  // units have; else panels of them
+  bool has_whole_rows_ = false;  // whether units have whole rows, or else panels of them
   Countdown units_left_;
   size_t row_sums_ = 0, column_sums_ = 0, weighted_sums_ = 0, update_sums_ = 0, param_sums_ = 0;  // in the workspace
   size_t means_ = 0, row_factors_ = 0, column_factors_ = 0;
@@ -337,8 +337,9 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
   const IeeeMode ieee;  // scalars are derived here, too
   static thread_local Workspace workspaces[2];
-  // The step of one wave shares threads with the first pass of the next: fewer waits for the last to finish. Each
-  // thread goes back through what it read last, which is still in its cache, and keeps some of the rest for the end.
+  // The step of one wave runs together with the first pass of the next, so that threads wait less often for the last
+  // one. Each goes back through what it has read, the last first, as that is still in its cache, and keeps some steps
+  // for the end.
   const auto step_and_sum = [&](const Wave& last, const Wave& next) {
     const int64_t items = last.steps.size() + next.units.size() + next.elements.size() + next.small.size();
     const int team = team_for(items, threads);

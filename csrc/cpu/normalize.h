@@ -10,7 +10,7 @@
 
 namespace fusedopt::cpu {
 
-// Steps those of `tensors` that are `listed`, but for their step counts. `health` as for cpu::step.
+// Steps the `tensors` that are `listed`, except for their step counts. `health` is that of cpu::step.
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
                       const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health);
 

@@ -1,5 +1,5 @@
 // What is read of a tensor before the step of a rule that normalizes (rules/normalize.h): sums of squares
-// of gradients along rows and columns, of weights, of updates. The order of additions is that of
+// of gradients along rows and columns, of weights and of updates. The order of additions is that of
 // fusedopt/reference/factored.py: fixed by the shape, so that neither threads nor instruction sets change it.
 #pragma once
 
@@ -27,7 +27,7 @@ FUSEDOPT_FN void with_weights(const TensorDesc& tensor, int64_t begin, int n, co
   }
 }
 
-// Calls use(begin, end) for the pieces of a range that are `length` long, but for the last.
+// Calls use(begin, end) for the pieces of a range, all of them `length` long but perhaps the last.
 template <class Use>
 FUSEDOPT_FN void for_each_piece(int64_t begin, int64_t end, int64_t length, const Use& use) {
   for (; begin < end; begin += length) use(begin, end - begin < length ? end : begin + length);
@@ -59,7 +59,7 @@ struct Weighing {
   int n = 0;  // 0: none
   double* sums = nullptr;
 
-  // What row r of the group has of them.
+  // The elements of row r of the group in these columns.
   FUSEDOPT_FN Run run(const TensorDesc& tensor, const MatrixUnit& unit, int r) const {
     if (n == 0 || r >= group->count) return {};
     return {element_at(tensor, unit, group->row + r, column), n};
@@ -79,8 +79,8 @@ void weigh(const TensorDesc& tensor, float multiplier, const MatrixUnit& unit, c
   with_rows(tensor, multiplier, runs, [&](const auto& rows) { weighed_rows(rows, part).add(0, part.n); });
 }
 
-// What a row adds to the sums of its unit, in pieces of a length. `meanwhile(column, n)` gives for each of them what is
-// weighed on the way.
+// Adds a row to the sums of its unit, in pieces of a given length. `meanwhile(column, n)` says for each piece what is
+// weighed at the same time.
 template <class Meanwhile>
 FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit,
                          int64_t row, int64_t length, const UnitSums& sums, const Meanwhile& meanwhile) {
@@ -117,13 +117,13 @@ FUSEDOPT_FN void sum_row(const TensorDesc& tensor, const Moments& moments, float
   }
 }
 
-// First pass over a unit. Where it has whole rows, their averages are brought up to date, and a group of rows is
-// weighed in quarters, while each of the next four comes in.
+// First pass over a unit. If it has whole rows, their averages are updated, and each group of four rows is weighed in
+// quarters, one quarter while each of the next four rows is read.
 void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier, const MatrixUnit& unit,
               const UnitSums& found) {
   const int64_t width = unit.column_end - unit.column_begin;
   UnitSums sums = found;
-  double weight_sums[kMaxPanels] = {};  // not where they belong, in a cache line with other threads' sums
+  double weight_sums[kMaxPanels] = {};  // in place they would share a cache line with other threads' sums
   if (found.weights != nullptr) sums.weights = weight_sums;
   memset(sums.columns, 0, sizeof(double) * static_cast<size_t>(width));
   if (sums.weighted != nullptr) memset(sums.weighted, 0, sizeof(double) * static_cast<size_t>(width));
@@ -141,7 +141,7 @@ void sum_unit(const TensorDesc& tensor, const Moments& moments, float multiplier
       sum_row(tensor, moments, multiplier, unit, row + r, length, sums,
               [&](int64_t column, int n) { return quarter(r, column, n); });
     }
-    // Fewer rows than quarters.
+    // Quarters for which there was no row.
     for (int part = next.count; part < kWeighedRows; ++part) {
       for_each_piece(0, width, length, [&](int64_t column, int64_t end) {
         weigh(tensor, multiplier, unit, quarter(part, column, static_cast<int>(end - column)));
@@ -204,7 +204,7 @@ struct MatrixPlace {
   }
 };
 
-// u of n elements from `place`, which moves on behind them.
+// u of n elements from `place` on, which moves past them.
 void normalize_matrix(const TensorDesc& tensor, const Moments& moments, float multiplier, const float* g, int n,
                       MatrixPlace& place, float* u) {
   const Factors& factors = tensor.factors;
@@ -258,8 +258,8 @@ double sum_matrix_updates(const TensorDesc& tensor, const Moments& moments, floa
   return total;
 }
 
-// The same for elements with a second moment each, which is brought up to date on the way; and, where `weights` is not
-// null, the sum of their squares.
+// The same for elements that have a second moment each, which is updated on the way; and the sum of squares of the
+// weights, if `weights` is not null.
 double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, float multiplier, int state, int64_t begin,
                           int64_t length, double* weights) {
   alignas(64) float grad_tile[kTile], u[kTile];

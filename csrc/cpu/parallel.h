@@ -42,7 +42,7 @@ class IeeeMode {
 #endif
 };
 
-// The threads that so many items keep busy.
+// How many threads this many items keep busy.
 inline int team_for(int64_t items, int threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
 }
@@ -63,7 +63,7 @@ void parallel_team([[maybe_unused]] int team, const Body& body) {
   }
 }
 
-// Calls body(item) for every item, from at most `threads` threads; who takes which is left open.
+// Calls body(item) for every item, from at most `threads` threads; which thread takes which item is left open.
 template <class Body>
 void parallel_items(int64_t items, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -72,7 +72,7 @@ void parallel_items(int64_t items, int threads, const Body& body) {
   });
 }
 
-// Items in as many runs as there are threads in a team, so that a thread finds in its own cache what it had before.
+// Items in as many runs as a team has threads, so that a thread finds in its own cache what it had before.
 class Shares {
  public:
   enum class Order { kForwards, kBackwards };

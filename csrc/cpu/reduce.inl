@@ -10,7 +10,7 @@
 namespace fusedopt {
 namespace {
 
-// The first n of 16 numbers and zeros, whose squares change no sum.
+// The first n of 16 numbers, filled up with zeros, whose squares change no sum.
 template <class Number>
 struct Padded {
   Number at[kLanes] = {};

@@ -11,10 +11,10 @@
 namespace fusedopt {
 namespace {
 
-// Asks for the lines that come somewhat after n numbers: few at a time, as more requests at once would wait for each
-// other. And once a page for a number two pages on, to have its address translated in time, as hardware's own
-// prefetching ends with a page. On Zen 4, with pages of 4 KiB, a thread reads two tensors in .34 ns per element
-// instead of .41.
+// Prefetches the lines that lie some way ahead of n numbers: a few at a time, because more requests at once would wait
+// for each other. And once per page it prefetches a number two pages ahead, to have its address translated in time,
+// because the hardware's own prefetching ends with a page. On Zen 4, with pages of 4 KiB, a thread then reads two
+// tensors in .34 ns per element instead of .41.
 template <int n, class Number>
 FUSEDOPT_FN void prefetch_after(const Number* x) {
   constexpr size_t kLine = 64, kPage = 4096, kAhead = 3072;  // bytes
@@ -23,8 +23,8 @@ FUSEDOPT_FN void prefetch_after(const Number* x) {
   if (reinterpret_cast<uintptr_t>(first) % kPage < n * sizeof(Number)) __builtin_prefetch(first + 2 * kPage);
 }
 
-// Columns of some rows of a matrix, times a multiplier unless that is 1, as it mostly is: AVX-512 can convert to double
-// what it reads as it is.
+// Columns of some rows of a matrix, times a multiplier unless that is 1. It mostly is, and AVX-512 can then convert to
+// double while loading.
 template <class Number, int kRows, bool kIsScaled>
 struct Rows {
   const Number* at[kRows];
@@ -48,8 +48,8 @@ struct Rows {
   }
 };
 
-// Calls add(rows, first column, their sums, whether columns are filled up) for each 16 of the columns from `begin` to
-// `end`; the last are filled up with zeros.
+// Calls add(rows, first column, their sums, whether columns are filled up) for every 16 columns from `begin` to `end`;
+// the last ones are filled up with zeros.
 template <class Number, int kRows, bool kIsScaled, class Add>
 FUSEDOPT_FN void for_each_lanes(const Rows<Number, kRows, kIsScaled>& rows, int begin, int end, double* column_sums,
                                 const Add& add) {
@@ -75,7 +75,7 @@ class WeighedRows {
       : rows_(rows), sums_(column_sums) {
     for (int r = 0; r < kWeighedRows; ++r) weights_[r] = weights[r];
   }
-  // Adds to sums of columns the squares of what rows have there, each first multiplied by the weight of its row.
+  // Adds the squares of the rows' numbers to the sums of their columns, each first multiplied by the weight of its row.
   FUSEDOPT_FN void add(int begin, int end) const {
     for_each_lanes(rows_, begin, end, sums_, [&](const auto& numbers, int column, double* sums, auto) {
       const auto square = [&](int r) {
@@ -94,13 +94,13 @@ class WeighedRows {
   double* sums_;
 };
 
-// Adds the squares of n numbers of a row to the sums of their row and of their columns, those of their weights, if any,
-// and on the way `weighed` columns of a group. All in one loop: alone, each sum would have the next addition wait for
-// the last, and memory for what is done with numbers that have come in.
+// Adds the squares of n numbers of a row to the sums of their row and of their columns, and those of their weights, if
+// any, to theirs; at the same time it weighs `weighed` columns of a group. All of this is one loop, because in a loop
+// of its own each addition would wait for the one before it, and memory would wait for the arithmetic.
 template <class Row, class Weight, class Group>
 FUSEDOPT_FN void add_row(const Row& row, const Weight* weights, int n, DoubleLanes& row_sum, DoubleLanes& weight_sum,
                          double* column_sums, const Group& group, int weighed) {
-  constexpr int kPace = kWeighedRows * kLanes;  // a row's columns for 16 of a group
+  constexpr int kPace = kWeighedRows * kLanes;  // columns of a row for every 16 of a group
   DoubleLanes held = row_sum, held_weights = weight_sum;
   const auto add = [&](const auto& numbers, int column, double* columns, auto is_filled) {
     const auto add_half = [&](int half, Doubles& lanes) {

@@ -1,5 +1,5 @@
 // Decode and encode of strips of 64 elements in AVX-512 registers: weights, states and random bits of
-// strips_avx512.inl. Numbers go through the same operations as in storage/, hence to the same bits.
+// strips_avx512.inl. Numbers go through the same operations as in storage/, so the bits are the same.
 #pragma once
 
 #if defined(__AVX512BW__)
@@ -36,7 +36,7 @@ struct Stream {
     return block;
   }
 };
-// The finalizer's last operation, of which the upper half does not see anything. The lower one comes with bits above
+// The last operation of the finalizer, which leaves the upper half as it is. The lower half comes with other bits above
 // it.
 FUSEDOPT_FN Bits half_of(Bits h, int k) {
   const Bits upper = _mm512_srli_epi32(h, 16);
@@ -60,7 +60,7 @@ FUSEDOPT_FN BitBlock widen(const uint16_t* codes) {
            _mm512_maskz_permutexvar_epi16(kOdd, lower, second), _mm512_maskz_permutexvar_epi16(kOdd, upper, second)}};
 }
 
-// The words of two vectors that are at 2 k, or at 2 k + 1.
+// The words of two vectors at the even places, or at the odd ones.
 FUSEDOPT_FN Bits alternate_words(Bits a, Bits b, bool odd) {
   const Bits word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const Bits pair = _mm512_add_epi32(_mm512_slli_epi32(word, 2), _mm512_slli_epi32(word, 18));
@@ -85,7 +85,7 @@ FUSEDOPT_FN bool has_nan(const LaneBlock& x) {
   return (first | _mm512_cmp_ps_mask(x.at[2], x.at[3], _CMP_UNORD_Q)) != 0;
 }
 
-// Stores the upper halves of x + added, but of NaN as BFloat16::keep_nan has it.
+// Stores the upper halves of x + added; NaN is stored as BFloat16::keep_nan does it.
 FUSEDOPT_FN void store_upper(const LaneBlock& x, const BitBlock& added, uint16_t* codes) {
   BitBlock rounded;
   for (int j = 0; j < kVectors; ++j) rounded.at[j] = _mm512_add_epi32(bits_of(x.at[j]), added.at[j]);
@@ -166,11 +166,11 @@ struct Split24Weights {
       const __mmask16 nan = _mm512_cmp_ps_mask(x.at[j], x.at[j], _CMP_UNORD_Q);
       const Bits u = _mm512_mask_mov_epi32(bits_of(x.at[j]), nan, all(0x7FC00000u));
       kept.at[j] = _mm512_add_epi32(u, kStochastic ? _mm512_srli_epi32(random.at[j], 24) : all(0x80u));
-      // Rounded to nearest, ties away. What the lowest byte holds neither carries nor is looked at again.
+      // Rounded to nearest, ties away. The lowest byte carries nothing and is not looked at again.
       high.at[j] = _mm512_add_epi32(kept.at[j], all(0x8000u));
     }
     narrow(high, p + i);
-    // The second byte of each word: of the lower halves the upper bytes. Packing works within 128-bit lanes.
+    // The second byte of each word, which is the upper byte of its lower half. Packing works within 128-bit lanes.
     const Bits first = _mm512_srli_epi16(alternate_words(kept.at[0], kept.at[1], false), 8);
     const Bits second = _mm512_srli_epi16(alternate_words(kept.at[2], kept.at[3], false), 8);
     const Bits order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);

@@ -1,5 +1,5 @@
 // The loop of tile.inl for the layouts that most training runs have, in AVX-512: a strip of 64 elements is
-// decoded, updated and encoded without leaving registers. Going through tiles in L1, the divisions of an
+// decoded, updated and encoded without leaving registers. In tiles, which go through L1, the divisions of an
 // update and the arithmetic of codes wait for each other; here they overlap, and a step in 8 bits takes two thirds
 // of the time.
 #pragma once
@@ -64,7 +64,7 @@ struct GradientOf<Rule, std::enable_if_t<kIsNormalizing<Rule>>> {
   using type = FactoredGradient;
 };
 
-// Whether the gradients of a tensor come as that.
+// Whether the gradients of a tensor can be taken in this way.
 template <class Rule>
 bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
   if constexpr (!kIsNormalizing<Rule>) {
@@ -91,8 +91,8 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
   for (int64_t i = 0; i < length; i += kStrip) {
-    // Where two tensors are all there is to read, hardware alone does not have enough on the way (Emerald Rapids: .48
-    // ns per element, with this .42; Zen 4 gained nothing).
+    // Where only two tensors are read, the hardware alone does not keep enough loads under way (Emerald Rapids: .48 ns
+    // per element, with this .42; Zen 4 gained nothing).
     if constexpr (Rule::kStates == 0 && std::is_same_v<Weights, Float32Weights>) {
       prefetch_after<kStrip>(weights.p + i);
       prefetch_after<kStrip>(weights.g + i);
@@ -141,7 +141,7 @@ void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_
   }
 }
 
-// Takes as much of a chunk as comes in strips of a layout that is known here; how many elements that were.
+// Steps as much of a chunk as comes in strips of a layout that is known here. Returns how many elements that were.
 template <class Rule>
 int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length) {
   if constexpr (Rule::kStates == 0 && !kIsNormalizing<Rule>) {

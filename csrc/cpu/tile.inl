@@ -13,11 +13,11 @@
 namespace fusedopt {
 namespace {
 
-// Arrays of states have at least one element; C++ has no empty ones.
+// Arrays of states have at least one element, as C++ has no empty ones.
 template <class Rule>
 constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;
 
-// `roots` is null or, if the rule has the root of a state at hand, takes it.
+// `roots` is null, or receives the roots of the state whose root the rule has at hand.
 template <class Rule>
 FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<Rule>], float* roots, int n,
                              float multiplier, const typename Rule::Hyper& hyper) {
@@ -48,7 +48,7 @@ void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
   for (int done = 0; done < n;) {
     const uint32_t lo = static_cast<uint32_t>(index);
     const uint32_t key = key_at(stream_key, static_cast<uint32_t>(index >> 32));
-    const uint64_t until_wrap = (uint64_t{1} << 32) - lo;  // there the key changes
+    const uint64_t until_wrap = (uint64_t{1} << 32) - lo;  // then the key changes
     const int count = until_wrap < static_cast<uint64_t>(n - done) ? static_cast<int>(until_wrap) : n - done;
 #pragma GCC ivdep
     for (int i = 0; i < count; ++i) random[done + i] = random_bits(lo + static_cast<uint32_t>(i), key);
@@ -134,7 +134,7 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
 }  // namespace
 }  // namespace fusedopt
 
-// The table of this instruction set; `name` has external linkage, all else in this file has not.
+// The table of this instruction set; `name` has external linkage, and nothing else in this file does.
 #define FUSEDOPT_STEP_ENTRY(name, type) fusedopt::step_chunk<fusedopt::type>,
 #define FUSEDOPT_KERNELS(name)               \
   namespace fusedopt {                       \

@@ -36,8 +36,8 @@ FUSEDOPT_FN Pair<Half> operator*(const Pair<Half>& a, float b) {
   return {a.low * b, a.high * b};
 }
 
-// Eight floats, the same as doubles, and sixteen floats. The product in add_square, sum + x x, is exact where x were
-// floats, so doing both in one instruction changes nothing.
+// Eight floats, eight doubles and sixteen floats. In add_square, sum + x x, the product is exact because x was a float,
+// so doing both in one instruction changes nothing.
 #if defined(__AVX512F__)
 
 typedef float Floats __attribute__((vector_size(32)));
@@ -100,7 +100,7 @@ FUSEDOPT_FN Pair<Half> add_square(const Pair<Half>& sum, const Pair<Half>& x) {
 
 using DoubleLanes = Pair<Doubles>;
 
-// Register by register: copied whole, a pair would be cut into other pieces than those it is used in.
+// Register by register: copied as a whole, a pair would be cut into other pieces than it is used in.
 template <class Vector>
 FUSEDOPT_FN void load_into(Vector& target, const void* x) {
   memcpy(&target, x, sizeof target);

@@ -10,14 +10,14 @@
 namespace fusedopt::cuda {
 
 constexpr int kTile = 256;     // elements, of one warp
-constexpr int kLane = 8;       // of them, one lane's
+constexpr int kLane = 8;       // of these, for one lane
 constexpr int kWarps = 4;      // of a block
 constexpr int kTilesEach = 4;  // of a warp
 constexpr int kBlockTiles = kWarps * kTilesEach;
 constexpr int kThreads = kWarps * 32;
 
-// Of a multiprocessor, at least: 128 registers a thread, with which no rule spills. 16 warps with 2 to 4 KB of loads
-// each are more than the memory's latency asks for.
+// At least so many blocks fit on a multiprocessor. That leaves 128 registers per thread, with which no rule spills, and
+// 16 warps with 2 to 4 KB of loads each are more than the latency of memory requires.
 constexpr int kResidentBlocks = 4;
 
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
@@ -38,7 +38,7 @@ struct Formats {
   uint32_t rounds_states : 4;                // 1 bit each, stochastically
 };
 
-// Where second moments are factored, what a row and a column multiply (rules/normalize.h).
+// The factors of rows and columns, where second moments are factored (rules/normalize.h).
 template <bool kFactored>
 struct DeviceFactors {
   const float *row_factors, *column_factors;
@@ -62,9 +62,9 @@ struct DeviceTensor : DeviceFactors<is_factored<Rule>()> {
   void* states[kSlots];
   uint8_t* scales[kQuantized ? kSlots : 1];  // of codes
   void* master;
-  int64_t numel, row, first_index;  // blocks of codes do not cross rows; where there are none, all elements are one
+  int64_t numel, row, first_index;  // blocks of codes do not cross rows; without codes, all elements are one row
   uint32_t first_block;             // of this tensor, in the launch
-  int32_t index;                    // in the step, of what is derived for it
+  int32_t index;                    // of its derived numbers, in the step
   Formats formats;
 };
 
@@ -77,7 +77,7 @@ struct Derived {
   int32_t skips;  // 1: gradients were not finite, nothing changes
 };
 
-// The same of a tensor that is read before its step (rules/normalize.h), and what is found out on the way.
+// The same for a tensor that is read before its step (rules/normalize.h), and what is found out on the way.
 struct Normalization {
   Moments moments;
   float multiplier;

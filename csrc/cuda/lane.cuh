@@ -1,5 +1,5 @@
-// Decode and encode of what one lane of a warp has of a tile: eight numbers, in registers. The formats are those of
-// storage/; which one a buffer has is the same for all lanes.
+// Decode and encode of the part of a tile that one lane of a warp has: eight numbers, in registers. The formats are
+// those of storage/; the format of a buffer is the same for all lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ FUSEDOPT_DEVICE int find_tensor(const Tensor* tensors, int count, uint32_t block
   return low;
 }
 
-// Which elements of a tile a lane has: two runs of four. Side by side they are one access of 16 bytes in a 16-bit
+// The elements of a tile that a lane has: two runs of four. Side by side, they are one access of 16 bytes in a 16-bit
 // format; half a tile apart, accesses of 16 bytes to float32 leave no gaps between lanes.
 struct Place {
   int64_t begin;  // of the tile, in its tensor
@@ -63,7 +63,7 @@ FUSEDOPT_DEVICE void load_vector(const Number* source, Number* target) {
   memcpy(target, &loaded, sizeof loaded);
 }
 
-// An assignment would do, but the compiler takes it apart and merges what it can with the stores of single numbers.
+// An assignment would do, but the compiler would take it apart and merge it with the stores of single numbers.
 template <class Vector, class Number>
 FUSEDOPT_DEVICE void store_vector(const Number* source, Number* target) {
   Vector stored;
@@ -71,7 +71,7 @@ FUSEDOPT_DEVICE void store_vector(const Number* source, Number* target) {
   __stwb(reinterpret_cast<Vector*>(target), stored);
 }
 
-// Vectors of 4 and of 8 numbers of a size.
+// Vectors of 4 and of 8 numbers of a given size.
 template <int kBytes>
 struct Vectors;
 template <>
@@ -180,8 +180,8 @@ FUSEDOPT_DEVICE void store(void* data, uint32_t dtype, bool rounds, const Place&
   }
 }
 
-// The random bits of a lane's elements. In the middle of a run the upper half of the index may change, and with it the
-// key.
+// The random bits of a lane's elements. The upper half of the index, and with it the key, may change in the middle of a
+// run.
 FUSEDOPT_DEVICE void draw(uint32_t stream_key, int64_t first_index, const Place& place, uint32_t (&random)[kLane]) {
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
@@ -207,7 +207,7 @@ FUSEDOPT_DEVICE void decode_codes(const void* codes, uint8_t scale, const Place&
   for (int j = 0; j < kLane; ++j) x[j] = Square8<kSigned>::decode(loaded.at[j], unit);
 }
 
-// The largest magnitude of a block, as an integer. All lanes of a warp come here.
+// The largest magnitude of a block, as an integer. All lanes of a warp call this.
 FUSEDOPT_DEVICE uint32_t largest_of_block(const float (&x)[kLane], const Place& place) {
   uint32_t top = 0;
 #pragma unroll

@@ -14,7 +14,7 @@ int64_t pairwise_numbers(int64_t count) {
   return total + 1;
 }
 
-// Adds numbers in pairs; where the sum is.
+// Adds numbers in pairs. Returns where the sum will be.
 const double* pairwise_sum(double* numbers, int64_t count, cudaStream_t stream) {
   if (count == 0) {
     check(cudaMemsetAsync(numbers, 0, sizeof(double), stream), "clearing a sum");

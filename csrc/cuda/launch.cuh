@@ -1,5 +1,5 @@
-// Launching, shared by the files that make launches: an error is an exception, a list longer than a launch takes is
-// several launches. Kernels are compiled in several files, so that these build side by side; each fills a table.
+// Launching, shared by the files that make launches: an error becomes an exception, and a list that is too long for one
+// launch becomes several. Kernels are compiled in several files, so that these build side by side; each fills a table.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,8 +34,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "a launch");
 }
 
-// Tensors of one kernel, in as few launches as take them. Params has `tensors`, each of which knows its first block,
-// and how many they are.
+// Packs the tensors of one kernel into as few launches as possible. Params has `tensors`, each of which knows its first
+// block, and their `count`.
 template <class Params>
 class Packed {
  public:
@@ -55,7 +55,7 @@ class Packed {
     if (params->count == static_cast<int32_t>(std::size(params->tensors))) flush();
   }
 
-  // Call it once more at the end.
+  // Has to be called once more at the end.
   void flush() {
     if (params->count > 0) launch(kernel_, blocks_, threads_, stream_, *params);
     params->count = 0;
@@ -76,10 +76,10 @@ constexpr int64_t kAlignment = 256;
 
 constexpr int64_t aligned(int64_t bytes) { return divided_up(bytes, kAlignment) * kAlignment; }
 
-// What is derived for a tensor takes at most this.
+// What is derived for a tensor takes at most so many bytes.
 constexpr int64_t kDerivedBytes = 192;
 
-// Some tensors of a step that one rule steps.
+// The tensors of a step that one rule steps.
 struct Listed {
   const Batch& batch;
   std::vector<int32_t> tensors;
@@ -88,8 +88,8 @@ struct Listed {
   std::vector<NormalizeScratch> scratch = {};  // of these tensors, where second moments are factored
 };
 
-// The prepared state of the tensors of a rule. `normalizations`, one for each, are null but for rules that normalize;
-// `counts` the step, which is so but when hyperparameters are derived once more, from sums.
+// Derives what the step of a rule's tensors needs. `normalizations`, one for each tensor, is null except for rules that
+// normalize. `counts`: whether the step is counted, as it is unless hyperparameters are derived once more, from sums.
 using PrepareFn = void (*)(const Listed&, const std::vector<DeviceLr>&, const Scaling&, Normalization* normalizations,
                            bool counts, cudaStream_t);
 // `is_quantized`: takes the tensors that have codes, or those that have none.

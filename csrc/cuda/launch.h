@@ -12,7 +12,7 @@
 
 namespace fusedopt::cuda {
 
-// A step's tensors and groups. `index` says which tensors of the list a call is about.
+// A step's tensors and groups.
 struct Batch {
   const std::vector<TensorDesc>& tensors;
   const std::vector<GroupDesc>& groups;
@@ -27,7 +27,7 @@ struct DeviceLr {
 // Bytes of device memory that `step` and `square_sum` need beside the tensors; aligned to 256.
 int64_t workspace_bytes(const Batch& batch, bool clips);
 
-// Steps everything. `scaling.square_sum` is set here if it clips.
+// Steps everything. `scaling.square_sum` is set here if gradients are clipped.
 void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, void* workspace,
           cudaStream_t stream);
 

@@ -6,11 +6,11 @@
 namespace fusedopt::cuda {
 namespace {
 
-// Whole slabs are taken where they are so large and so many: the blocks must fill a device, and have work for a while.
+// Slabs are taken whole if they are at least this large and this many: blocks must fill a device and have enough work.
 constexpr int64_t kLargeSlab = 1 << 14;  // elements
 constexpr int64_t kManySlabs = 128;
 
-// Memory handed out piece by piece; with no memory, only its size is found.
+// Hands out memory piece by piece; without memory, it only finds the size.
 class Pieces {
  public:
   explicit Pieces(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
@@ -32,7 +32,7 @@ class Pieces {
 // The tensors of a rule and the memory for what is found out about them.
 struct Plan {
   Normalization* normalizations;
-  std::vector<NormalizedMatrix> slabs, matrices;  // taken by slabs; and others
+  std::vector<NormalizedMatrix> slabs, matrices;  // those taken by whole slabs, and the others
   std::vector<NormalizedVector> vectors;
   std::vector<SummedParts> parts;
   std::vector<NormalizeScratch> scratch;  // by place in the list
@@ -56,7 +56,7 @@ struct Plan {
   }
 
  private:
-  // How many slabs of a tensor a block could take each.
+  // How many slabs of a tensor there are, if one block could take each; else 0.
   static int64_t large_slabs(const TensorDesc& tensor) {
     const Factors& factors = tensor.factors;
     if (!factors.exist() || tensor.numel == 0 || factors.column_count > kMaxSlabColumns) return 0;
@@ -121,7 +121,7 @@ struct Plan {
   Pieces pieces_;
 };
 
-// Launches a kernel for tensors, each of which has so many blocks.
+// Launches a kernel for tensors, with blocks_of(tensor) blocks for each.
 template <class Tensor, class Blocks>
 void launch_over(void (*kernel)(NormalizeParams<Tensor>), const std::vector<Tensor>& tensors, int threads,
                  const Plan& plan, cudaStream_t stream, const Blocks& blocks_of) {

@@ -1,8 +1,8 @@
-// What is read of a tensor before the step of a rule that normalizes: the sums of cpu/normalize.inl, with its additions
-// in its order, so they have its bits. Rows are summed by 16 threads each, columns by one each.
+// What is read of a tensor before the step of a rule that normalizes: the sums of cpu/normalize.inl, with the same
+// additions in the same order, so the bits are the same. A row is summed by 16 threads, a column by one.
 //
-// Matrices with enough rows of few elements go through slab_kernel, which finds a row's sums and weighs what the row
-// adds to its columns while its gradients are in cache: they come from memory once. All others go through
+// Matrices with enough rows of few elements go through slab_kernel, which finds a row's sum and weighs what the row
+// adds to its columns while its gradients are still in cache: they come from memory once. All others go through
 // row_sum_kernel and column_sum_kernel, which spread over a device whatever the shape is.
 #pragma once
 
@@ -31,10 +31,10 @@ FUSEDOPT_DEVICE int64_t thread_of(const Tensor& tensor) {
   return static_cast<int64_t>(blockIdx.x - tensor.first_block) * blockDim.x + threadIdx.x;
 }
 
-// What a row has of a panel.
+// The part of a row within a panel.
 struct RowChunk {
   int64_t row, panel, begin;  // the row counted through all matrices
-  int length;                 // 0 behind the last
+  int length;                 // 0 past the last one
 
   FUSEDOPT_DEVICE int64_t place(const NormalizedMatrix& m) const { return row * m.cut.panels + panel; }
 };
@@ -50,14 +50,14 @@ FUSEDOPT_DEVICE RowChunk row_chunk(const NormalizedMatrix& m) {
   return chunk;
 }
 
-// Brings the average of a row up to date; what the row weighs in the sums of columns.
+// Brings the average of a row up to date. Returns the weight of the row in the sums of columns.
 FUSEDOPT_DEVICE float move_row(const NormalizedMatrix& m, int64_t row, double square_sum, const Moments& moments) {
   const float average = moved_average(m.rows[row], square_sum, m.cut.column_count, moments);
   m.rows[row] = average;
   return weight_of_row(average);
 }
 
-// Adds rows to a column's weighted sum: four squares in pairs, as they come.
+// Adds rows to the weighted sum of a column: the squares of four rows in pairs, as they come.
 struct WeighedColumn {
   double sum = 0.0;
   float first = 0.0f, second = 0.0f;
@@ -84,7 +84,7 @@ struct WeighedColumn {
   FUSEDOPT_DEVICE void finish() { sum = sum + static_cast<double>(first + second); }
 };
 
-// Adds `count` rows of a column to its sums, the first of them element `begin`, weight(row) being that of a row.
+// Adds `count` rows of a column to its sums. The first is element `begin`; weight(row) gives the weight of a row.
 template <class Weight>
 FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
                                    const Weight& weight, double& sum, WeighedColumn& weighted) {
@@ -166,7 +166,7 @@ FUSEDOPT_DEVICE void prefetch([[maybe_unused]] const void* data, int64_t begin, 
   }
 }
 
-// Both for a slab of at most kMaxSlabColumns columns, by one block.
+// Sums of rows and of columns for a slab of at most kMaxSlabColumns columns, by one block.
 __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_constant__ MatrixParams params) {
   __shared__ double weights[kSlabRows];
   const NormalizedMatrix& m = tensor_of_block(params);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
     const double sum = chunk_sum_of_grads<16>(m, begin, length, multiplier);
     if (sum_lane() == 0) weights[own] = sum;
     __syncthreads();
-    // Side by side in one warp, as these are divisions in double.
+    // Side by side in one warp, because these are divisions in double.
     if (thread < count) weights[thread] = move_row(m, first + thread, weights[thread], known.moments);
     __syncthreads();
 #pragma unroll
@@ -222,7 +222,7 @@ FUSEDOPT_DEVICE double sum_of_eight(int64_t count, const Get& get) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// The sum in pairs of what slabs have found, `stride` apart.
+// The sum in pairs of the sums of slabs, which lie `stride` apart.
 FUSEDOPT_DEVICE double sum_of_slabs(const double* sums, int64_t slabs, int64_t stride) {
   static_assert(kMaxSlabs == 8 * 8);
   return sum_of_eight(divided_up(slabs, 8), [&](int k) {
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kSumThreads) column_average_kernel(const __gri
   m.weighted_sums[sums] = weighted / static_cast<double>(average);
 }
 
-// One block a matrix: the mean of the averages of its rows, and from weighted sums that of its squared updates.
+// One block per matrix: the mean of the averages of its rows and, from weighted sums, the sum of its squared updates.
 __global__ void __launch_bounds__(kSumThreads) mean_kernel(const __grid_constant__ MatrixParams params) {
   __shared__ double held[kPairs];
   const NormalizedMatrix& m = tensor_of_block(params);
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   if (sum_lane() == 0 && chunk.length > 0) m.row_sums[chunk.place(m)] = sum;
 }
 
-// Numbers added in order by a warp, of which every lane has the sum.
+// Adds numbers in order, by a warp; every lane gets the sum.
 FUSEDOPT_DEVICE double ordered_sum(const double* numbers, int64_t count, int64_t stride) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   double sum = 0.0;
@@ -323,7 +323,7 @@ FUSEDOPT_DEVICE double ordered_sum(const double* numbers, int64_t count, int64_t
   return sum;
 }
 
-// One warp a unit: the rows of a slab in order.
+// One warp per unit: the rows of a slab in order.
 __global__ void __launch_bounds__(kSumThreads) unit_sum_kernel(const __grid_constant__ MatrixParams params) {
   const NormalizedMatrix& m = tensor_of_block(params);
   const int64_t unit = thread_of(m) / 32;
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kSumThreads) vector_kernel(const __grid_consta
   if (is_first) v.param_sums[chunk] = weights;
 }
 
-// One block a tensor.
+// One block per tensor.
 __global__ void __launch_bounds__(kSumThreads) part_kernel(const __grid_constant__ PartParams params) {
   __shared__ double held[kPairs];
   const SummedParts& parts = tensor_of_block(params);

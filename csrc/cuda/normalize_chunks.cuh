@@ -43,8 +43,8 @@ FUSEDOPT_DEVICE void with_weights(const NormalizedBuffers& tensor, const Use& us
   }
 }
 
-// The sum of the squares of a chunk, which 16 threads add; the first of them gets it, and all of a warp come here.
-// `with` is with_numbers or with_weights, bound to a tensor; see lane_square_sum for the others.
+// The sum of the squares of a chunk, added by 16 threads; the first of them gets it, and all threads of a warp call
+// this. `with` is with_numbers or with_weights, bound to a tensor; see lane_square_sum for the other arguments.
 template <int kLoads, class With, class Load, class Value>
 FUSEDOPT_DEVICE double chunk_square_sum(const With& with, int length, const Load& load, const Value& value) {
   double sum = 0.0;
@@ -62,7 +62,7 @@ FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int l
                                   load, value);
 }
 
-// Of gradients times what they are multiplied by.
+// Of gradients times a multiplier.
 template <int kLoads>
 FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int64_t begin, int length,
                                           float multiplier) {
@@ -78,7 +78,7 @@ FUSEDOPT_DEVICE double chunk_sum_of_weights(const NormalizedBuffers& tensor, int
                                   [](float w, int) { return w; });
 }
 
-// A gradient and what else it takes to normalize it.
+// A gradient and what else is needed to normalize it.
 struct GradAnd {
   float grad, other;
 };

@@ -1,4 +1,4 @@
-// Tensors of rules that normalize, and where what is found out about them goes: what normalize.cuh gets by value.
+// What normalize.cuh gets by value: tensors of rules that normalize, and where to store what is found out about them.
 #pragma once
 
 #include "core/matrices.h"
@@ -16,8 +16,8 @@ struct NormalizedBuffers {
 struct NormalizedMatrix : NormalizedBuffers {
   float *rows, *columns;                        // averages
   float *row_factors, *column_factors, *means;  // a mean of row averages for each matrix
-  // One for each row and panel: of squared gradients, then, in a row's first, what it weighs; of squared updates. Where
-  // slabs are whole, only the last.
+  // One for each row and panel: first of squared gradients, after which a row's first holds the weight of the row; then
+  // of squared updates. If slabs are taken whole, only these.
   double* row_sums;
   double* weight_sums;    // the same of squared weights; or null
   double* column_sums;    // of slabs: of squared gradients

@@ -1,5 +1,5 @@
-// What a step derives before it begins, on the device, so that neither step counts nor learning rates nor the gradient
-// norm are waited for: one thread a tensor. It also counts the step.
+// What a step derives before it begins, with one thread per tensor: on the device, so that nothing waits for step
+// counts, learning rates or the gradient norm. It also counts the step.
 #pragma once
 
 #include "cuda/descriptors.h"
@@ -73,7 +73,7 @@ FUSEDOPT_DEVICE typename Rule::Hyper derive(const typename Rule::Config& config,
   }
 }
 
-// Inverse loss scale x clip coefficient, by the operations of fusedopt/gather.py.
+// Inverse loss scale x clip coefficient, by the operations of fusedopt/engine/gather.py.
 FUSEDOPT_DEVICE double multiplier_of(const Scaling& scaling, float* grad_norm) {
   double multiplier = scaling.grad_scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*scaling.grad_scale);
   if (scaling.square_sum == nullptr) return multiplier;

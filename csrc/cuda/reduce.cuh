@@ -14,7 +14,7 @@ constexpr int kPairs = 2048;                           // numbers that a block a
 
 namespace {
 
-// Calls use(number), number(i) being element i: a loop of its own for each format, whose loads do not wait for
+// Calls use(number), where number(i) is element i. Each format has a loop of its own, whose loads do not wait for
 // branches.
 template <class Use>
 FUSEDOPT_DEVICE void with_numbers(const void* data, uint32_t dtype, const Use& use) {
@@ -28,7 +28,7 @@ FUSEDOPT_DEVICE void with_numbers(const void* data, uint32_t dtype, const Use& u
   }
 }
 
-// The sum of 16 lanes' sums, in pairs; all lanes of the warp come here, and lane 0 of each half gets it.
+// The sum of 16 lanes' sums, in pairs; all lanes of the warp call this, and lane 0 of each half gets it.
 FUSEDOPT_DEVICE double total_of_lanes(double sum) {
 #pragma unroll
   for (int other = 1; other < kSumLanes; other *= 2) {
@@ -37,9 +37,8 @@ FUSEDOPT_DEVICE double total_of_lanes(double sum) {
   return sum;
 }
 
-// Calls use(load(i), i, k) for every `stride`th i from `first` on, in order, kLoads of them being under way at once, k
-// counting those. They are kept apart from what is done with them, as the compiler moves no load across a branch or a
-// store.
+// Calls use(load(i), i, k) for every `stride`th i from `first` on, in order, with kLoads loads under way at once; k
+// counts these. Loads are kept apart from their use, because the compiler moves no load across a branch or a store.
 template <int kLoads, class Load, class Use>
 FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load& load, const Use& use) {
   const auto take = [&](auto is_whole) {
@@ -71,7 +70,7 @@ FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, c
   return sum;
 }
 
-// How many elements there are of a chunk that begins at `begin`.
+// How many elements a chunk has that begins at `begin`.
 FUSEDOPT_DEVICE int length_of_chunk(int64_t begin, int64_t end) {
   const int64_t left = end - begin;
   return static_cast<int>(left < 0 ? 0 : left < kReductionChunk ? left : kReductionChunk);
@@ -84,7 +83,7 @@ FUSEDOPT_DEVICE double sum_of_pairs(const double* numbers, int64_t count, double
   __syncthreads();
   while (n > 1) {
     const int half = n / 2;
-    // Sums move down: into the first halves of pairs that others read only after a barrier.
+    // Sums move down, into places that other threads still read as parts of pairs: hence the barrier.
     double added[kPairs / 2 / kSumThreads];
 #pragma unroll
     for (int k = 0; k < kPairs / 2 / kSumThreads; ++k) {
@@ -107,8 +106,8 @@ FUSEDOPT_DEVICE double sum_of_pairs(const double* numbers, int64_t count, double
   return sum;
 }
 
-// The sum in pairs of all of them, by one block. They are destroyed. As all runs of 2,048 but the last are full, adding
-// their sums in pairs gives what pairs over all numbers give.
+// The sum in pairs of all `count` numbers, by one block; the numbers are destroyed. All runs of 2,048 but the last are
+// full, so adding their sums in pairs gives the same as pairs over all numbers.
 FUSEDOPT_DEVICE double pairwise_sum_of_block(double* numbers, int64_t count, double (&held)[kPairs]) {
   double sum = 0.0;
   while (count > 0) {

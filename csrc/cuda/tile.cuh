@@ -1,5 +1,5 @@
-// THE kernel: one warp a tile, the same steps as cpu/tile.inl: decode to fp32, apply the rule, encode. Many tensors in
-// one launch.
+// THE kernel: one warp per tile, with the same steps as cpu/tile.inl: decode to fp32, apply the rule, encode. One
+// launch takes many tensors.
 #pragma once
 
 #include <utility>
@@ -22,7 +22,7 @@ struct StepParams {
   DeviceTensor<Rule, kQuantized> tensors[kTensorsOfLaunch<Rule, kQuantized>];
 };
 
-// What a lane's gradients are multiplied by for their rows' and columns' sake.
+// Normalizes a lane's gradients by the factors of their rows and columns.
 template <class Tensor>
 FUSEDOPT_DEVICE void normalize_factored(const Tensor& tensor, const Moments& moments, const Place& place,
                                         float multiplier, float (&g)[kLane]) {
@@ -123,7 +123,7 @@ template <class Rule, bool kQuantized>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
-  const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might be to its memory
+  const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
   if (derived.skips) return;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t row_tiles = (tensor.row + kTile - 1) / kTile;

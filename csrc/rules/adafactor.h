@@ -4,7 +4,7 @@
 //   R    = k R + t (mean of g g along rows + eps1)        exp_avg_sq_row, of a matrix
 //   C    = k C + t (mean of g g along columns + eps1)     exp_avg_sq_col
 //   u    = (1/sqrt(R / mean R) * 1/sqrt(C)) g
-//   v    = k v + t (g g + eps1)         exp_avg_sq, of what is no matrix
+//   v    = k v + t (g g + eps1)         exp_avg_sq, where there is no matrix
 //   u    = g / sqrt(v)
 //   d    = max(1, RMS(u) / clip_threshold)        of a matrix, sum of u u = mean R * sum of g g / (R C)
 //   a    = max(eps2, RMS(p)) (scale_parameter), times the relative step or lr
@@ -59,7 +59,7 @@ struct AdafactorRule {
 
   struct Hyper {
     Moments moments;
-    float decay, lost;  // p is multiplied by the one, and loses the other times itself
+    float decay, lost;  // p becomes p decay, then p - lost p
     float scale, lr, beta1, one_minus_beta1;
   };
 

@@ -1,7 +1,7 @@
-// What rules share that divide a gradient by the root of its second moment before the update, and must know
-// the RMS of the quotient before they can take the step: sums over a tensor come first.
+// What is shared by rules that divide a gradient by the root of its second moment before the update, and must
+// know the RMS of the quotient before they can take the step: sums over a tensor come first.
 //
-// Such a rule has, beyond rule.h,
+// Beyond rule.h, such a rule has
 //
 //   static constexpr bool kNormalizes = true;    update gets the quotient u instead of the gradient
 //   static constexpr int kSecondMoment;          the state that holds the second moment, float32; or -1:
@@ -9,7 +9,7 @@
 //   Moments Hyper::moments;
 //   static FUSEDOPT_FN bool reads_weights(const Config&);    whether derive needs TensorSums::param
 //   static FUSEDOPT_FN Hyper derive(const Config&, int64_t step, const TensorSums&);
-//                                                called again when sums are known; moments hang on none
+//                                                called again once sums are known; moments need none
 #pragma once
 
 #include <type_traits>
@@ -39,7 +39,7 @@ namespace {
 
 FUSEDOPT_FN float average(float held, float value, const Moments& m) { return m.keep * held + m.take * value; }
 
-// The average of a row or column of which this is the sum of squares.
+// The new average of a row or column, from the old one and the sum of its squares.
 FUSEDOPT_FN float moved_average(float held, double square_sum, int64_t count, const Moments& m) {
   const double mean = square_sum / static_cast<double>(count);
   return average(held, static_cast<float>(m.is_clamped ? mean : mean + m.eps), m);
@@ -59,7 +59,7 @@ FUSEDOPT_FN float normalize(float g, float v, const Moments& m) {
 
 FUSEDOPT_FN float inverse_root(float x) { return 1.0f / root(x); }
 
-// What an element of a row is multiplied by for the row's sake, given the row's average and their mean.
+// The factor of a row, by which its elements are multiplied: from the row's average and the mean of all averages.
 FUSEDOPT_FN float row_factor(float average, float mean, const Moments& m) {
   return m.is_clamped ? average / maximum(mean, m.least_mean) : inverse_root(average / mean);
 }

@@ -17,8 +17,8 @@
 // derive computes in double and rounds each result to fp32 once. update computes in fp32 with IEEE
 // add, mul, div and sqrt in the order its header states; nothing is contracted, so every instruction
 // set and device gives the same bits. g arrives multiplied by +-(inverse loss scale x clip
-// coefficient), negative to maximize. Roots are what bounds 8-bit storage, which needs them, too: hence
-// kRooted. Storage, threads and launches are other rooms.
+// coefficient), negative to maximize. 8-bit storage needs roots, too, and is bound by them: hence kRooted.
+// Storage, threads and launches are other rooms.
 #pragma once
 
 #include <cstddef>

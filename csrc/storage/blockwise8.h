@@ -1,18 +1,18 @@
 // 8-bit blockwise storage: squares with a power-of-two scale.
 //
-// A block is 64 elements of a row. It has one scale byte s, an element one code byte, and
+// A block is 64 elements of a row. It has one scale byte s, and each element has one code byte:
 //
 //   x = +- q^2 2^(s - 127)       q = 0..127 and a sign bit; or, where nothing is negative, q = 0..255
 //
-// Squares spread the codes over 4.2 (4.8) decades, which a variance needs; the power of two makes
-// encode and decode exact but for the rounding of q. That is done in x, not in its root: with R
-// uniform, E[decode(encode(x))] = x. s = 0 is a block of zeros, so zeroed memory is the zero state;
-// s = 255 marks a block that held inf, NaN or a number above 3.36e38: it decodes to NaN, all of it,
-// and nothing else does.
+// Squares spread the codes over 4.2 (4.8) decades, which a variance needs; with a power of two as the
+// scale, encode and decode are exact but for the rounding of q. It is x that is rounded, not its root:
+// with R uniform, E[decode(encode(x))] = x. s = 0 is a block of zeros, so zeroed memory is the zero
+// state; s = 255 marks a block that held inf, NaN or a number above 3.36e38. All of that block decodes
+// to NaN, and nothing else does.
 //
 // All of it is integer arithmetic or exact in fp32, whatever order a device chooses, except for the
-// root, which only has to be close: D2 corrects a q that is one too small, and one too large comes
-// from an x that is within rounding of q^2.
+// root, which only has to be close: encode corrects a q that is one too small, and a q that is one too
+// large comes from an x that is within rounding of q^2.
 #pragma once
 
 #include "rules/rule.h"

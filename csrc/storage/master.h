@@ -1,5 +1,5 @@
-// Weights of more precision than a bfloat16 parameter shows: w is what a step computes with, the
-// parameter its upper part, and what is cut off is kept beside it.
+// Weights with more precision than a bfloat16 parameter: a step computes with w, the parameter is its
+// upper part, and what is cut off is kept beside it.
 //
 //   split32  the lower 16 bits of w, exactly: the run of a float32 parameter, bit for bit
 //   split24  the next 8 of them, rounded by 8 random bits (to nearest, a weight of 1 stalls under 1e-5)
@@ -35,11 +35,11 @@ FUSEDOPT_FN Split split32(float w) { return split_bits(canonical(bits_of(w))); }
 // `random` has 8 bits; 0x80 rounds to nearest. The low byte of `low` is then zero.
 FUSEDOPT_FN Split split24(float w, uint32_t random) { return split_bits((canonical(bits_of(w)) + random) & ~0xFFu); }
 
-// What w - p leaves behind; of a parameter that is inf or NaN, nothing.
+// What p lacks of w; 0 for a parameter that is inf or NaN.
 FUSEDOPT_FN float remainder_of(float w, float p) { return (bits_of(p) & kInfinity) == kInfinity ? 0.0f : w - p; }
 
-// Whether a 16-bit code is w rounded one way or the other. If not, somebody else has written the
-// parameter since, and what was written counts.
+// Whether a 16-bit code is w rounded up or down. If not, something else has written the parameter since,
+// and the written value counts.
 template <class Format>
 FUSEDOPT_FN bool is_rounding_of(uint16_t code, float w) {
   return code == Format::encode_stochastic(w, 0u) || code == Format::encode_stochastic(w, 0xFFFFu);

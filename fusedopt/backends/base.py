@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .. import _core
-from ..masters import KEYS
-from ..state import StateSpec
+from ..storage.masters import KEYS
+from ..storage.state import StateSpec
 
 # reference(param, grad, *states, step=, **hyper) -> (param, *states), all in the precision it computes in.
 # A rule of several layouts has a reference for each; it is also told dtype=, the parameter's as it is stored.

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import quantization
-from ..masters import SIXTEEN_BIT
-from ..reference import master as masters
 from ..reference.arithmetic import rounded
 from ..reference.dense import round_stochastic
 from ..reference.norm import square_sums
 from ..reference.random import random_bits
-from ..state import StateSpec, keeps_own_precision
+from ..storage import quantization
+from ..storage import weights as storage
+from ..storage.masters import SIXTEEN_BIT
+from ..storage.state import StateSpec, keeps_own_precision
 from .base import HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -45,18 +45,19 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
     entry.step.add_(1)
 
 
+def _real(x: Tensor) -> Tensor:
+    """Complex numbers as pairs, a view that shares memory."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
 def _numbers(x: Tensor, param: Tensor) -> Tensor:
-    """In the precision that is computed in; complex numbers as pairs, a view that shares memory."""
-    if x.is_complex():
-        return torch.view_as_real(x)
-    return x if keeps_own_precision(param) else x.float()
+    """In the precision that is computed in."""
+    return _real(x) if keeps_own_precision(param) else x.float()
 
 
 def weights(group: GroupStep, entry: ParamStep) -> Tensor:
     """A parameter in full precision."""
-    if group.master is None or entry.master is None:
-        return _numbers(entry.param, entry.param)
-    return masters.join(group.master, entry.param, entry.master)
+    return storage.read(group.master, _real(entry.param), entry.master)
 
 
 def _state(spec: StateSpec, held: tuple[Tensor, ...], param: Tensor) -> Tensor:
@@ -77,15 +78,13 @@ def _write_weights(group: GroupStep, entry: ParamStep, value: Tensor, bits: Tens
     if group.master is None or entry.master is None:
         _write(entry.param, value, bits)
         return
-    shown, kept = masters.split(group.master, value, entry.param, entry.master, bits)
-    entry.param.copy_(shown)
-    entry.master.copy_(kept)
+    storage.write(group.master, entry.param, entry.master, value, bits)
 
 
 def _write(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
     if bits is not None:
         value = round_stochastic(value, target.dtype, bits)
-    (torch.view_as_real(target) if target.is_complex() else target).copy_(value)
+    _real(target).copy_(value)
 
 
 def count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _core
-from ..state import DTYPES
+from ..storage.state import DTYPES
 from .base import GroupStep, ParamStep
 
 # What the core calls these by (csrc/core/tensors.h).

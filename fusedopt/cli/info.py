@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .. import info
+from ..backends import info
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: everything as JSON.")]
 

@@ -1,4 +1,4 @@
-"""Adafactor: Shazeer & Stern, arXiv:1804.04235; as transformers has it, or as torch has it."""
+"""Adafactor: Shazeer & Stern, arXiv:1804.04235; in the version of transformers or that of torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Knobs:
     """Hyperparameters, switches as 0 or 1.
 
     Attributes:
-        lr: Learning rate; of no account with relative_step, unless is_torch.
-        eps1: Regularizes the second moment; below 0 for the machine epsilon of the parameter's dtype.
-        eps2: The smallest RMS that a parameter counts with.
+        lr: Learning rate; ignored with relative_step, unless is_torch.
+        eps1: Regularizes the second moment; below 0, it is the machine epsilon of the parameter's dtype.
+        eps2: The smallest RMS that is assumed for a parameter.
         clip_threshold: The largest RMS of an update.
-        decay_rate: The exponent of the step in what the second moment takes of a gradient.
+        decay_rate: The exponent of the step, which gives the weight of a gradient in the second moment.
         beta1: Decay of the first moment.
         weight_decay: Decoupled weight decay.
         scale_parameter: Multiply the learning rate by the RMS of the parameter.
         relative_step: Take the learning rate from the step's number.
-        warmup_init: Begin that with a warm-up.
-        compat: Keep the first moment multiplied by the learning rates of its time.
+        warmup_init: Begin that with a warmup.
+        compat: Keep the first moment of updates that are multiplied by their learning rates already.
         is_torch: Torch's equation.
     """
 
@@ -61,7 +61,7 @@ def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
     Args:
         knobs: Hyperparameters.
         step: The step's number, from 1.
-        param: The weights before the step, in full precision: (batch, rows, columns) of what is factored, else 1-D.
+        param: The weights before the step, in full precision: (batch, rows, columns) if factored, else 1-D.
 
     Returns:
         What the update is multiplied by.
@@ -112,7 +112,7 @@ def _matrix_update(
     else:
         row_factor, col_factor = 1.0 / root(row / mean), 1.0 / root(col)
         update = (row_factor.unsqueeze(-1) * col_factor.unsqueeze(-2)) * grad
-        # mean R / (R C) g g, added up without another look at g: a row is weighed as soon as its average is known.
+        # mean R / (R C) g g, added up without reading g again: a row is weighed as soon as its average is known.
         weighted = weighted_column_sums(grad, 1.0 / root(row))
         sums = pairwise_sum(weighted / col.double()) * mean.double().squeeze(-1)
     return update, sums, row, col
@@ -133,10 +133,10 @@ def _vector_update(
 
 
 def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
-    """The parameter after weight decay, as each of the two has it.
+    """The parameter after weight decay, in either version.
 
-    Rounding 1 - lr * weight_decay errs by up to 3e-8 in the same direction in every step, which is what torch does;
-    transformers' way errs at random. Without weight decay the subtraction would make -0 of some parameters 0.
+    torch rounds 1 - lr * weight_decay, which errs by up to 3e-8 in the same direction in every step; transformers'
+    subtraction errs at random. Without weight decay, a subtraction would turn parameters that are -0 into 0.
     """
     if knobs.is_torch:
         return param * rounded(1.0 - knobs.weight_decay * knobs.lr, param)
@@ -168,8 +168,8 @@ def adafactor_matrix(
         param: Parameter.
         grad: Gradient of the loss to minimize, of its shape and dtype.
         *states: The first moment, of the parameter's shape, if there is one; then the averages of the squared
-            gradient over rows, (..., rows), and over columns, (..., columns). A parameter of more dimensions is as
-            many matrices as those say.
+            gradient over rows, (..., rows), and over columns, (..., columns). A parameter of more dimensions is
+            one matrix for each index of the leading ones.
         step: This step's number, from 1.
         dtype: Of the parameter as it is stored.
         **hyper: See Knobs.
@@ -194,7 +194,7 @@ def adafactor_matrix(
 def adafactor_vector(
     param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, **hyper: float
 ) -> tuple[Tensor, ...]:
-    """The same for a parameter of fewer dimensions, whose last state is the second moment, of its shape."""
+    """The same for a parameter with fewer dimensions, whose last state is the second moment, of the same shape."""
     if param.numel() == 0:
         return param, *states
     knobs = Knobs(**hyper)

@@ -22,12 +22,12 @@ def power(base: float, exponent: int) -> float:
 
 
 def rounded(value: float, like: Tensor) -> float:
-    """A derived scalar rounded once to the precision of ``like``."""
+    """A derived scalar, rounded once to the precision of ``like``."""
     return torch.tensor(value, dtype=torch.float64).to(like.dtype).item()
 
 
 def root(x: Tensor) -> Tensor:
-    """The correctly rounded square root. torch.sqrt of a CPU float32 tensor is 1 ulp off at times."""
+    """The correctly rounded square root. torch.sqrt of a float32 tensor on the CPU is sometimes off by 1 ulp."""
     return x.double().sqrt().to(x.dtype)
 
 
@@ -38,5 +38,5 @@ def sign(x: Tensor) -> Tensor:
 
 
 def decayed(param: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
-    """The gradient with an L2 penalty's."""
+    """The gradient plus that of an L2 penalty."""
     return grad + rounded(weight_decay, param) * param if rounded(weight_decay, param) != 0.0 else grad

@@ -13,7 +13,7 @@ _SIGN = -0x80000000
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Rounds away from zero with the probability of the part cut off.
+    """Rounds away from zero with a probability equal to the part that is cut off.
 
     Args:
         x: float32 tensor.
@@ -21,7 +21,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         bits: int32 tensor of x's shape, 16 random bits each.
 
     Returns:
-        Tensor of that dtype. Inf and NaN stay what they are; what rounds past the largest number is inf.
+        Tensor of that dtype. Inf and NaN stay as they are; a number that rounds past the largest one becomes inf.
     """
     code = x.view(torch.int32)
     if dtype == torch.bfloat16:

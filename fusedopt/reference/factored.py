@@ -27,10 +27,10 @@ def column_sums(values: Tensor) -> Tensor:
 
 
 def weighted_column_sums(values: Tensor, weights: Tensor) -> Tensor:
-    """The double sums of columns of (weight of the row * value)^2 of matrices (..., rows, columns).
+    """The sums over columns, in double, of (weight of the row * value)^2 of matrices (..., rows, columns).
 
-    Within slabs, the squares of every four rows are added in pairs in the values' own precision, then those sums in
-    double: in order within slabs, which are paired.
+    Within slabs, the squares of every four rows are added in pairs in the precision of the values, and these sums in
+    order in double; then the slabs are added in pairs.
     """
     slabs = _slabs(values * weights.unsqueeze(-1))
     slabs = torch.nn.functional.pad(slabs, (0, 0, 0, -slabs.shape[-2] % _WEIGHED_ROWS))
@@ -42,8 +42,8 @@ def weighted_column_sums(values: Tensor, weights: Tensor) -> Tensor:
 def unit_sums(values: Tensor) -> Tensor:
     """The sums of all units of float64 matrices (batch, rows, columns), one after the other: 1-D.
 
-    A unit is what a slab has of a panel. Each of its rows is summed as a chunk, and these in order. Of a matrix, the
-    panels of the first slab come first.
+    A unit is the part of a slab within a panel. Each of its rows is summed as a chunk, and these sums are added in
+    order. The panels of a matrix's first slab come first.
     """
     slabs = _slabs(values)
     columns = slabs.shape[-1]

@@ -1,4 +1,4 @@
-"""Weights of more precision than a 16-bit parameter shows, as csrc/storage/master.h."""
+"""Weights with more precision than a 16-bit parameter, as csrc/storage/master.h."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def join(kind: str, param: Tensor, master: Tensor) -> Tensor:
     if kind == "kahan":
         return param.float() + master.float()
     if kind == "float32":
-        # What is no rounding of the master was written by somebody else, and counts.
+        # A parameter that is no rounding of the master was written by something else, and counts.
         down, up = (
             round_stochastic(master, param.dtype, torch.full_like(master, bits, dtype=torch.int32)).view(torch.int16)
             for bits in (0, 0xFFFF)
@@ -35,7 +35,7 @@ def split(kind: str, weights: Tensor, param: Tensor, master: Tensor, bits: Tenso
         weights: float32 tensor.
         param: Of the dtype to store in.
         master: Of the dtype to store in.
-        bits: int32 tensor, 16 random bits each, to round stochastically what is rounded; None rounds to nearest.
+        bits: int32 tensor, 16 random bits each, for stochastic rounding; None rounds to nearest.
 
     Returns:
         New tensors of those dtypes.

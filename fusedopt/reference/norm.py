@@ -42,7 +42,7 @@ def in_lanes(values: Tensor) -> Tensor:
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """The sum along the last but one dimension, one after the other from 0."""
+    """The sum along the last but one dimension, added one after the other, starting from 0."""
     if values.device.type == "cpu" and values.shape[-2] > 0:
         return values.cumsum(-2)[..., -1, :]  # in order there; elsewhere it need not be
     total = values.new_zeros(values.shape[:-2] + values.shape[-1:])

@@ -31,7 +31,7 @@ def random_bits(
         device: Where to make them.
         seed: The optimizer's seed, a uint32.
         step: This step's number, from 1.
-        first_index: Index of the first element in the global tensor (of a shard).
+        first_index: Index of the first element in the global tensor, for a shard.
         state: Which state of the rule, from 0. Two states share one hash, a half each.
 
     Returns:

@@ -1,10 +1,12 @@
 """Learning rate schedules: pure values that compose, schedulers for torch, and rules driven by measurements.
 
+```python
 from fusedopt import get_scheduler
 from fusedopt.schedules import constant, decay, warmup
 
 schedule = warmup(200) >> constant() >> decay("1-sqrt", 0.2)
 scheduler = get_scheduler(schedule, optimizer, num_training_steps=10_000)
+```
 """
 
 from .compose import Constant, Decay, Product, Sequence, Warmup, constant, decay, warmup

@@ -1,4 +1,4 @@
-"""Schedules to compose others from: warmup, constant, decay, one after the other, and products."""
+"""Building blocks of schedules: warmup, constant and decay, sequences of schedules, and products."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Constant(Schedule):
     """One multiplier throughout.
 
     Args:
-        steps: How long. Without it, for good if nothing follows, else what the others leave of the total.
-        value: The multiplier; where the schedule before it ended by default, or 1 if it is the first.
+        steps: How long. Without it, for ever if nothing follows, else the steps that the others leave of the total.
+        value: The multiplier; by default where the schedule before it ended, or 1 if it is the first.
     """
 
     name: ClassVar[str] = "constant"
@@ -46,12 +46,12 @@ class Warmup(Schedule):
 
     Args:
         steps: How long.
-        shape: With q how much has passed, r is "linear" q, "cosine" (1 - cos pi q) / 2, "1-sqrt" 1 - sqrt(1 - q), or
-            "exponential" (1 - e^-5q) / (1 - e^-5), the saturating warmup of Ma and Yarats, "On the adequacy of untuned
-            warmup for adaptive optimization" (arXiv:1910.04209), with a time constant of a fifth of the phase and
-            scaled so that it arrives.
+        shape: If q is the part that has passed, r is "linear" q, "cosine" (1 - cos pi q) / 2, "1-sqrt" 1 - sqrt(1 - q),
+            or "exponential" (1 - e^-5q) / (1 - e^-5), the saturating warmup of Ma and Yarats, "On the adequacy of
+            untuned warmup for adaptive optimization" (arXiv:1910.04209), with a time constant of a fifth of the phase
+            and scaled so that it arrives.
         end: The multiplier it arrives at.
-        start: The multiplier it starts from; where the schedule before it ended by default, or 0 if it is the first.
+        start: The multiplier it starts from; by default where the schedule before it ended, or 0 if it is the first.
     """
 
     name: ClassVar[str] = "warmup"
@@ -94,14 +94,14 @@ class Decay(Schedule):
     """A way down: ``end + (start - end) f(k / steps)``.
 
     Args:
-        shape: With q how much has passed, f is "linear" 1 - q, "cosine" (1 + cos 2 pi num_cycles q) / 2,
+        shape: If q is the part that has passed, f is "linear" 1 - q, "cosine" (1 + cos 2 pi num_cycles q) / 2,
             "1-sqrt" 1 - sqrt(q), "exponential" 1 - (1 - e^-5q) / (1 - e^-5), "polynomial" (1 - q)^power, or
             "cosine_with_restarts" (1 + cos pi (num_cycles q mod 1)) / 2.
         steps: How long.
-        end: The lowest multiplier; where it arrives, but for cosines of other than half a cycle.
-        start: The multiplier it starts from; where the schedule before it ended by default, or 1 if it is the first.
-        num_cycles: Of the two cosines only: 0.5 and 1 by default.
-        power: Of the polynomial only, which needs it, above 0.
+        end: The lowest multiplier, at which it arrives, except for cosines with other than half a cycle.
+        start: The multiplier it starts from; by default where the schedule before it ended, or 1 if it is the first.
+        num_cycles: For the two cosines only: 0.5 and 1 by default.
+        power: For the polynomial only, which needs it; above 0.
     """
 
     name: ClassVar[str] = "decay"
@@ -165,8 +165,8 @@ def falling(shape: shapes.Shape, low: float, high: float, steps: int, *, arrives
         low: The lower level.
         high: The upper level, where it begins.
         steps: How long.
-        arrives: Whether it ends at the lower level; else at what its formula gives there.
-        offset: How many steps of the way are left out at its beginning.
+        arrives: Whether it ends at the lower level, or else at what its formula gives there.
+        offset: How many steps are left out at the beginning of the way.
     """
     ramp = Ramp(shape, low, high, max(1, steps), offset)
     return Phase(max(0, steps - offset), ramp, low if arrives else ramp.arrival())
@@ -176,11 +176,11 @@ def falling(shape: shapes.Shape, low: float, high: float, steps: int, *, arrives
 class Sequence(Schedule):
     """Schedules one after the other, as ``a >> b >> c`` makes them.
 
-    A phase that is not told where to start starts where the one before it ended, and the last one's end holds.
+    A phase without a start of its own starts where the one before it ended, and the end of the last one holds.
 
     Args:
-        parts: The schedules, in order. At most one before the last may have no length: it is given what the others
-            leave of the total.
+        parts: The schedules, in order. At most one before the last may have no length: it gets the steps that the
+            others leave of the total.
     """
 
     name: ClassVar[str] = "sequence"

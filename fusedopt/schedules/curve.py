@@ -20,9 +20,9 @@ class Phase:
     """A stretch of a schedule.
 
     Attributes:
-        steps: Its length; None for one without an end.
+        steps: Its length; None if it has no end.
         value: Multiplier at the k-th of its steps, from 0; k is a number or an array of float64.
-        end: The multiplier that it arrives at, `steps` after its beginning, which holds if nothing follows.
+        end: The multiplier that it arrives at, `steps` steps after its beginning; it holds if nothing follows.
     """
 
     steps: int | None
@@ -67,7 +67,7 @@ class InverseRoot:
 
 
 class Curve:
-    """Phases one after the other; afterwards the last one's end holds.
+    """Phases one after the other; afterwards the end of the last one holds.
 
     Both forms of a call pass through the same functions with the same operations, so they give the same bits.
     """

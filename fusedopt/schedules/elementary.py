@@ -1,9 +1,9 @@
 """The transcendental functions that schedules need, from ``+ - * /`` and exact operations alone.
 
-``math.cos`` and ``np.cos``, ``**`` and ``np.power``, differ in their last bits, from one another and from one machine
-and version to the next: numpy picks vector code by instruction set. These give the same bits for a Python float and
-for every element of an array, everywhere, so that a dumped schedule is the one that training saw and a resumed run the
-one that was interrupted.
+``math.cos`` and ``np.cos``, ``**`` and ``np.power`` differ in their last bits, from one another and between machines
+and versions, because numpy picks vector code by instruction set. The functions here give the same bits for a Python
+float and for every element of an array, everywhere. So a dumped schedule is the one that training saw, and a resumed
+run is the one that was interrupted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def half_wave(x: Real) -> Real:
     height = abs(x % 2.0 - 1.0)  # 1 on a crest, 0 in a trough; exact
     upper = (height > 0.5) * 1.0
     sign = 1.0 - 2.0 * upper
-    w = upper + sign * height  # how far the nearer of the two is
+    w = upper + sign * height  # the distance to the nearer of the two
     sine = w * _polynomial(_SINE, w * w)
     return upper + sign * (sine * sine)
 
@@ -52,7 +52,7 @@ def exp(x: Real) -> Real:
 
 
 def power(x: Real, exponent: float) -> Real:
-    """``x ** exponent`` for x in (0, 1] and an exponent >= 0. Its error is absolute: at most some 1e-16."""
+    """``x ** exponent`` for x in (0, 1] and an exponent >= 0. Its absolute error is at most about 1e-16."""
     if exponent == 1.0:
         return x
     mantissa, k = math.frexp(x) if isinstance(x, float) else np.frexp(x)

@@ -1,7 +1,7 @@
 """Schedules that are driven by measurements of the loss, or of any other metric.
 
-A rule is a value, like a schedule: parameters, and a pure step from one state and a measurement to the next state. The
-state is a dict of numbers, so it is resumed as it is written down. `warmup(200) >> rule` warms up first and
+A rule is a value, like a schedule: parameters, and a pure step from a state and a measurement to the next state. The
+state is a dict of numbers, so it is resumed as it was saved. `warmup(200) >> rule` warms up first, and
 `schedule * rule` multiplies.
 """
 
@@ -19,7 +19,7 @@ from .schedule import Schedule, Value, construct, fill
 State = dict[str, Any]
 RULES: dict[str, type[Feedback]] = {}
 
-# Words of a metric's name that say which way is good.
+# Words of a metric's name that say which direction is good.
 _FALLING = re.compile("loss|nll|perplexity|ppl|error|err|r?mse|mae|wer|cer|ter|fid|bpb|bpc|regret")
 _RISING = re.compile(
     "acc(uracy)?|f1|f|au(ro)?c|precision|recall|m?ap|m?iou|dice|r2|mcc|correlation|pearsonr?|spearmanr?|(sacre)?bleu|"
@@ -45,7 +45,7 @@ class Feedback(Value):
             base_lrs: The lr of each group.
 
         Returns:
-            The state. Its "lrs" are what the groups have for lr, before any schedule multiplies them.
+            The state. Its "lrs" are the lr of each group, before any schedule multiplies them.
 
         Raises:
             ValueError: A parameter does not fit the groups.
@@ -59,7 +59,7 @@ class Feedback(Value):
             state: Changed in place.
             value: What was measured.
             base_lrs: The lr of each group at the start.
-            counts: False in a warmup, where the lr must not react.
+            counts: False during a warmup, when the lr must not react.
         """
         raise NotImplementedError
 
@@ -132,7 +132,7 @@ def mode_of_metric(metric: str) -> str:
     """Whether a metric is better when it is smaller or larger, by its name.
 
     Args:
-        metric: For example "eval_loss" or "eval/accuracy"; its last word that is known decides.
+        metric: For example "eval_loss" or "eval/accuracy"; the last word that is known decides.
 
     Returns:
         "min" or "max".
@@ -149,7 +149,7 @@ def mode_of_metric(metric: str) -> str:
 
 
 class _Watching(Feedback):
-    """What the rules that watch a metric share: a mode, a threshold and a best value."""
+    """What rules that watch a metric share: a mode, a threshold and a best value."""
 
     mode: str | None
     metric: str | None
@@ -191,20 +191,20 @@ class _Watching(Feedback):
 
 @dataclass(frozen=True)
 class Plateau(_Watching):
-    """The lr falls when a metric has stopped improving: torch's ReduceLROnPlateau, by the same rule to the bit.
+    """The lr falls when a metric has stopped improving: the rule of torch's ReduceLROnPlateau, to the bit.
 
-    A measurement is better than the best so far by more than the threshold, or bad. After more than `patience` bad ones
-    in a row, lr = max(lr factor, min_lr), and the next `cooldown` measurements are not bad.
+    A measurement is bad unless it is better than the best so far by more than the threshold. After more than `patience`
+    bad ones in a row, lr = max(lr factor, min_lr), and the next `cooldown` measurements do not count as bad.
 
     Args:
-        mode: "min" if small is good, "max" if large is; by default what the metric's name says, else "min".
+        mode: "min" if small is good, "max" if large is; by default as the name of the metric says, else "min".
         factor: What the lr is multiplied by, in (0, 1).
-        patience: Bad measurements in a row that are forgiven.
+        patience: Bad measurements in a row that have no effect.
         threshold: What counts as an improvement.
         threshold_mode: "rel", a fraction of the best, or "abs".
         cooldown: Measurements after a reduction that do not count as bad.
         min_lr: Where the lr stops: a number, or one for each group.
-        eps: Reductions of no more than this are not made.
+        eps: Reductions that are not larger than this are not made.
         metric: Name of the metric, for the mode.
     """
 
@@ -251,17 +251,17 @@ class Greedy(_Watching):
     loss changes leads to faster convergence" (arXiv:2512.14527).
 
     Args:
-        mode: "min" if small is good, "max" if large is; by default what the metric's name says, else "min".
+        mode: "min" if small is good, "max" if large is; by default as the name of the metric says, else "min".
         factor: What the lr is multiplied or divided by, in (0, 1).
         patience: Improvements or failures in a row without effect.
         threshold: What counts as an improvement.
         threshold_mode: "rel", a fraction of the best, or "abs".
-        cooldown: Measurements after a reduction that are passed over.
-        warmup: Measurements after an increase that are passed over.
+        cooldown: Measurements after a reduction that are ignored.
+        warmup: Measurements after an increase that are ignored.
         min_lr: The lowest lr: a number, or one for each group. It must not be above the group's lr, which could then
             only grow.
-        max_lr: The highest lr, likewise, not below the group's.
-        eps: Changes of no more than this are not made.
+        max_lr: The highest lr, likewise; it must not be below the group's lr.
+        eps: Changes that are not larger than this are not made.
         verbose: Whether to print a line for every change.
         smooth: Whether measurements are averaged over the last `window_size`.
         window_size: Of the average.

@@ -17,7 +17,7 @@ from .schedule import fill
 
 
 class _OfGradients(Feedback):
-    """What both share: an average, and a scale that multiplies the lr of every group alike."""
+    """What both rules share: an average, and a scale that multiplies the lr of every group alike."""
 
     measures_gradients = True
     beta: float
@@ -52,24 +52,25 @@ class _OfGradients(Feedback):
 class GradientNorm(_OfGradients):
     """The lr falls when the gradient norm spikes, and comes back.
 
-    With n the norm measured, a its average over the steps before (that of the first step is its norm) and c the scale,
-    1 at first::
+    Let n be the measured norm, a its average over the steps before (initially the first norm), and c the scale,
+    initially 1:
 
         c = max(min_scale, min(threshold a / n, 1 - recovery (1 - c)))
         a = beta a + (1 - beta) min(n, threshold a)
 
-    A norm above `threshold` times the average is a spike: the lr of the next step is lowered by as much as the norm
-    exceeds that. Afterwards what is missing shrinks by the factor `recovery` a step. A spike enters the average
-    clipped, so that the next one is still seen. A norm that is not finite scales by min_scale and leaves the average.
+    A norm above `threshold` times the average is a spike: the lr of the next step is lowered by the factor by which
+    the norm exceeds that. Afterwards the gap to 1 shrinks by the factor `recovery` in each step. A spike enters the
+    average clipped, so that the next one is still seen. A norm that is not finite scales by min_scale and leaves the
+    average as it is.
 
-    Comparing the norm with an average of clipped norms is how AdaGC (Wang et al., arXiv:2502.11034) finds spikes; ZClip
-    (Kumar et al., arXiv:2504.02507) takes a z-score. Both scale that step's gradient; a scheduler, which comes after
-    the step, can scale the lr of those that follow. Use `max_grad_norm` for the step itself.
+    AdaGC (Wang et al., arXiv:2502.11034) finds spikes in the same way, by comparing with an average of clipped norms;
+    ZClip (Kumar et al., arXiv:2504.02507) uses a z-score. Both scale the gradient of that step. A scheduler comes after
+    the step and can only scale the lr of the steps that follow: use `max_grad_norm` for the step itself.
 
     Args:
         beta: Of the average, in [0, 1).
         threshold: How many times the average is a spike, above 1.
-        recovery: What is left of a reduction a step later, in [0, 1).
+        recovery: What is left of a reduction one step later, in [0, 1).
         min_scale: The smallest multiplier, in (0, 1].
     """
 
@@ -105,7 +106,7 @@ class GradientNorm(_OfGradients):
             state["average"] = self.beta * average + (1.0 - self.beta) * min(value, bar)
 
     def measure(self, optimizer: Optimizer) -> float:
-        norm = getattr(optimizer, "last_grad_norm", None)  # what a step with max_grad_norm has found already
+        norm = getattr(optimizer, "last_grad_norm", None)  # a step with max_grad_norm has found it already
         if norm is None:
             norm = _full(torch.nn.utils.get_total_norm(_gradients(optimizer)))
         return float(norm)
@@ -113,23 +114,23 @@ class GradientNorm(_OfGradients):
 
 @dataclass(frozen=True)
 class GradientSparsity(_OfGradients):
-    """The lr follows how dense the gradients are: with fewer elements that are not zero it is smaller.
+    """The lr follows the density of the gradients: the fewer elements are not zero, the smaller it is.
 
-    With z the fraction of zeros measured, a the average density (that of the first step is its density) and d the
-    density it is compared with::
+    Let z be the measured fraction of zeros, a the average density (initially that of the first step), and d the
+    density that it is compared with:
 
         a = beta a + (1 - beta) (1 - z)
         c = min(max_scale, max(min_scale, (a / d)^power))
 
-    An element that is zero saw nothing of the batch, so the others were averaged over fewer examples each; the default
-    power 1/2 is the square root rule for the lr and the size of batches (Krizhevsky, arXiv:1404.5997; for adaptive
-    optimizers Malladi et al., arXiv:2205.10287). That it is applied to sparsity is ours: no published schedule does
-    this to our knowledge. A negative power, with max_scale above 1, does the opposite.
+    An element that is zero saw nothing of the batch, so the other elements were averaged over fewer examples each. The
+    default power of 1/2 is therefore the square root rule for the lr and the size of batches (Krizhevsky,
+    arXiv:1404.5997; for adaptive optimizers Malladi et al., arXiv:2205.10287). Its use for sparsity is our own; we know
+    of no published schedule that does this. A negative power, with max_scale above 1, does the opposite.
 
     Args:
         beta: Of the average, in [0, 1).
         power: How strongly the lr follows.
-        reference: d, in (0, 1]; the average when measurements begin to count by default.
+        reference: d, in (0, 1]; by default the average at the time when measurements begin to count.
         min_scale: The smallest multiplier, in (0, 1].
         max_scale: The largest multiplier, at least 1.
     """
@@ -161,7 +162,7 @@ class GradientSparsity(_OfGradients):
         if not counts:
             return
         if state["reference"] is None:
-            # An average of exactly 0 says nothing to compare with: the first that is not will do.
+            # An average of exactly 0 is nothing to compare with, so the first one that is not 0 is taken.
             state["reference"] = average or None
         if state["reference"] is not None:
             self._apply(state, self._scale(average / state["reference"]), base_lrs)
@@ -169,7 +170,7 @@ class GradientSparsity(_OfGradients):
     def _scale(self, ratio: float) -> float:
         try:
             scale = ratio**self.power
-        except (OverflowError, ZeroDivisionError):  # a negative power of next to nothing
+        except (OverflowError, ZeroDivisionError):  # a negative power of a number close to 0
             scale = math.inf
         return min(self.max_scale, max(self.min_scale, scale))
 
@@ -181,13 +182,13 @@ def gradient_sparsity(gradients: Iterable[Tensor]) -> float:
     """The fraction of elements that are zero.
 
     Args:
-        gradients: Of any shapes; what a sparse tensor does not hold is zero.
+        gradients: Of any shapes; elements that a sparse tensor does not hold count as zero.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: They have no element.
+        ValueError: The gradients have no elements.
     """
     total, filled = 0, 0
     for gradient in gradients:

@@ -16,7 +16,7 @@ def length(name: str, value: Any) -> Length:
     """A length as it is kept: an int of steps or a float in (0, 1).
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         ValueError: It is negative, not finite, or above 1 and not whole.
     """
     if not isinstance(value, bool):
@@ -39,7 +39,7 @@ def optional_length(name: str, value: Any) -> Length | None:
 
 
 def steps(name: str, value: Any) -> int:
-    """A number of steps, no ratio."""
+    """A number of steps, not a ratio."""
     result = length(name, value)
     if isinstance(result, float):
         raise ValueError(f"{name}={result!r} is not a number of steps; pass a whole number, the total has no ratio")
@@ -54,7 +54,7 @@ def resolved(value: Length, total: int) -> int:
 def resolved_all(values: Sequence[Length], total: int) -> list[int]:
     """The steps of lengths that follow one another.
 
-    Ratios that fill the total exceed it after rounding up, by less than a step each; the last ones give that back.
+    Ratios that fill the total exceed it after rounding up, by less than one step each; the last ones make up for that.
     """
     result = [resolved(value, total) for value in values]
     ratios = [i for i, value in enumerate(values) if isinstance(value, float)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _MeasuredLR(ScheduleLR):
-    """Sets each group's lr to what a rule says times a schedule of the step."""
+    """Sets each group's lr to that of a rule times a schedule of the step."""
 
     def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
         if isinstance(guided, Feedback):
@@ -101,7 +101,7 @@ class GradientLR(_MeasuredLR):
         super().__init__(optimizer, guided)
 
     def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Measures and goes on by one step. Call it after the optimizer's step, before `zero_grad`.
+        """Measures, and advances by one step. Call it after the optimizer's step, before `zero_grad`.
 
         Args:
             metrics: The measurement: the norm, or the fraction of zeros. By default it is taken from the optimizer's
@@ -116,8 +116,8 @@ class GradientLR(_MeasuredLR):
 class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     """A schedule that is driven by a metric: `Plateau` or `Greedy`.
 
-    It is a ReduceLROnPlateau to those that ask: the Trainer of transformers steps it after each evaluation with the
-    metric, Lightning with what it is told to monitor.
+    To isinstance it is a ReduceLROnPlateau, so the Trainer of transformers steps it after each evaluation with the
+    metric, and Lightning with the value that it is told to monitor.
 
     Args:
         optimizer: Whose lr to set.
@@ -136,16 +136,16 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         super().__init__(optimizer, guided)
 
     def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Goes on by one step, and takes a measurement if there is one.
+        """Advances by one step, and takes a measurement if there is one.
 
         Args:
             metrics: The metric, a number or a one-element tensor. Without it this is a step of the schedule alone: a
-                warmup goes on, and the rule sees nothing. A measurement after such steps is no step of its own, so
-                that evaluations between training steps do not count as more of those.
+                warmup advances, and the rule sees nothing. A measurement after such steps is no step of its own, so
+                evaluations between training steps do not count as further training steps.
             epoch: The step to go to instead.
 
         Raises:
-            ValueError: There is no measurement and the rule is alone, so that nothing would happen.
+            ValueError: There is no measurement and no schedule beside the rule, so nothing would happen.
         """
         if metrics is None and self._is_ready and isinstance(self.guided.schedule, Constant):
             raise ValueError(f"{self.rule!r} lacks its measurement, and no schedule goes on; call step(metrics)")
@@ -162,8 +162,8 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     def trainer_callback(self) -> TrainerCallback:
         """A callback for the Trainer of transformers, which steps this scheduler after evaluations only.
 
-        With it a warmup, or a schedule that the rule is multiplied with, goes on with every training step. A rule alone
-        has nothing that would, and needs none.
+        With it, a warmup or a schedule that the rule is multiplied with advances with every training step. A rule alone
+        has nothing to advance and does not need it.
 
         Returns:
             What to pass as one of the Trainer's ``callbacks``.
@@ -219,7 +219,7 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         names = {field.name for field in fields(self.rule)}  # type: ignore[arg-type]
         given = {name: theirs[name] for name in names if name in theirs}
         given.update({name[:-1]: tuple(theirs[name]) for name in ("min_lrs", "max_lrs") if name in theirs})
-        given.pop("reset_start", None)  # where the countdown stands; where it starts has another name
+        given.pop("reset_start", None)  # the current value of the countdown; its initial value has another name
         if "reset_start_original" in theirs:
             given["reset_start"] = theirs["reset_start_original"]
         rule = replace(self.rule, **given)  # type: ignore[type-var]

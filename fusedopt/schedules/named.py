@@ -1,8 +1,8 @@
 """The schedules of transformers, by its names and with its parameters.
 
-Equal to transformers' own up to the last training step. After it they stay at their end value, where its cosines swing
-back to the peak. In the equations s is the step, w num_warmup_steps, T num_training_steps and
-q = (s - w) / max(1, T - w). Without T a schedule is completed by `resolve(T)`.
+They are equal to transformers' own up to the last training step. After that they stay at their end value, whereas its
+cosines swing back to the peak. In the equations s is the step, w is num_warmup_steps, T is num_training_steps, and
+q = (s - w) / max(1, T - w). Without T, `resolve(T)` completes a schedule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .schedule import Schedule, checked_total, fill
 
 
 class _Warmed(Schedule):
-    """What they have in common: a warmup, a total, and checks of both."""
+    """What these schedules have in common: a warmup, a total, and checks of both."""
 
     num_warmup_steps: Length
     num_training_steps: Any = None
@@ -37,7 +37,7 @@ class _Warmed(Schedule):
         fill(self, **values)
 
     def _in_steps(self, total: int, values: dict[str, Any]) -> dict[str, Any]:
-        """The lengths in steps, of all in `_lengths` that are given."""
+        """The lengths of `_lengths` that are given, in steps."""
         given = [name for name in self._lengths if values[name] is not None]
         return dict(zip(given, lengths.resolved_all([values[name] for name in given], total)))
 
@@ -192,7 +192,7 @@ class InverseSqrt(_Warmed):
 
     Args:
         num_warmup_steps: Steps, or a ratio of the total.
-        timescale: Steps after which it has fallen to 0.71; the warmup's length by default, or 10,000 without one.
+        timescale: Steps after which it has fallen to 0.71; by default the warmup's length, or 10,000 without a warmup.
     """
 
     name: ClassVar[str] = "inverse_sqrt"
@@ -253,7 +253,7 @@ class CosineWithMinLR(Cosine):
 
 @dataclass(frozen=True)
 class CosineWarmupWithMinLR(CosineWithMinLR):
-    """`CosineWithMinLR` a step ahead: it neither begins at 0 nor waits for the last step to be at the minimum.
+    """`CosineWithMinLR` one step ahead: it does not begin at 0, and is at the minimum one step earlier.
 
     (s + 1) / max(1, w), or wr + (1 - wr) s / max(1, w - 1), then that cosine with q = (s - w + 1) / max(1, T - w),
     which holds from T - 1 on.
@@ -291,7 +291,7 @@ class WarmupStableDecay(_Warmed):
         num_warmup_steps: Steps, or a ratio of the total.
         num_decay_steps: Steps, or a ratio of the total.
         num_training_steps: Steps in all.
-        num_stable_steps: Steps between the two; what they leave of the total by default. Given, it wins over the total.
+        num_stable_steps: Steps between the two; by default what they leave of the total, which they override.
         warmup_type: f(q) of the warmup: "linear" q, "cosine" (1 - cos pi q) / 2 or "1-sqrt" 1 - sqrt(1 - q).
         decay_type: f(q) of the decay: "linear" 1 - q, "cosine" (1 + cos 2 pi num_cycles q) / 2 or "1-sqrt" 1 - sqrt(q).
         min_lr_ratio: r in [0, 1].

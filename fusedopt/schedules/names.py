@@ -29,7 +29,7 @@ def scheduler_names() -> list[str]:
 
 
 def training_schedules() -> dict[str, type[Schedule]]:
-    """The schedules that are a whole training's, by name: all but those that others are composed of."""
+    """The schedules of a whole training, by name: all except the building blocks of others."""
     return {name: cls for name, cls in SCHEDULES.items() if cls is Constant or issubclass(cls, _Warmed)}
 
 
@@ -46,8 +46,8 @@ def get_scheduler(
         name: One of `schedules.scheduler_names()`, transformers' SchedulerType included; or a schedule, a rule, a
             schedule with a rule (``warmup(200) >> Plateau()``), or a list of one schedule for each param group.
         optimizer: Whose lr to set.
-        num_warmup_steps: Steps of the warmup, or a ratio of `num_training_steps` in [0, 1), rounded up. A rule warms up
-            that long before it begins. Not with a schedule, which has its own.
+        num_warmup_steps: Steps of the warmup, or a ratio of `num_training_steps` in [0, 1), rounded up. A rule begins
+            after a warmup of this length. Not allowed with a schedule, which has its own.
         num_training_steps: Steps of the whole training; ratios and open lengths of a schedule are resolved with it.
         scheduler_specific_kwargs: The other arguments of the schedule or rule.
 
@@ -117,7 +117,7 @@ def _by_name(
 
 
 def _warn_of_another_total(schedule: WarmupStableDecay) -> None:
-    """Says so when a given stable phase makes the schedule shorter or longer than the training."""
+    """Warns if a given stable phase makes the schedule shorter or longer than the training."""
     total, length = schedule.num_training_steps, schedule.length
     if total is not None and length != total:
         warnings.warn(
@@ -130,7 +130,7 @@ def _warn_of_another_total(schedule: WarmupStableDecay) -> None:
 
 def _resolved(schedule: Any, total: int | None) -> Any:
     if not isinstance(schedule, (Schedule, Guided)):
-        return schedule  # a rule has no lengths, and for what is none the scheduler has the sentence
+        return schedule  # a rule has no lengths, and for anything else the scheduler raises the error
     if total is not None:
         return schedule.resolve(total)
     if not schedule.is_resolved:

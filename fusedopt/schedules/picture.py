@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .. import checks
 from .elementary import Array
-from .schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class Drawable(Protocol):
+    """What a picture asks of a schedule."""
+
+    @property
+    def name(self) -> str:
+        """What the legend calls it."""
+
+    @property
+    def length(self) -> int | None:
+        """Steps until it ends; None if it has no end."""
+
+    def __call__(self, step: Any, base_lr: float | None = None) -> Any:
+        """The multipliers of an array of steps."""
+
 
 _POINTS = 2_000  # more than a picture has columns
 _STYLES = ("-", "--", "-.", ":")
@@ -21,7 +36,7 @@ _ENDLESS = 1_000  # steps drawn of a schedule that has no end
 
 
 def plot(
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Drawable],
     *,
     steps: int | None = None,
     base_lr: float | None = None,
@@ -53,7 +68,7 @@ def plot(
     at = np.unique(np.linspace(0, last, _POINTS).astype(np.int64))
     names = [schedule.name for schedule in schedules] if labels is None else labels
     for i, (schedule, name) in enumerate(zip(schedules, names)):
-        # Dashed, so that what runs under another is seen.
+        # Dashed, so that a curve under another one can be seen.
         ax.plot(at, _values(schedule, at, base_lr), label=name, linewidth=1.8, linestyle=_STYLES[i % len(_STYLES)])
     ax.set_xlabel("step")
     ax.set_ylabel("multiplier of the lr" if base_lr is None else "learning rate")
@@ -66,7 +81,7 @@ def plot(
     if len(schedules) == 1:
         ax.set_title(names[0], fontsize="medium")
     else:
-        # Below the axes: wherever it lay inside, some schedule would pass under it.
+        # Below the axes, because some schedule would pass under it anywhere inside.
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False)
     return ax
 
@@ -77,7 +92,7 @@ def save(axes: Axes, path: str | Path) -> None:
 
 
 def sketch(
-    schedule: Schedule, *, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12
+    schedule: Drawable, *, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12
 ) -> str:
     """Draws a schedule with characters.
 
@@ -89,10 +104,10 @@ def sketch(
         height: Lines of the drawing itself.
 
     Returns:
-        Lines to print, of block characters: an eighth of a line is the smallest difference that is seen.
+        Lines to print, of block characters: the smallest visible difference is an eighth of a line.
 
     Raises:
-        ValueError: It would be too small to be read.
+        ValueError: It would be too small to read.
     """
     if checks.whole("width", width) < 30 or checks.whole("height", height) < 3:
         raise ValueError(f"width={width!r} and height={height!r} leave nothing to see; pass at least 30 and 3")
@@ -116,7 +131,7 @@ def sketch(
     return "\n".join(lines)
 
 
-def _last(schedules: Sequence[Schedule], steps: int | None) -> int:
+def _last(schedules: Sequence[Drawable], steps: int | None) -> int:
     """The last step that is drawn."""
     if steps is not None:
         if checks.whole("steps", steps) == 0:
@@ -125,6 +140,6 @@ def _last(schedules: Sequence[Schedule], steps: int | None) -> int:
     return max(schedule.length or _ENDLESS for schedule in schedules)
 
 
-def _values(schedule: Schedule, at: Any, base_lr: float | None) -> Array:
+def _values(schedule: Drawable, at: Any, base_lr: float | None) -> Array:
     multiplier = schedule(at, base_lr)
     return multiplier if base_lr is None else multiplier * base_lr

@@ -1,4 +1,4 @@
-"""What a schedule is: a pure value, callable at any step, that composes, compares, is written down and read back."""
+"""What a schedule is: a pure value, callable at any step, that can be composed, compared, written and read back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import checks
-from . import lengths
+from . import lengths, picture
 from .curve import AnyCurve, Curve, Phase
 from .elementary import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .compose import Product, Sequence
 
 SCHEDULES: dict[str, type[Schedule]] = {}
 _KEPT = 64  # curves of different base lrs that one schedule remembers
@@ -52,7 +50,7 @@ def schedule_names() -> list[str]:
 
 
 def construct(cls: type, parameters: dict[str, Any]) -> Any:
-    """A schedule or rule of that class; a parameter that is unknown or missing is an error that names it."""
+    """A schedule or rule of that class. An unknown or missing parameter raises an error that names it."""
     checks.known_keywords(cls, parameters)
     needed = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and n not in parameters]
     if needed:
@@ -63,7 +61,7 @@ def construct(cls: type, parameters: dict[str, Any]) -> Any:
 
 
 class Value:
-    """Parameters, repr, equality, hash and JSON form of what is made from a frozen dataclass."""
+    """Parameters, repr, equality, hash and JSON form of frozen dataclasses."""
 
     name: ClassVar[str]
 
@@ -93,12 +91,12 @@ class Schedule(Value):
     """A multiplier of the learning rate for every step: ``schedule(step, base_lr=None)``.
 
     Schedules are values. They keep no position, are equal if their parameters are, hash, and round-trip through
-    `to_dict` and `to_json`. ``a >> b`` is ``a`` and then ``b``, ``a * b`` (or ``a * 0.1``) their product.
+    `to_dict` and `to_json`. ``a >> b`` is ``a`` followed by ``b``, ``a * b`` (or ``a * 0.1``) their product.
 
-    Lengths are steps (an int) or ratios of a total (a float in [0, 1), rounded up), which `resolve` makes steps.
+    Lengths are steps (an int) or ratios of a total (a float in [0, 1), rounded up), which `resolve` turns into steps.
     """
 
-    # Beside the fields: what copies, or LambdaLR's state_dict, see of a schedule is its parameters.
+    # Not a field, so that copies and LambdaLR's state_dict see only the parameters of a schedule.
     __slots__ = ("_curves",)
     _curves: dict[float | None, AnyCurve]
 
@@ -112,7 +110,7 @@ class Schedule(Value):
 
         Args:
             before: The multiplier that the schedule before this one ended at; None if it is the first.
-            base_lr: What the multiplier will multiply; only schedules with `needs_base_lr` look at it.
+            base_lr: What the multiplier will multiply; only schedules with `needs_base_lr` use it.
 
         Returns:
             Its phases in order.
@@ -126,7 +124,7 @@ class Schedule(Value):
             total: Number of steps of the whole training.
 
         Returns:
-            An equal schedule if nothing is open, else one with ratios and open lengths filled in.
+            An equal schedule if all lengths are known, else one with ratios and open lengths filled in.
 
         Raises:
             ValueError: A sequence is longer than the total, or the phases of warmup_stable_decay are.
@@ -146,7 +144,7 @@ class Schedule(Value):
     @property
     def length(self) -> int | None:
         """Steps until it ends and its last value holds; None if it has no end."""
-        # Durations do not depend on the base lr, and no absolute lr is above infinity.
+        # Durations do not depend on the base lr. With infinity, no absolute lr is too large.
         total = 0
         for phase in self._checked().phases(None, float("inf")):
             if phase.steps is None:
@@ -161,7 +159,7 @@ class Schedule(Value):
             base_lr: As in a call.
 
         Returns:
-            A callable of a step >= 0, which is not checked.
+            A callable that takes a step >= 0, which it does not check.
         """
         if not self.needs_base_lr:
             base_lr = None
@@ -196,11 +194,11 @@ class Schedule(Value):
             base_lr: The lr that is multiplied. Only schedules that end at an absolute lr need it.
 
         Returns:
-            A float, or a float64 array of the shape of `step`; an element has the bits of the float.
+            A float, or a float64 array of the shape of `step`, whose elements have the same bits as the floats.
 
         Raises:
             ValueError: A step is negative, a length is not resolved or base_lr is missing.
-            TypeError: A step is no integer.
+            TypeError: A step is not an integer.
         """
         if type(step) is int and step >= 0:
             return self.curve(base_lr)(step)
@@ -210,17 +208,14 @@ class Schedule(Value):
             return self.curve(base_lr)(checks.whole("step", operator.index(step)))
         raise TypeError(f"step={step!r} is a {type(step).__name__}; pass an int or a numpy array of integers")
 
-    def __rshift__(self, other: Any) -> Sequence:
-        from .compose import Sequence
+    # What these make is defined in terms of this class, so it is made by name.
+    def __rshift__(self, other: Any) -> Schedule:
+        return create_schedule("sequence", parts=(self, other)) if isinstance(other, Schedule) else NotImplemented
 
-        return Sequence((self, other)) if isinstance(other, Schedule) else NotImplemented
-
-    def __mul__(self, other: Any) -> Product:
-        from .compose import Constant, Product
-
+    def __mul__(self, other: Any) -> Schedule:
         if isinstance(other, (int, float)) and not isinstance(other, bool):
-            other = Constant(value=other)
-        return Product((self, other)) if isinstance(other, Schedule) else NotImplemented
+            other = create_schedule("constant", value=other)
+        return create_schedule("product", factors=(self, other)) if isinstance(other, Schedule) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -265,9 +260,7 @@ class Schedule(Value):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from .picture import plot
-
-        return plot([self], steps=steps, base_lr=base_lr, ax=ax)
+        return picture.plot([self], steps=steps, base_lr=base_lr, ax=ax)
 
     def sketch(self, steps: int | None = None, base_lr: float | None = None, width: int = 72, height: int = 12) -> str:
         """Draws the schedule with characters.
@@ -281,9 +274,7 @@ class Schedule(Value):
         Returns:
             Lines to print.
         """
-        from .picture import sketch
-
-        return sketch(self, steps=steps, base_lr=base_lr, width=width, height=height)
+        return picture.sketch(self, steps=steps, base_lr=base_lr, width=width, height=height)
 
 
 def _from_plain(value: Any) -> Any:

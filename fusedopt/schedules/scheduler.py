@@ -16,12 +16,12 @@ from .schedule import Schedule
 class ScheduleLR(LRScheduler):
     """Sets each group's lr to its base lr times a schedule, in closed form: nothing accumulates.
 
-    It is stepped like any scheduler of torch, once after every optimizer step, and goes wherever those go:
-    SequentialLR, ChainedScheduler (first in it, like LambdaLR, because it does not multiply what it finds), Lightning,
-    Accelerate, the Trainer of transformers. An lr that is a Tensor is written to in place.
+    It is stepped like any scheduler of torch, once after every optimizer step, and works wherever those do:
+    in SequentialLR, in ChainedScheduler (as the first, like LambdaLR, because it does not multiply the lr it finds), in
+    Lightning, Accelerate and the Trainer of transformers. An lr that is a Tensor is written to in place.
 
     Args:
-        optimizer: Whose lr to set; what its groups have as lr now (or as "initial_lr", if a scheduler left that) is
+        optimizer: Whose lr to set. The lr that its groups have now (or "initial_lr", if a scheduler left that) is
             multiplied.
         schedule: A schedule for all groups, or a sequence of one for each.
         last_epoch: Number of the last step when resuming without a state_dict, as in torch.
@@ -30,18 +30,18 @@ class ScheduleLR(LRScheduler):
         schedules: The schedule of each group.
 
     Raises:
-        TypeError: A schedule or the optimizer is none.
-        ValueError: There are not as many schedules as groups, one is not resolved, or ends above a group's lr.
+        TypeError: A schedule is not a schedule, or the optimizer is not an optimizer.
+        ValueError: There are not as many schedules as groups, or a schedule is not resolved or ends above a group's lr.
     """
 
-    # Torch warns if the first step comes before the optimizer's.
+    # torch warns if the first step comes before the optimizer's.
     _checks_order = True
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule | Sequence[Schedule], last_epoch: int = -1) -> None:
         base_lrs = base_lrs_of(optimizer)
         self.schedules = _one_for_each(schedule, len(base_lrs))
         self._curves = _curves(self.schedules, base_lrs)
-        # Named, because a subclass may have another scheduler of torch between this class and the base.
+        # Named explicitly, because a subclass may have another torch scheduler between this class and the base.
         LRScheduler.__init__(self, optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
@@ -54,10 +54,10 @@ class ScheduleLR(LRScheduler):
             lrs.append((base if type(base) is float else float(base)) * multiplier)
         return lrs
 
-    _get_closed_form_lr = get_lr  # what torch asks when it is told a step
+    _get_closed_form_lr = get_lr  # torch calls this when it is given a step
 
     def step(self, epoch: int | None = None) -> None:
-        """Goes on by one step.
+        """Advances by one step.
 
         Args:
             epoch: The step to go to instead; torch warns that this is deprecated.
@@ -107,7 +107,7 @@ class ScheduleLR(LRScheduler):
 
         Args:
             state_dict: Of a scheduler like this one, whose schedules replace those given; or of a LambdaLR, such as
-                transformers makes, which has none: then only the position and the base lrs are taken.
+                transformers makes, which holds no schedules: then only the position and the base lrs are taken.
 
         Raises:
             ValueError: It is of another kind of scheduler or for another number of groups.
@@ -134,7 +134,7 @@ class ScheduleLR(LRScheduler):
 
 
 def base_lrs_of(optimizer: Any) -> list[float]:
-    """What a new scheduler of the optimizer multiplies: what an earlier one left as "initial_lr", or the lr."""
+    """The lr that a new scheduler of the optimizer multiplies: "initial_lr" if an earlier one left it, or the lr."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch optimizer")
     lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]

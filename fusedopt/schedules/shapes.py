@@ -1,7 +1,7 @@
-"""The ways up and down: what fraction of the way between two levels a schedule stands at.
+"""The ways up and down: at which fraction of the way between two levels a schedule is.
 
-A shape takes how much of a phase has passed and how much is left, both in [0, 1] (each rounded once: 1 - q would
-round twice), and returns the height above the lower level, in units of the difference.
+A shape takes the part of a phase that has passed and the part that is left, both in [0, 1] (each rounded once: 1 - q
+would round twice), and returns the height above the lower level, in units of the difference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXPONENTIAL_RATE = 5.0
 
 
 def _relaxation(q: Real) -> Real:
-    """``(1 - exp(-5 q)) / (1 - exp(-5))``: soon there, from 0 to 1."""
+    """``(1 - exp(-5 q)) / (1 - exp(-5))``: a quick rise, from 0 to 1."""
     return (1.0 - exp(-EXPONENTIAL_RATE * q)) / (1.0 - exp(-EXPONENTIAL_RATE))
 
 
@@ -47,7 +47,7 @@ def _cosine_fall(passed: Real, left: Real, *, num_cycles: float) -> Real:
 
 
 def _restarting_fall(passed: Real, left: Real, *, num_cycles: float) -> Real:
-    # The remainder is taken of this very product: where it lands on a whole number decides between 0 and 1.
+    # The remainder is taken of exactly this product: it decides between 0 and 1 where that is a whole number.
     return half_wave((num_cycles * passed) % 1.0)
 
 
@@ -82,7 +82,7 @@ def rise(shape: str) -> Shape:
 
 
 def fall(shape: str, num_cycles: float = 0.5, power: float = 1.0) -> Shape:
-    """The way down of that name, from 1; all end at 0 but a cosine of other than half a cycle."""
+    """The way down of that name, from 1; all end at 0, except a cosine with other than half a cycle."""
     shapes: dict[str, Shape] = {
         "linear": _linear_fall,
         "exponential": _exponential_fall,

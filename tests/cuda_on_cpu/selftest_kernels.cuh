@@ -1,5 +1,5 @@
 // Kernels that try out what cuda_on_cpu promises. They are CUDA, and compile with nvcc too: what the emulation accepts
-// and a device would not is of no use. Each takes what it reads and what it writes; test_cuda_on_cpu.py knows which.
+// and a device would not is of no use. Each takes what it reads and what it writes; cuda/test_on_cpu.py knows which.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,196 @@
+"""Loading state dicts without losing formats.
+
+torch's load_state_dict casts every state to its parameter's dtype, which would turn the float32 state of
+a bfloat16 parameter into bfloat16, and codes into floats. So the tensors are wrapped while it runs and
+converted afterwards to what the param group asks for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..storage import masters
+from ..storage.allocation import Request, allocate
+from ..storage.quantization import decode, encode, scales_shape
+from ..storage.state import DTYPES, Slot, StateSpec, slots_of
+from . import sharding
+from .contract import Contract
+
+# Which machine a run is on is not part of the run.
+_NOT_RESTORED = ("backend",)
+
+_MASTER_DTYPES = {
+    "compensation": tuple(DTYPES.values()),
+    "master_low": (torch.int8, torch.int16),
+    "master": (torch.float32,),
+}
+
+
+class _Kept:
+    """A tensor on its way through torch's load_state_dict, which looks into tensors, dicts and iterables."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
+    """The keys of the tensors that a step of a parameter reads and writes, `step` excepted."""
+    keys = [key for spec in optimizer.states_of(group, param) for key in spec.keys_in(held)]
+    master = masters.kind_of(group["master_weights"], param)
+    return keys if master is None else [*keys, masters.KEYS[master]]
+
+
+# ---- checks ------------------------------------------------------------------------------------------
+
+
+def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
+    """Raises ValueError if a state that `param` has, or is about to get, does not fit it."""
+    for spec in optimizer.states_of(group, param):
+        if spec.name in held:
+            _check_tensor(held, spec.name, spec.shape_for(param.shape), (*DTYPES.values(), param.dtype), where)
+        for key, other in ((spec.codes, spec.scales), (spec.scales, spec.codes)):
+            if key not in held:
+                continue
+            if spec.name in held or other not in held:
+                found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
+                raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
+            if param.dim() < 2 or spec.extent != "elements":
+                raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
+            shape = param.shape if key == spec.codes else scales_shape(param.shape)
+            _check_tensor(held, key, shape, (torch.uint8,), where)
+    for key, dtypes in _MASTER_DTYPES.items():
+        if key in held:
+            _check_tensor(held, key, param.shape, dtypes, where)
+    slot = masters.slot_of(group, param, sharding.local(param))
+    if slot is not None and slot.key in held and held[slot.key].dtype != slot.dtype:
+        raise ValueError(
+            f"{where} has a state {slot.key!r} of dtype {held[slot.key].dtype}, but its group has master_weights="
+            f"{group['master_weights']!r}, which keeps {slot.dtype}; load weights through load_fp32_parameters instead"
+        )
+    step = held.get("step", 0)
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ValueError(f"{where} has a state 'step' of shape {tuple(step.shape)}; it must have one element")
+
+
+def _check_tensor(
+    held: dict[str, Any], key: str, shape: torch.Size, dtypes: tuple[torch.dtype, ...], where: str
+) -> None:
+    value = held[key]
+    if not isinstance(value, Tensor) or value.shape != shape:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ValueError(
+            f"{where} has a state {key!r} of {found}; it must be a tensor of shape {tuple(shape)}: "
+            "load a state dict of the same model"
+        )
+    if value.dtype not in dtypes:
+        names = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}")
+
+
+# ---- loading -----------------------------------------------------------------------------------------
+
+
+def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook: checks a state dict, fills its groups and wraps its tensors."""
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
+            "build the optimizer with the groups that it was saved with"
+        )
+    filled = []
+    for group, saved in zip(groups, saved_groups):
+        merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
+        merged.update({key: group[key] for key in _NOT_RESTORED})
+        filled.append(optimizer.checked_group(optimizer.translated_group(merged)))
+    members = chain.from_iterable(((new, p) for p in group["params"]) for group, new in zip(groups, filled))
+    ids = chain.from_iterable(group["params"] for group in saved_groups)
+    state = dict(state_dict["state"])
+    for saved_id, (group, param) in zip(ids, members):
+        if saved_id not in state:
+            continue
+        held = {key: value for key, value in state[saved_id].items() if value is not None}
+        held = optimizer.translated(group, param, held)
+        check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
+        if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
+            held.setdefault("step", 1)  # some of torch's count no steps, but had a first one
+        state[saved_id] = {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in held.items()}
+    return {**state_dict, "state": state, "param_groups": filled}
+
+
+def restore(optimizer: Contract) -> None:
+    """Unwraps what `prepare` wrapped and copies it into fresh memory of the stored format."""
+    targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            held = optimizer.state.get(param)
+            if held is None:
+                continue
+            if "step" in held and not isinstance(held["step"], (_Kept, Tensor)):
+                held["step"] = _Kept(torch.tensor(float(held["step"])))
+            kept = {key: value.tensor for key, value in held.items() if isinstance(value, _Kept)}
+            held.update(kept)  # what is no state of this optimizer stays for whoever put it there
+            if "step" in kept:
+                slot = Slot("step", torch.Size(), torch.Size(), torch.float32)
+                targets.append((held, param, slot, kept["step"].reshape(())))
+            for spec in optimizer.all_states(group):
+                keys = spec.keys_in(kept)
+                if not keys:
+                    continue
+                sources = [_local_part(kept[key], param) for key in keys]
+                for key in keys:
+                    del held[key]
+                slots = slots_of(spec, group, param, sharding.local(param))
+                targets += [(held, param, *pair) for pair in zip(slots, _converted(spec, slots, sources))]
+            targets += _masters(group, param, held, kept)
+    requests = [Request(slot.shape, slot.dtype, sharding.local(param).device) for _, param, slot, _ in targets]
+    for (held, param, slot, source), tensor in zip(targets, allocate(requests)):
+        tensor.copy_(source)
+        is_step = slot.key == "step"
+        held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+
+
+def _converted(spec: StateSpec, slots: list[Slot], sources: list[Tensor]) -> list[Tensor]:
+    """A state's tensors as its slots want them, up to a cast."""
+    if len(slots) == len(sources):
+        return sources
+    if len(sources) == 2:
+        return [decode(sources[0], sources[1], is_signed=spec.is_signed)]
+    return list(encode(sources[0].float(), is_signed=spec.is_signed))
+
+
+def _masters(
+    group: dict[str, Any], param: Tensor, held: dict[str, Any], kept: dict[str, Tensor]
+) -> list[tuple[dict[str, Any], Tensor, Slot, Tensor]]:
+    """What a parameter keeps beside it, if it is to be kept here, too."""
+    found = [key for key in _MASTER_DTYPES if key in kept]
+    if not found:
+        return []
+    slot = masters.slot_of(group, param, sharding.local(param))
+    if slot is not None and slot.key in found:
+        return [(held, param, slot, _local_part(kept[slot.key], param))]
+    for key in found:
+        del held[key]
+    warnings.warn(
+        f"the state dict has {found[0]!r} for a parameter that is {param.dtype} here, in a group with master_weights="
+        f"{group['master_weights']!r}; it is dropped: save and load full-precision weights with fp32_parameters",
+        stacklevel=2,
+    )
+    return []
+
+
+def _local_part(tensor: Tensor, param: Tensor) -> Tensor:
+    """What this rank holds of a state, which may come as a DTensor or whole."""
+    if sharding.is_dtensor(param) and not sharding.is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+    return sharding.local(tensor)

@@ -1,0 +1,165 @@
+"""What other rooms may ask of an optimizer: what a subclass answers, and what follows from the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends, checks
+from ..backends import GroupStep
+from ..storage import masters
+from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
+
+
+class Contract(Optimizer):
+    """An optimizer as members, checkpoints, reports and compiled steps see it.
+
+    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
+    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
+    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
+    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
+
+    Attributes:
+        last_grad_norm: See `FusedOptimizer`.
+    """
+
+    STATES: ClassVar[tuple[StateSpec, ...]] = ()
+    REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
+    derives_on_device: ClassVar[bool] = True
+
+    last_grad_norm: Tensor | None = None
+    has_warned = False  # that nothing is quantized
+
+    # ---- what a subclass answers -----------------------------------------------------------------
+
+    def own_defaults(self) -> dict[str, Any]:
+        """Entries of param groups that the constructor of a subclass's base does not know."""
+        return {}
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError or TypeError if a hyperparameter of the optimizer's own is out of range."""
+        raise NotImplementedError
+
+    def rule(self, group: dict[str, Any]) -> str:
+        """The name of the compiled rule that steps a group; `_` and a layout follow if there are several."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        """The rule's hyperparameters for a group."""
+        raise NotImplementedError
+
+    def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
+        """The states that a group's parameters have; all that are declared unless a subclass says less."""
+        return self.STATES
+
+    def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
+        """The states of a group's parameters by layout; `states` are those of all layouts if there are several."""
+        return {"": self.states(group)}
+
+    def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
+        """Which of its group's layouts a parameter has, by its global shape."""
+        return ""
+
+    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
+        """Why the equation cannot step a parameter, as a sentence; None if it can."""
+        return None
+
+    def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
+        """What a state begins with."""
+        return 0.0
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A complete param group from a state dict that another package may have written, as ours are."""
+        return group
+
+    def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state from a state dict that another package may have written, with our names and shapes."""
+        return held
+
+    # ---- what follows ----------------------------------------------------------------------------
+
+    def states_of(self, group: dict[str, Any], param: Tensor) -> Sequence[StateSpec]:
+        """The states that a parameter has."""
+        return self.layouts(group)[self.layout_of(group, param)]
+
+    def all_states(self, group: dict[str, Any]) -> list[StateSpec]:
+        """Every declared state, as a group has it where it has it."""
+        return list({spec.name: spec for spec in (*self.STATES, *self.states(group))}.values())
+
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a complete group with everything checked and in the form that checkpoints keep."""
+        if group["differentiable"]:
+            raise ValueError(
+                "differentiable=True is not supported by compiled kernels; "
+                "use torch.optim's optimizer to differentiate through a step"
+            )
+        self.check_group(group)
+        checks.one_of("backend", group["backend"], backends.names())
+        checks.uint32("seed", group["seed"])
+        checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
+            raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
+        return {
+            **group,
+            "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
+            "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
+            "rounding": masters.normalize_rounding(group["rounding"]),
+            "master_weights": masters.normalize(group["master_weights"]),
+        }
+
+    def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
+        """What backends need of a param group, the one of an index, and of its parameters of a layout."""
+        specs = tuple(self.layouts(group)[layout])
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and self.derives_on_device and lr.device.type != "cpu":
+            group = {**group, "lr": 1.0}
+        else:
+            lr = None  # as a number
+        return GroupStep(
+            rule=f"{self.rule(group)}_{layout}" if layout else self.rule(group),
+            hyper=self.hyper(group),
+            states=specs,
+            roundings=tuple(rounding_of(spec, group["state_rounding"]) for spec in specs),
+            seed=group["seed"],
+            maximize=group["maximize"],
+            rounding=masters.rounding_of(group),
+            master=group["master_weights"],
+            layout=layout,
+            param_group=index,
+            lr=lr,
+        )
+
+    def backends_of(self, group: int) -> list[backends.Backend]:
+        """The backends that a group may be stepped by, the best first."""
+        return backends.candidates(self.param_groups[group]["backend"])
+
+    def common_max_grad_norm(self) -> float | None:
+        """The norm that all groups clip to; None if they do not.
+
+        Raises:
+            ValueError: It differs between groups.
+        """
+        values = [group["max_grad_norm"] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, "
+                "so give all the same value"
+            )
+        return values[0]
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
+    ) -> str:
+        """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError

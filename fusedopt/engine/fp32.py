@@ -1,0 +1,82 @@
+"""Full-precision weights of a model, for checkpoints: those of parameters that stand for more than their own bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..storage import masters
+from ..storage import weights as storage
+from . import sharding
+from .members import make_state
+from .optimizer import FusedOptimizer
+
+
+@torch.no_grad()
+def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model in full precision, for a checkpoint.
+
+    A 16-bit parameter with master weights stands for more than its own bits; what it stands for is given
+    here. All others are given as they are, 16-bit ones widened.
+
+    Args:
+        optimizer: The optimizer that steps the model.
+        model: Any module.
+
+    Returns:
+        {name in ``model.named_parameters()``: new float32 tensor}, float64 and complex ones in their own dtype.
+        A sharded parameter gives a DTensor.
+    """
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    weights = {}
+    for name, param in model.named_parameters():
+        value = full_precision(optimizer, groups.get(param), param).clone()
+        weights[name] = sharding.like_param(value, param, param.shape)
+    return weights
+
+
+def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor) -> Tensor:
+    """What is held here of a parameter's weights, at least in float32; may share its memory."""
+    kind = None if group is None else masters.kind_of(group["master_weights"], param)
+    kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
+    return storage.read(kind, sharding.local(param).detach(), None if kept is None else sharding.local(kept))
+
+
+@torch.no_grad()
+def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Sets the weights of a model, and what its optimizer keeps of them beside it; undoes `fp32_parameters`.
+
+    What a 16-bit parameter without master weights cannot hold is rounded to nearest.
+
+    Args:
+        optimizer: The optimizer that steps the model.
+        model: Any module.
+        weights: {name: tensor} for every parameter of the model.
+
+    Raises:
+        ValueError: A parameter is missing or unknown, or a shape differs. Nothing has changed then.
+    """
+    params = dict(model.named_parameters())
+    if params.keys() != weights.keys():
+        missing, unknown = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
+        raise ValueError(f"weights lack {missing} and have unknown {unknown}; pass what fp32_parameters gave")
+    for name, param in params.items():
+        if weights[name].shape != param.shape:
+            raise ValueError(
+                f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
+                "pass the weights of the same model"
+            )
+    where = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for name, param in params.items():
+        local, source = sharding.local(param), sharding.local(weights[name])
+        index = where.get(param)
+        group = None if index is None else optimizer.param_groups[index]
+        kind = None if group is None else masters.kind_of(group["master_weights"], param)
+        if kind is None or index is None:
+            local.copy_(source)
+            continue
+        make_state(optimizer, [(index, param)])
+        kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
+        storage.write(kind, local, kept, source.to(device=local.device, dtype=torch.float32))

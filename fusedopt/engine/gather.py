@@ -1,0 +1,172 @@
+"""Gathers the tensors of one step for the backends that take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
+from ..backends.base import Health
+from ..reference.norm import pairwise_sum, square_sums
+from ..storage import masters
+from ..storage.state import DTYPES, keeps_own_precision
+from . import sharding
+
+# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
+_CLIP_EPS = 1e-6
+
+
+def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
+    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
+    norm = math.sqrt(square_sum) * multiplier
+    coefficient = max_grad_norm / (norm + _CLIP_EPS)
+    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
+
+
+class Member(NamedTuple):
+    """A parameter's place: in the param groups, and in the GroupSteps. They sort as the param groups list them."""
+
+    group: int
+    position: int
+    part: int
+    entry: int
+
+
+class Gathered:
+    """The tensors of one step, by backend, and the copies to write back.
+
+    Args:
+        sessions: Of every backend.
+        groups: What is stepped; one or more for a param group.
+        positions: Which of its param group's parameters each of them has; None for all.
+    """
+
+    def __init__(
+        self, sessions: dict[str, Session], groups: list[GroupStep], positions: list[list[int] | None]
+    ) -> None:
+        self.sessions = sessions
+        self.groups = groups
+        self.positions = positions
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self) -> None:
+        """Forgets the step before."""
+        self._copies = []
+        for session in self.sessions.values():
+            session.begin(self.groups, self.positions)
+
+    def member(self, part: int, entry: int) -> Member:
+        """The place of a parameter that a GroupStep has."""
+        positions = self.positions[part]
+        return Member(self.groups[part].param_group, entry if positions is None else positions[entry], part, entry)
+
+    def collect(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> list[Member]:
+        """Lets each group's first backend take what it can; what is left, in the order of the param groups."""
+        self.begin()
+        left = []
+        for part, (settings, positions) in enumerate(zip(self.groups, self.positions)):
+            group = param_groups[settings.param_group]
+            params = group["params"]
+            if positions is not None and len(positions) < len(params):
+                params = [params[i] for i in positions]
+            session = self.sessions[backends.first(group["backend"], params).name]
+            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
+        return sorted(left)
+
+    def add(
+        self,
+        member: Member,
+        param: Tensor,
+        grad: Tensor,
+        held: dict[str, Tensor],
+        candidates: Sequence[backends.Backend],
+    ) -> None:
+        """Hands a checked parameter to the first backend that takes it."""
+        local = sharding.local(param)
+        settings = self.groups[member.part]
+        kind = masters.kind_of(settings.master, param)
+        master = None if kind is None else self._plain(sharding.local(held[masters.KEYS[kind]]))
+        entry = ParamStep(
+            group=member.part,
+            position=member.entry,
+            param=self._plain(local),
+            grad=self._gradient(sharding.local(grad), local),
+            states=tuple(
+                tuple(self._plain(sharding.local(held[key])) for key in spec.keys_in(held)) for spec in settings.states
+            ),
+            step=held["step"],
+            master=master,
+            first_index=sharding.first_index(param),
+        )
+        for backend in candidates:
+            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+                return
+        raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
+
+    def _plain(self, tensor: Tensor) -> Tensor:
+        """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
+        tensor = tensor.detach()
+        if type(tensor) is not Tensor:
+            tensor = tensor.as_subclass(Tensor)
+        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
+            return tensor
+        copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+        self._copies.append((tensor, copy))
+        return copy
+
+    @staticmethod
+    def _gradient(grad: Tensor, param: Tensor) -> Tensor:
+        """The gradient as plain numbers in memory, in a dtype that goes with the parameter's."""
+        grad = grad.detach()
+        if not keeps_own_precision(param) and grad.dtype not in DTYPES.values():
+            grad = grad.float()
+        return grad.contiguous().resolve_neg().resolve_conj()
+
+    def square_sum(self, grads: Iterable[Tensor]) -> float:
+        """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
+            sums = active[0].square_sums()
+        else:  # list order runs across backends: the reference takes them all
+            parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
+            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return float(pairwise_sum(sums).item())
+
+    def step(
+        self, scaling: Scaling, grads: Iterable[Tensor], *, counts_health: bool = False
+    ) -> tuple[Health, Tensor | None]:
+        """Steps everything, negating gradients where a group maximizes.
+
+        Args:
+            scaling: What gradients are multiplied by.
+            grads: All of them, in list order.
+            counts_health: Whether to count what goes wrong.
+
+        Returns:
+            What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
+            nothing has changed.
+        """
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
+        norm = None
+        if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
+            counted, norm = active[0].step_scaled(signs, scaling, counts_health=counts_health)  # waits for nothing
+            found = [counted]
+        else:
+            if scaling.found_inf is not None and scaling.found_inf.item():
+                return {}, None
+            multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
+            if scaling.max_grad_norm is not None:
+                multiplier, value = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
+                norm = torch.tensor(value, dtype=torch.float32)
+            found = [session.step([s * multiplier for s in signs], counts_health=counts_health) for session in active]
+        return {self.member(*place)[:2]: counts for part in found for place, counts in part.items()}, norm
+
+    def write_back(self) -> None:
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)

@@ -1,0 +1,131 @@
+"""What a step needs of each parameter: that it can be stepped at all, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import GroupStep
+from ..storage import masters
+from ..storage.allocation import Request, allocate
+from ..storage.quantization import encode
+from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
+from . import checkpoint, reports, sharding
+from .contract import Contract
+
+
+def parts(optimizer: Contract) -> tuple[list[GroupStep], list[list[int] | None]]:
+    """A step's settings by param group and layout, and which of the group's parameters each is for; None for all."""
+    groups: list[GroupStep] = []
+    positions: list[list[int] | None] = []
+    for index, group in enumerate(optimizer.param_groups):
+        layouts = optimizer.layouts(group)
+        groups += [optimizer.group_step(group, layout, index) for layout in layouts]
+        if len(layouts) == 1:  # nothing is asked of each parameter then
+            positions.append(None)
+        else:
+            found: dict[str, list[int]] = {layout: [] for layout in layouts}
+            layout_of = optimizer.layout_of  # looked up once: there may be thousands of parameters
+            for i, param in enumerate(group["params"]):
+                found[layout_of(group, param)].append(i)
+            positions += found.values()
+    return groups, positions
+
+
+def check_param(optimizer: Contract, group_index: int, position: int, max_grad_norm: float | None) -> None:
+    """Raises ValueError if a parameter that has a gradient cannot be stepped."""
+    group = optimizer.param_groups[group_index]
+    param = group["params"][position]
+    where = f"parameter {position} of group {group_index}"
+    if "param_names" in group:
+        where += f" ({group['param_names'][position]!r})"
+    where += f", of shape {tuple(param.shape)},"
+    grad = param.grad
+    if param.device.type == "meta":
+        raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{where} has a gradient of layout {grad.layout}; "
+            "use sparse=False or one of the sparse optimizers of torch.optim"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping"
+        )
+    if grad.device != param.device or grad.is_complex() != param.is_complex():
+        raise ValueError(
+            f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
+        )
+    reason = sharding.refusal(param, max_grad_norm)
+    if reason is not None:
+        raise ValueError(f"{where} cannot be stepped: {reason}")
+    refusals = [
+        (backend.name, backend.refusal(sharding.local(param))) for backend in optimizer.backends_of(group_index)
+    ]
+    if all(reason is not None for _, reason in refusals):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+        raise ValueError(
+            f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
+            "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
+        )
+    reason = masters.refusal(group, param) or optimizer.refusal(group, param)
+    if reason is not None:
+        raise ValueError(f"{where} cannot be stepped: {reason}")
+    for spec in optimizer.states_of(group, param):
+        if keeps_own_precision(param) and requested_format(spec, group["state_dtype"]) != "float32":
+            raise ValueError(
+                f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
+                "whose state is kept in the same precision; leave state_dtype='float32' in its group"
+            )
+    checkpoint.check_state(optimizer, group, param, optimizer.state.get(param, {}), where)
+
+
+def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bool:
+    """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
+    wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
+    for group_index, param in members:
+        group = optimizer.param_groups[group_index]
+        held = optimizer.state.get(param, {})
+        if "step" not in held:
+            wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), None))
+        for spec in optimizer.states_of(group, param):
+            if not spec.keys_in(held):
+                wanted += _wanted(optimizer, spec, group, param)
+        slot = masters.slot_of(group, param, sharding.local(param))
+        if slot is not None and slot.key not in held:
+            wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
+    tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
+    for (param, slot, first), tensor in zip(wanted, tensors):
+        if first is not None:
+            _begin(tensor, first)
+        is_step = slot.key == "step"
+        optimizer.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+    if wanted:
+        reports.warn_if_nothing_is_quantized(optimizer)
+    return bool(wanted)
+
+
+def _begin(tensor: Tensor, first: Tensor | float) -> None:
+    if isinstance(first, Tensor):
+        tensor.copy_(first)
+    else:  # of complex numbers both parts, as torch
+        tensor.fill_(complex(first, first) if tensor.is_complex() else first)
+
+
+def _wanted(
+    optimizer: Contract, spec: StateSpec, group: dict[str, Any], param: Tensor
+) -> Iterator[tuple[Tensor, Slot, Tensor | float | None]]:
+    """The tensors of a state that a parameter lacks, and what they begin with where that is not zero."""
+    local = sharding.local(param)
+    slots = slots_of(spec, group, param, local)
+    first = optimizer.first_value(spec, group)
+    if first == 0.0:
+        yield from ((param, slot, None) for slot in slots)
+    elif len(slots) == 1:
+        yield param, slots[0], first
+    else:
+        whole = torch.full(slots[0].shape, first, dtype=torch.float32, device=local.device)
+        yield from ((param, s, part) for s, part in zip(slots, encode(whole, is_signed=spec.is_signed)))

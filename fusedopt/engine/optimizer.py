@@ -1,0 +1,290 @@
+"""FusedOptimizer: everything about an optimizer but its equation."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import BACKENDS, Scaling, Session
+from ..backends.base import REFERENCES
+from . import checkpoint, compiled, members, reports
+from .contract import Contract
+from .gather import Gathered
+from .options import spell_out
+
+# Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
+CLASSES: dict[str, type[FusedOptimizer]] = {}
+
+
+class FusedOptimizer(Contract):
+    """Base of all optimizers: param groups, state, steps and checkpoints.
+
+    What a subclass declares and answers is described in `Contract`.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
+            groups, except max_grad_norm.
+        defaults: The subclass's own hyperparameters.
+        state_dtype: How states are stored: "float32", "bfloat16", "float16", "8bit" (1.02 bytes per element; see
+            docs/formats.md), a torch.dtype, or a dict {state: one of them} whose missing states are float32.
+        state_rounding: How 16- and 8-bit states are rounded: "stochastic", "nearest", or a dict {state:
+            rounding}. Default: stochastic, because a rounded-to-nearest second moment stops moving at beta2 =
+            .999; running maxima to nearest.
+        min_quantized_numel: Parameters with fewer elements keep float32 state when 8 bits are asked for, as do
+            those of fewer than two dimensions or with rows shorter than 64 elements.
+        rounding: How 16-bit parameters are rounded: "nearest", as torch does, or "stochastic". Default: nearest,
+            and stochastic where master_weights="split24".
+        master_weights: What 16-bit parameters keep beside them so that small updates are not lost: "kahan" (2
+            bytes), "split24" (1 byte), "split32" (2 bytes, exactly a float32 run), "float32" (4 bytes); None
+            keeps nothing. float16 parameters take "float32" only. Others ignore it: they need none.
+        seed: Seed of stochastic rounding, an int in [0, 2**32).
+        max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
+            not. Gradients are not written to; the norm is left in `last_grad_norm`.
+        backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
+            ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
+        maximize: Ascend instead of descend.
+        foreach: Accepted for torch's sake; every step is fused.
+        capturable: Accepted for torch's sake.
+        differentiable: Must be False.
+        fused: Accepted for torch's sake; every step is fused.
+
+    Attributes:
+        last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
+            clipping; None until a step with max_grad_norm was taken.
+    """
+
+    # torch.amp.GradScaler hands over its scale and whether it found inf instead of unscaling first.
+    _step_supports_amp_scaling = True
+
+    _health: reports.HealthRecord | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        REFERENCES.update(cls.REFERENCES)
+        if "NAMES" in cls.__dict__:
+            CLASSES.update(dict.fromkeys(cls.NAMES, cls))
+        if "__init__" in cls.__dict__:
+            spell_out(cls.__init__, FusedOptimizer.__init__)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> FusedOptimizer:
+        checks.known_keywords(cls, kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        state_dtype: Any = "float32",
+        state_rounding: Any = None,
+        min_quantized_numel: int = 4096,
+        rounding: str | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            **defaults,
+            **self.own_defaults(),
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "state_dtype": state_dtype,
+            "state_rounding": state_rounding,
+            "min_quantized_numel": min_quantized_numel,
+            "rounding": rounding,
+            "master_weights": master_weights,
+            "seed": seed,
+            "max_grad_norm": max_grad_norm,
+            "backend": backend,
+        }
+        super().__init__(params, self.checked_group(defaults))
+
+    # ---- param groups ----------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as torch.optim; its values are checked before anything changes."""
+        if isinstance(param_group, dict):
+            for key in param_group:
+                near = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
+                if near and key not in self.defaults and key != "params":
+                    warnings.warn(f"param group key {key!r} is not used; did you mean {near[0]!r}?", stacklevel=3)
+            checked = self.checked_group({**self.defaults, **param_group})
+            param_group.update({key: checked[key] for key in self.defaults})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="optimizer contains a parameter group with duplicate")
+            try:
+                super().add_param_group(param_group)
+            except UserWarning:
+                raise ValueError("params lists a parameter more than once in one group; list each once") from None
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one optimization step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; run with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError: A parameter, its gradient or its state cannot be stepped. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None:
+            compiled.step(self)
+        else:
+            self._take_step()
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _take_step(self) -> None:
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+            return
+        try:
+            gathered = self._gather()
+            grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+            counts, norm = gathered.step(scaling, grads, counts_health=self._health is not None)
+            gathered.write_back()
+            if norm is not None:
+                self.last_grad_norm = norm
+            if self._health is not None:
+                self._health.add(counts)
+        finally:  # let go of the gradients: zero_grad is to free them
+            for session in self._sessions().values():
+                session.begin((), ())
+
+    def _sessions(self) -> dict[str, Session]:
+        # Kept in __dict__ only: copies and pickles of an optimizer make their own.
+        if "_session_cache" not in self.__dict__:
+            self._session_cache = {name: backend.session() for name, backend in BACKENDS.items()}
+        return self._session_cache
+
+    def _gather(self) -> Gathered:
+        """Everything that this step touches, checked. Makes missing state; changes nothing else."""
+        max_grad_norm = self.common_max_grad_norm()
+        gathered = Gathered(self._sessions(), *members.parts(self))
+        left = gathered.collect(self.param_groups, self.state)
+        if not left:
+            return gathered
+        for member in left:
+            members.check_param(self, member.group, member.position, max_grad_norm)
+        if members.make_state(self, ((m.group, self.param_groups[m.group]["params"][m.position]) for m in left)):
+            left = gathered.collect(self.param_groups, self.state)
+        for member in left:
+            param = self.param_groups[member.group]["params"][member.position]
+            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
+        return gathered
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
+    ) -> str:
+        """Appends a group's tensors to the lists, making missing state.
+
+        Returns:
+            Each parameter's layout, a colon, and the keys of what it appended to `states`, joined by commas;
+            parameters by semicolons. One string, because torch.compile takes what this returns for a constant.
+
+        torch.compile knows a method of this name: it runs it while tracing, so that making state is not
+        traced, and takes the tensors in the lists for inputs of the graph.
+        """
+        keys = []
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+        for position in positions:
+            members.check_param(self, index, position, group["max_grad_norm"])
+        members.make_state(self, ((index, group["params"][position]) for position in positions))
+        if group["max_grad_norm"] is not None and self.last_grad_norm is None:
+            self.last_grad_norm = torch.zeros((), device=group["params"][0].device)  # for the operator to write to
+        for position in positions:
+            param = group["params"][position]
+            params.append(param)
+            grads.append(param.grad)
+            held = self.state[param]
+            own = checkpoint.state_keys(self, group, param, held)
+            keys.append(self.layout_of(group, param) + ":" + ",".join(own))
+            states.extend(held[key] for key in own)
+            steps.append(held["step"])
+        return ";".join(keys)
+
+    # ---- reports ---------------------------------------------------------------------------------
+
+    def memory_report(self) -> reports.MemoryReport:
+        """What the optimizer's state takes, by kind, beside what torch's would; print it for a table.
+
+        State that is not made yet counts as what it will take.
+        """
+        return reports.memory_report(self)
+
+    def record_health(self, enabled: bool = True) -> None:
+        """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
+
+        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
+        """
+        self._health = reports.HealthRecord(self) if enabled else None
+
+    def health_report(self) -> reports.HealthReport:
+        """What was counted since `record_health`; print it for a table.
+
+        Raises:
+            ValueError: Nothing is being counted.
+        """
+        if self._health is None:
+            raise ValueError("nothing was counted; call record_health() before the steps that are to be counted")
+        return self._health.report()
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of torch.optim's optimizer of the same name.
+
+        Hyperparameters come from the state dict, as in torch; `backend`, and what a state dict of torch's
+        does not have, stay as they are here. States are converted to the group's `state_dtype`, not to
+        the parameter's dtype.
+
+        Raises:
+            ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
+        """
+        handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)  # after the user's own hooks
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        checkpoint.restore(self)
+        for session in self.__dict__.get("_session_cache", {}).values():
+            session.forget()

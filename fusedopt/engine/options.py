@@ -1,0 +1,53 @@
+"""The keyword arguments that every optimizer takes, written once."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from ..storage.state import StateDtype, StateRounding
+
+
+class TorchFlags(TypedDict, total=False):
+    """Those of them that torch's optimizers have, too."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+class Options(TorchFlags, total=False):
+    """Keyword arguments of every optimizer; FusedOptimizer documents them."""
+
+    state_dtype: StateDtype
+    state_rounding: StateRounding
+    min_quantized_numel: int
+    rounding: str | None
+    master_weights: str | None
+    seed: int
+    max_grad_norm: float | None
+    backend: str
+
+
+def spell_out(init: Any, base: Any) -> None:
+    """Gives a constructor with ``**options`` the signature that lists them, with the defaults of `base`."""
+    signature = inspect.signature(init)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(own) == len(signature.parameters):
+        return
+    names = {parameter.name for parameter in own}
+    defaults = inspect.signature(base).parameters
+    listed = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name].default,
+            annotation=getattr(annotation, "__forward_arg__", annotation),  # as text, like the constructor's own
+        )
+        for name, annotation in Options.__annotations__.items()
+        if name not in names
+    ]
+    init.__signature__ = signature.replace(parameters=[*own, *listed])

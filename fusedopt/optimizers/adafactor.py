@@ -1,0 +1,398 @@
+"""Adafactor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from .. import checks
+from ..backends.base import Reference
+from ..engine import sharding
+from ..engine.fp32 import full_precision
+from ..engine.optimizer import FusedOptimizer
+from ..engine.options import Options
+from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector
+from ..storage.state import StateSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_SMALL = "Adafactor's second moments are few numbers, or those of a vector"
+_FIRST = StateSpec("exp_avg")
+_ROW = StateSpec("exp_avg_sq_row", is_signed=False, always_float32=_SMALL, extent="rows")
+_COL = StateSpec("exp_avg_sq_col", is_signed=False, always_float32=_SMALL, extent="columns")
+_FOLDED = (replace(_ROW, is_folded=True), replace(_COL, is_folded=True))
+_VECTOR = StateSpec("exp_avg_sq", is_signed=False, always_float32=_SMALL)
+
+_VARIANTS = ("transformers", "torch")
+_TORCHS_NAMES = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
+_SHARED_DEFAULTS = {"decay_rate": -0.8, "clip_threshold": 1.0}
+_TORCHS_LR = 1e-2
+_TORCHS_EPS = (None, 1e-3)
+# The constructor tells by identity whether eps was given: torch's default is another.
+_EPS: tuple[float | None, float] = (1e-30, 1e-3)
+# What torch's equation has no knob for, and does.
+_TORCHS_SWITCHES = {
+    "scale_parameter": True,
+    "relative_step": True,
+    "warmup_init": False,
+    "beta1": None,
+    "compat": False,
+}
+
+
+class Adafactor(FusedOptimizer):
+    """Adafactor, a drop-in for `transformers.Adafactor` and, with variant="torch", for `torch.optim.Adafactor`.
+
+    Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv:1804.04235. State per
+    parameter: `step` (float32, 0-d); with beta1 `exp_avg`, of the parameter's shape; from two dimensions on
+    `exp_avg_sq_row`, without the last dimension, and `exp_avg_sq_col`, without the last but one, else `exp_avg_sq`, of
+    the parameter's shape. Second moments are float32 in every `state_dtype`. Everything is computed in float32;
+    float64 parameters are computed and stored in float64. A group with relative_step has lr None.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate, >= 0, a number or a one-element tensor; None with relative_step. variant="torch" takes it for
+            the upper limit of the relative one, and 1e-2 for None.
+        eps: Added to squared gradients, and the smallest RMS that a parameter counts with; both >= 0; (1e-30, 1e-3) by
+            default. For variant="torch" (None, 1e-3), where None is the machine epsilon of a parameter's dtype, and the
+            first bounds the root of the second moment from below instead.
+        clip_threshold: Updates of a larger RMS are scaled down to it; > 0.
+        decay_rate: A step's squared gradient counts with step**decay_rate; < 0.
+        beta1: Decay of the first moment per step, in [0, 1); None keeps none.
+        weight_decay: Decoupled weight decay, >= 0, times the actual learning rate; for variant="torch" times lr.
+        scale_parameter: Multiply the learning rate by the RMS of the parameter.
+        relative_step: Take the learning rate from the step's number: min(1e-2, 1 / sqrt(step)).
+        warmup_init: Take 1e-6 * step for 1e-2 there.
+        variant: Whose equation: "transformers" or "torch".
+        compat: Keep the first moment times the learning rates of its time, as transformers does: a parameter then
+            moves on with what was kept after the learning rate has gone to 0.
+        fold_conv: Take parameters of more than two dimensions, convolutions', for matrices of the first dimension by
+            the rest, not for as many matrices of the last two. Not what the others do, but less state.
+        beta2_decay: What variant="torch" calls decay_rate; there it may be 0.
+        d: What variant="torch" calls clip_threshold.
+        **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
+
+    Raises:
+        ValueError: A value is out of range, or of no use together with another.
+        TypeError: An argument is unknown or of the wrong type.
+    """
+
+    STATES = (_FIRST, _ROW, _COL, _VECTOR)
+    REFERENCES: ClassVar[dict[str, Reference]] = {
+        "adafactor_matrix": adafactor_matrix,
+        "adafactor_vector": adafactor_vector,
+        "adafactor_momentum_matrix": adafactor_matrix,
+        "adafactor_momentum_vector": adafactor_vector,
+    }
+    derives_on_device = False  # which lr it has decides what else it may have
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor | None = None,
+        eps: tuple[float | None, float] = _EPS,
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        variant: str = "transformers",
+        compat: bool = False,
+        fold_conv: bool = False,
+        beta2_decay: float | None = None,
+        d: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        given = {"beta2_decay": beta2_decay, "d": d}
+        settings = {
+            "lr": lr,
+            "eps": _TORCHS_EPS if variant == "torch" and eps is _EPS else eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "variant": variant,
+            "compat": compat,
+            "fold_conv": fold_conv,
+        }
+        for theirs, ours in _TORCHS_NAMES.items():
+            if given[theirs] is not None and settings[ours] not in (_SHARED_DEFAULTS[ours], given[theirs]):
+                raise ValueError(
+                    f"{theirs}={given[theirs]!r} and {ours}={settings[ours]!r} are the same knob; pass one"
+                )
+        settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
+        super().__init__(params, settings, **options)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        variant = checks.one_of("variant", group["variant"], _VARIANTS)
+        for name in ("scale_parameter", "relative_step", "warmup_init", "compat", "fold_conv"):
+            checks.flag(name, group[name])
+        if group["lr"] is not None:
+            checks.nonnegative("lr", group["lr"])
+        eps = group["eps"]
+        if not isinstance(eps, (tuple, list)) or len(eps) != 2:
+            raise ValueError(f"eps={eps!r} must be a pair; pass for example {_EPS}")
+        if eps[0] is not None:
+            checks.nonnegative("eps[0]", eps[0])
+        elif variant != "torch":
+            raise ValueError(f"eps={eps!r} has None, which only variant='torch' takes; pass for example {_EPS}")
+        checks.nonnegative("eps[1]", eps[1])
+        checks.nonnegative("weight_decay", group["weight_decay"])
+        if not checks.nonnegative("clip_threshold", group["clip_threshold"]) > 0:
+            raise ValueError("clip_threshold=0 would make every update zero; pass a number > 0, for example 1.0")
+        decay_rate = checks.number("decay_rate", group["decay_rate"])
+        if decay_rate > 0 or (decay_rate == 0 and variant != "torch"):
+            raise ValueError(
+                f"decay_rate={decay_rate!r} would not average squared gradients; pass a number < 0, for example -0.8"
+            )
+        if group["beta1"] is not None:
+            checks.fraction("beta1", group["beta1"])
+        if variant == "torch":
+            _check_switches_of_torch(group)
+        else:
+            _check_lr(group)
+
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        group = dict(group)
+        if group["variant"] == "torch" and group["lr"] is None:
+            group["lr"] = _TORCHS_LR
+        return super().checked_group(group)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            variant = param_group.get("variant", self.defaults["variant"])
+            if variant != self.defaults["variant"]:
+                raise ValueError(
+                    f"variant={variant!r} in a group of an optimizer with variant={self.defaults['variant']!r}, whose "
+                    "defaults are others; make an optimizer for each"
+                )
+            for key, value in _renamed(param_group, variant).items():
+                param_group[key] = value
+            for key in _TORCHS_NAMES:
+                param_group.pop(key, None)
+        super().add_param_group(param_group)
+
+    # ---- states ----------------------------------------------------------------------------------
+
+    def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
+        layouts = self.layouts(group).values()
+        return list(dict.fromkeys(spec for specs in layouts for spec in specs))
+
+    def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
+        first = () if group["beta1"] is None else (_FIRST,)
+        factors = _FOLDED if group["fold_conv"] else (_ROW, _COL)
+        return {"matrix": (*first, *factors), "vector": (*first, _VECTOR)}
+
+    def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
+        return "matrix" if param.ndim > 1 else "vector"
+
+    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
+        if param.is_complex():
+            return f"its dtype is {param.dtype}, for which Adafactor is not defined; step its real view instead"
+        if sharding.is_sharded(param):
+            return (
+                "it is a sharded DTensor, and Adafactor's means over rows, columns and the whole would need "
+                "communication, which does not exist yet; use Replicate(), or another optimizer for it"
+            )
+        return None
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        group = _renamed(group, group["variant"])
+        if group["relative_step"] and group["variant"] != "torch":
+            group["lr"] = None  # transformers' schedule leaves there what it reports
+        return group
+
+    def translated(self, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> dict[str, Any]:
+        # RMS is transformers' memory of the parameter's; it is computed when it is needed.
+        held = {key: value for key, value in held.items() if key != "RMS"}
+        for name, spec, shape in (  # torch's names, which keep the dimension of 1
+            ("row_var", _ROW, (*param.shape[:-1], 1)),
+            ("col_var", _COL, (*param.shape[:-2], 1, *param.shape[-1:])),
+            ("variance", _VECTOR, param.shape),
+        ):
+            value = held.get(name)
+            if isinstance(value, Tensor) and value.shape == shape:
+                del held[name]
+                held[spec.name] = value.reshape(spec.shape_for(param.shape))
+        return held
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def rule(self, group: dict[str, Any]) -> str:
+        return "adafactor" if group["beta1"] is None else "adafactor_momentum"
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        eps1, eps2 = group["eps"]
+        lr = None if group["lr"] is None else checks.number("lr", group["lr"])
+        if group["variant"] != "torch" and lr == 0.0:
+            group = {**group, "relative_step": False}  # torch.distributed.checkpoint makes state by a step with lr 0
+        elif group["variant"] != "torch":
+            _check_lr(group)  # a scheduler may have written to it
+        return {
+            "lr": float("nan") if lr is None else lr,
+            "eps1": -1.0 if eps1 is None else float(eps1),
+            "eps2": float(eps2),
+            "beta1": 0.0 if group["beta1"] is None else float(group["beta1"]),
+            "is_torch": float(group["variant"] == "torch"),
+            **{name: float(group[name]) for name in ("clip_threshold", "decay_rate", "weight_decay")},
+            **{name: float(group[name]) for name in ("scale_parameter", "relative_step", "warmup_init", "compat")},
+        }
+
+    @torch.no_grad()
+    def actual_lrs(self) -> list[float | None]:
+        """The learning rate that each group stepped with last.
+
+        It is that of the group's first parameter that was stepped. With scale_parameter it hangs on the RMS of the
+        parameter, which is taken as the parameter is now, after the step.
+
+        Returns:
+            A number for each param group; None for one in which nothing was stepped yet.
+        """
+        return [self._actual_lr(group) for group in self.param_groups]
+
+    def _actual_lr(self, group: dict[str, Any]) -> float | None:
+        for param in group["params"]:
+            step = int(self.state.get(param, {}).get("step", 0))
+            if step > 0 and param.numel() > 0:
+                weights = full_precision(self, group, param)
+                rows = self.state[param].get(_ROW.name)
+                shape = (-1,) if rows is None else (-1, rows.shape[-1], self.state[param][_COL.name].shape[-1])
+                return actual_lr(Knobs(**self.hyper(group)), step, weights.reshape(shape))
+        return None
+
+
+def _renamed(group: dict[str, Any], variant: Any) -> dict[str, Any]:
+    """A group with our names for torch's. Raises ValueError if they are not asked for."""
+    renamed = {key: value for key, value in group.items() if key not in _TORCHS_NAMES}
+    for theirs, ours in _TORCHS_NAMES.items():
+        if theirs not in group:
+            continue
+        if variant != "torch":
+            raise ValueError(
+                f"{theirs}={group[theirs]!r} is a knob of torch's; pass variant='torch' with it, or {ours} instead"
+            )
+        renamed[ours] = group[theirs]
+    return renamed
+
+
+def _check_switches_of_torch(group: dict[str, Any]) -> None:
+    for name, value in _TORCHS_SWITCHES.items():
+        if group[name] != value:
+            raise ValueError(
+                f"{name}={group[name]!r} is no knob of variant='torch'; leave it out, or use variant='transformers'"
+            )
+
+
+def _check_lr(group: dict[str, Any]) -> None:
+    if group["relative_step"] and group["lr"] is not None:
+        raise ValueError(
+            f"lr={group['lr']!r} together with relative_step=True, which takes the learning rate from the step's "
+            "number; pass scale_parameter=False and relative_step=False with it, or no lr"
+        )
+    if not group["relative_step"] and group["lr"] is None:
+        raise ValueError("lr=None with relative_step=False leaves no learning rate; pass lr, for example 1e-3")
+    if group["warmup_init"] and not group["relative_step"]:
+        raise ValueError(
+            "warmup_init=True with relative_step=False has no learning rate to warm up; pass relative_step=True, or "
+            "warmup_init=False and a scheduler"
+        )
+
+
+# ---- presets -----------------------------------------------------------------------------------------
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "t5": {"scale_parameter": True, "relative_step": True, "warmup_init": True},
+    "external_lr": {
+        "lr": 1e-3,
+        "clip_threshold": 1.0,
+        "decay_rate": -0.8,
+        "weight_decay": 0.0,
+        "scale_parameter": False,
+        "relative_step": False,
+        "warmup_init": False,
+    },
+}
+
+
+def recommended_adafactor(params: Any, preset: str = "t5", **overrides: Any) -> Adafactor:
+    """Makes an Adafactor with settings that are known to work.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        preset: "t5", the relative learning rate with its warm-up, scaled by the parameters, as T5 is fine-tuned; or
+            "external_lr", a plain learning rate of 1e-3, which a scheduler may drive.
+        **overrides: Arguments of `Adafactor` that win over the preset's.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: The preset is unknown, or an override does not go with it.
+        TypeError: A keyword is unknown.
+    """
+    return Adafactor(params, **{**_PRESETS[checks.one_of("preset", preset, _PRESETS)], **overrides})
+
+
+# ---- the schedule ------------------------------------------------------------------------------------
+
+
+class AdafactorSchedule(LRScheduler):
+    """Reports the learning rates that an `Adafactor` takes by itself, for loops that ask a scheduler for them.
+
+    It never writes to the optimizer. `get_last_lr` asks `Adafactor.actual_lrs` when it is called.
+
+    Args:
+        optimizer: An `Adafactor`.
+        initial_lr: What is reported of a group before its first step.
+
+    Raises:
+        TypeError: The optimizer is another.
+    """
+
+    def __init__(self, optimizer: Adafactor, initial_lr: float = 0.0) -> None:
+        if not isinstance(optimizer, Adafactor):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}, whose learning rate is in its param groups; "
+                "pass a fusedopt.Adafactor"
+            )
+        # Not the base's constructor: it writes lr and initial_lr into the groups.
+        self.optimizer: Adafactor = optimizer
+        self.initial_lr = checks.nonnegative("initial_lr", initial_lr)
+        self.base_lrs = [self.initial_lr for _ in optimizer.param_groups]
+        self.last_epoch = 0
+        self._step_count = 1
+
+    def step(self, epoch: int | None = None) -> None:
+        """Counts a step.
+
+        Args:
+            epoch: To count from instead.
+        """
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._step_count += 1
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each param group's last step."""
+        return [self.initial_lr if lr is None else lr for lr in self.optimizer.actual_lrs()]
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rate of each param group's last step."""
+        return self.get_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the scheduler; what it reports comes from the optimizer's."""
+        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}

@@ -1,0 +1,94 @@
+"""The memory that states live in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _core
+
+
+@dataclass(frozen=True)
+class Request:
+    """A zeroed tensor that is wanted."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+_SLAB_BYTES = 1 << 25  # a slab's size; large enough for huge pages to matter
+_POOLED_BYTES = 1 << 18  # tensors up to this size share slabs
+_ALIGNMENT = 64  # bytes, a cache line
+
+
+def allocate(requests: Iterable[Request]) -> list[Tensor]:
+    """Zeroed tensors, in the order asked for.
+
+    On the CPU small tensors of a dtype share slabs of memory: thousands of separate ones would be spread
+    over as many pages, and looking at them costs more than stepping them. Memory is zeroed by all threads,
+    on huge pages where the system grants them.
+    """
+    requests = list(requests)
+    tensors: list[Tensor | None] = [None] * len(requests)
+    pooled: dict[torch.dtype, list[int]] = {}
+    for i, request in enumerate(requests):
+        size = request.shape.numel() * request.dtype.itemsize
+        if request.device.type != "cpu":
+            tensors[i] = torch.zeros(request.shape, dtype=request.dtype, device=request.device)
+        elif size > _POOLED_BYTES:
+            tensors[i] = _zeroed(request.shape, request.dtype)
+        else:
+            pooled.setdefault(request.dtype, []).append(i)
+    for dtype, members in pooled.items():
+        for slab_members in _slabs(requests, members):
+            slots = [_slot(requests[i]) for i in slab_members]
+            slab = _zeroed(torch.Size([sum(slots)]), dtype).view(torch.uint8).numpy()
+            offset = 0
+            for i, slot in zip(slab_members, slots):
+                tensors[i] = _within(slab, offset, dtype, requests[i].shape)
+                offset += slot * dtype.itemsize
+    return tensors  # type: ignore[return-value]
+
+
+def _within(slab: Any, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A tensor of its own in a slab's memory, not a view with the bookkeeping of one.
+
+    Its storage begins where it does. With an offset in a storage that tensors share, a compiled step would copy all
+    that lies before it as well, and in torch 2.6 from the wrong place.
+    """
+    tensor = torch.empty(0, dtype=dtype)
+    if shape.numel() == 0:
+        return tensor.view(shape)
+    storage = torch.frombuffer(slab, dtype=dtype, count=shape.numel(), offset=offset).untyped_storage()
+    return tensor.set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _slot(request: Request) -> int:
+    """Elements that a pooled tensor takes up, padding included."""
+    per_line = _ALIGNMENT // request.dtype.itemsize
+    return -(-max(1, request.shape.numel()) // per_line) * per_line
+
+
+def _slabs(requests: Sequence[Request], members: Sequence[int]) -> Iterable[list[int]]:
+    """Splits pooled tensors into runs of at most a slab."""
+    run: list[int] = []
+    held = 0
+    for i in members:
+        size = _slot(requests[i]) * requests[i].dtype.itemsize
+        if run and held + size > _SLAB_BYTES:
+            yield run
+            run, held = [], 0
+        run.append(i)
+        held += size
+    yield run
+
+
+def _zeroed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    _core.zero(data=tensor.data_ptr(), bytes=tensor.numel() * dtype.itemsize, threads=torch.get_num_threads())
+    return tensor

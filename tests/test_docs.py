@@ -1,0 +1,90 @@
+"""The documentation: its code runs and prints what it says, and every public name is in the API reference."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import pydoc
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+import fusedopt
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "docs" / "guide"
+PAGES = [*sorted(GUIDE.glob("*.md")), ROOT / "README.md"]
+_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[int, str, str | None]]:
+    """A page's blocks of Python: line, code, and what it prints if a block of text follows at once."""
+    text = page.read_text()
+    return [(text.count("\n", 0, found.start()) + 2, *found.group("code", "output")) for found in _BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace that begins with the model of the guide's first page."""
+    if page.stem == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 of this torch does not run on a CPU")
+    monkeypatch.chdir(tmp_path)
+    # Inductor takes most of a minute; test_compile.py has it.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    first = GUIDE / "getting-started.md"
+    namespace: dict[str, Any] = {}
+    if page != first:
+        exec(blocks(first)[0][1], namespace)
+        namespace["loss"] = namespace["loss_of"](namespace["model"], namespace["batches"][0])
+    try:
+        for line, code, output in blocks(page):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # errors name the page's line
+            if output is not None:
+                assert printed.getvalue() == output, f"{page}:{line} prints something else"
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def test_troubleshooting_quotes_messages() -> None:
+    """What a table has in its first column is a part of a message in the sources."""
+    sources = "".join(path.read_text() for path in (ROOT / "fusedopt").rglob("*.py"))
+    rows = re.findall(r"^\| (`.*?) \| ", (GUIDE / "troubleshooting.md").read_text(), re.MULTILINE)
+    quotes = [quote for row in rows for quote in re.findall(r"`(.+?)`", row)]
+    assert quotes
+    assert [quote for quote in quotes if quote not in sources] == []
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    paths = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    paths += [f"fusedopt.{name}" for name in fusedopt.optimizers.__all__]  # docs/hooks.py puts them on a page
+    documented = [pydoc.locate(path) for path in paths]
+    assert [path for path, value in zip(paths, documented) if not inspect.getdoc(value)] == []
+    # By identity: get_scheduler is a name of both modules, and needs one place.
+    missing = [
+        f"{module.__name__}.{name}"
+        for module in (fusedopt, fusedopt.schedules)
+        for name in module.__all__
+        if not any(getattr(module, name) is value for value in documented)
+    ]
+    assert missing == []
+
+
+def test_listed_members_exist() -> None:
+    """mkdocstrings passes over names that are not there."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for path, members in re.findall(
+            r"^::: ([\w.]+)\n    options:\n      members: \[(.+)\]", page.read_text(), re.M
+        ):
+            for member in members.split(", "):
+                assert hasattr(pydoc.locate(path), member), f"{path} has no {member}"

@@ -1,0 +1,103 @@
+"""The Triton kernels compile without a GPU, into what they should, and no oftener than that."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Compiled = Callable[..., Any]
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Compiled:
+    """Runs a task of triton_compiled.py with an empty cache."""
+
+    def run(*arguments: str) -> Any:
+        paths = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(TESTS)]).lstrip(os.pathsep)
+        environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, str(TESTS / "triton_compiled.py"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("target", "made", "first", "every"),
+    [
+        # All take a minute for each target, and kernels are the same for all targets. So here each is compiled for one
+        # of NVIDIA's, and half of them for AMD's.
+        pytest.param("cuda:90", "cubin", 0, 2, marks=pytest.mark.long),
+        pytest.param("hip:gfx942", "hsaco", 0, 2, marks=pytest.mark.long),
+        pytest.param("cuda:80", "cubin", 1, 4, marks=pytest.mark.long),
+        pytest.param("cuda:100", "cubin", 3, 4, marks=pytest.mark.long),
+        pytest.param("cuda:90", "cubin", 0, 1, marks=pytest.mark.slow),
+        pytest.param("hip:gfx942", "hsaco", 0, 1, marks=pytest.mark.slow),
+        pytest.param("cuda:80", "cubin", 0, 1, marks=pytest.mark.slow),
+        pytest.param("cuda:100", "cubin", 0, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles(compiled: Compiled, target: str, made: str, first: int, every: int) -> None:
+    kernels = compiled("all", target, str(first), str(every))
+    assert len(kernels) >= 80 // every
+    assert all(made in stages for stages in kernels.values())
+
+
+@pytest.mark.long
+def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Compiled) -> None:
+    for formats, counts in compiled("instructions", "cuda:90").items():
+        if "preparation" in formats:
+            continue  # where steps are raised to powers: in double, by the toolkit's logarithm
+        for name in counts:
+            assert not name.startswith(("fma", "mad", "rcp")), (formats, name)
+            assert "ftz" not in name, (formats, name)
+            assert "approx" not in name, (formats, name)
+            assert "full" not in name, (formats, name)
+        if "sum_kernel" in formats and "unit" not in formats:
+            assert counts["ld.global.v2.b32"] % 4 == 0  # a thread has two elements, and four loads on their way
+        if not formats.startswith(("float32", "bfloat16")):
+            continue
+        # A thread has 8 elements of a tile: of float32 two accesses of 16 bytes, of 16 bits one, of 8 bits one of 8.
+        word = int(formats.split()[1], 16)
+        of_16_bytes = {0: (2 * 4, 2 * 3)}.get(word, (4, 3))
+        if formats.startswith("bfloat16/8bit"):
+            has_codes = (word >> 13) & 7 == 3
+            of_16_bytes = (2, 1) if has_codes else (2 + 4, 1 + 4)
+        assert counts["ld.global.v4.b32"] == of_16_bytes[0], formats
+        assert counts["st.global.v4.b32"] == of_16_bytes[1], formats
+        assert counts["div.rn.f32"] > 0
+        assert counts["sqrt.rn.f32"] > 0
+
+
+@pytest.mark.long
+def test_a_schedule_compiles_nothing(compiled: Compiled) -> None:
+    """All that is compiled ahead is found in the first step: what it launches has the same key."""
+    for ahead, first, last in compiled("training", "cuda:90"):
+        assert ahead == first == last
+        assert ahead > 0
+
+
+def test_targets_and_formats_are_checked() -> None:
+    pytest.importorskip("typer")
+
+    def fails(*arguments: str) -> str:
+        command = [str(Path(sys.executable).parent / "fusedopt"), "compile-kernels", *arguments]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "target 'cuda' is not known; write cuda:" in fails("--target", "cuda")
+    assert "formats 'bf16' are not PARAMETERS/STATES" in fails("--target", "cuda:90", "--formats", "bf16")
+    assert "rule" in fails("--target", "cuda:90", "--rules", "adamx")
