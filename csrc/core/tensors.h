@@ -76,9 +76,10 @@ struct HealthCounts {
 };
 
 // All of them by name.
+using HealthCountMember = int64_t HealthCounts::*;
 struct HealthCount {
   const char* name;
-  int64_t HealthCounts::* count;
+  HealthCountMember count;
 };
 constexpr HealthCount kHealthCounts[] = {
     {"stalled", &HealthCounts::stalled},

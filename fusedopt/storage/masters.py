@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from .state import DTYPES, ROUNDINGS, Slot
 
-# What is kept, under which key. The order is that of Master in csrc/core/tensors.h, after kNone.
+# What is kept, under which key. The kinds are those of Master in csrc/core/tensors.h.
 KEYS = {"kahan": "compensation", "split24": "master_low", "split32": "master_low", "float32": "master"}
 _DTYPES = {"split24": torch.int8, "split32": torch.int16, "float32": torch.float32}
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
