@@ -137,6 +137,8 @@ def plain(value: Any) -> Any:
     """A setting as checkpoints can keep it: what numpy or a library for configurations made of it as Python's own."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return float(value)
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, list, tuple)):

@@ -91,8 +91,8 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         held = optimizer.state.get(param, {})
         step = held.get("step")
         if not isinstance(step, Tensor):  # a number, as a user may set it, becomes one
-            first = None if step is None else float(step)
-            wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), first))
+            count = None if step is None else float(step)
+            wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), count))
         for spec in optimizer.states_of(group, param):
             if not spec.keys_in(held):
                 wanted += _wanted(optimizer, spec, group, param)
