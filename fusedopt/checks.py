@@ -135,12 +135,12 @@ def _only(cls: type, names: list[str], given: dict[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """A setting as checkpoints can keep it: what numpy or a library for configurations made of it as Python's own."""
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        return value.item()
+    if isinstance(value, (np.generic, np.ndarray)):
+        return plain(value.tolist())  # a number, if there is but one
     if isinstance(value, Real) and not isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, Mapping) and not isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, list, tuple)):
-        return tuple(plain(item) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return (list if isinstance(value, list) else tuple)(plain(item) for item in value)
     return value

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,20 +47,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_steps_and_loading_are_the_same(case: Case, options: dict, default: type[AbstractContextManager]) -> None:
     runs = []
-    for is_default in (True, False):
+    for context in (default, nullcontext):
         optimizer = case.ours(make_params(SHAPES, torch.bfloat16), **case.kwargs, **options, master_weights="kahan")
         params = optimizer.param_groups[0]["params"]
         for step in range(3):
             set_grads(params, step)
-            saved = copy.deepcopy(optimizer.state_dict())
-            if is_default:
+            with context():
                 optimizer.step()
                 optimizer.load_state_dict(optimizer.state_dict())
-            else:
-                with default():
-                    optimizer.step()
-                    optimizer.load_state_dict(optimizer.state_dict())
-        assert saved["state"]
         runs.append(optimizer)
     assert_same_run(*runs)
     if "max_grad_norm" in options:

@@ -80,6 +80,12 @@ def test_any_real_number_is_a_learning_rate(case: Case, made: Any) -> None:
         case.ours(make_params(SHAPES, torch.float32), lr=np.bool_(True))
 
 
+@pytest.mark.parametrize("betas", [(np.float64(0.5), np.float32(0.75)), [np.float64(0.5), 0.75], np.array([0.5, 0.75])])
+def test_numbers_within_are_pythons_own(betas: Any) -> None:
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), betas=betas)
+    assert {type(beta) for beta in resumed(optimizer)["param_groups"][0]["betas"]} == {float}
+
+
 def test_sequences_and_mappings_of_any_kind() -> None:
     theirs = fusedopt.AdamW(
         make_params(SHAPES, torch.float32),
