@@ -121,12 +121,12 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     To isinstance it is a ReduceLROnPlateau, so the Trainer of transformers steps it after each evaluation with the
     metric, and Lightning with the value that it is told to monitor.
 
+    It has the attributes of ReduceLROnPlateau or, with `Greedy`, of transformers' GreedyLR, and what is set holds from
+    the next measurement on and in checkpoints. `default_min_lr` and `mode_worse` follow from others and cannot be set.
+
     Args:
         optimizer: Whose lr to set.
         guided: The rule, or a schedule with one: ``warmup(200) >> Plateau()``, ``Cosine(...) * Plateau()``.
-
-    It has the attributes of ReduceLROnPlateau or, with `Greedy`, of transformers' GreedyLR, and what is set holds from
-    the next measurement on and in checkpoints. `default_min_lr` and `mode_worse` follow from others and cannot be set.
 
     Attributes:
         state: What has been measured.
