@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks
 from ..backends.base import Reference
@@ -16,7 +15,7 @@ from ..engine import sharding
 from ..engine.fp32 import full_precision
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
-from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector
+from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector, relative_lr, scaled_lr
 from ..storage.state import StateSpec
 
 if TYPE_CHECKING:
@@ -133,6 +132,8 @@ class Adafactor(FusedOptimizer):
                 raise ValueError(
                     f"{theirs}={given[theirs]!r} and {ours}={settings[ours]!r} are the same knob; pass one"
                 )
+        # Of parameters that will be asked for: the number of a step, and the RMS before it.
+        self._rms_before: dict[Tensor, tuple[Any, Tensor]] = {}
         settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
         super().__init__(params, settings, **options)
 
@@ -237,6 +238,8 @@ class Adafactor(FusedOptimizer):
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
         eps1, eps2 = group["eps"]
+        if group["relative_step"] and group["variant"] != "torch" and self._is_reported(group):
+            group = {**group, "lr": None}
         lr = None if group["lr"] is None else checks.number("lr", group["lr"])
         if group["variant"] != "torch" and lr == 0.0:
             group = {**group, "relative_step": False}  # torch.distributed.checkpoint makes state by a step with lr 0
@@ -273,6 +276,52 @@ class Adafactor(FusedOptimizer):
                 shape = (-1,) if rows is None else (-1, rows.shape[-1], self.state[param][_COL.name].shape[-1])
                 return actual_lr(Knobs(**self.hyper(group)), step, weights.reshape(shape))
         return None
+
+    # ---- as the AdafactorSchedule of transformers asks -----------------------------------------------
+
+    def _is_reported(self, group: dict[str, Any]) -> bool:
+        """Whether a group's lr is what the AdafactorSchedule of transformers last reported, which is not to be used.
+
+        A torch scheduler notes in `_opt_called` that the optimizer steps, and only this one takes away the initial_lr.
+        """
+        return getattr(self, "_opt_called", False) and "initial_lr" not in group
+
+    def _take_whole_step(self) -> None:
+        rms = {}
+        for group in self.param_groups:
+            param = group["params"][0] if group["params"] else None  # the only one that will be asked for
+            if group["scale_parameter"] and self._is_reported(group) and param is not None and param.grad is not None:
+                # The step's number as it is, on a device perhaps, since to read it is to wait for it.
+                rms[param] = self.state.get(param, {}).get("step", 0) + 1, self._rms_of(group, param)
+        self._rms_before = rms
+        super()._take_whole_step()
+
+    def _rms_of(self, group: dict[str, Any], param: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(full_precision(self, group, param), dtype=torch.float64)
+        return norm / param.numel() ** 0.5
+
+    @torch.no_grad()
+    def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
+        """The learning rate of a parameter's last step, for which transformers takes the RMS before that step."""
+        if param_group["variant"] == "torch":
+            raise TypeError(
+                "the AdafactorSchedule of transformers overwrites the lr of param groups, which variant='torch' needs; "
+                "use fusedopt.AdafactorSchedule, which only reports"
+            )
+        if "step" not in param_state:  # nothing was stepped yet
+            return float(param_group.get("initial_lr", param_group["lr"]) or 0.0)
+        knobs, step = Knobs(**self.hyper(param_group)), int(param_state["step"])
+        if not knobs.scale_parameter:
+            return relative_lr(knobs, step)
+        param = next(p for p in param_group["params"] if self.state.get(p) is param_state)
+        number, rms = self._rms_before.get(param, (0, None))
+        if rms is None or number != step:  # that step was compiled or skipped, or is of a state dict
+            rms = self._rms_of(param_group, param)
+        return scaled_lr(knobs, step, float(rms))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rms_before = {}
 
 
 def _renamed(group: dict[str, Any], variant: Any) -> dict[str, Any]:
@@ -345,54 +394,3 @@ def recommended_adafactor(params: Any, preset: str = "t5", **overrides: Any) -> 
         TypeError: A keyword is unknown.
     """
     return Adafactor(params, **{**_PRESETS[checks.one_of("preset", preset, _PRESETS)], **overrides})
-
-
-# ---- the schedule ------------------------------------------------------------------------------------
-
-
-class AdafactorSchedule(LRScheduler):
-    """Reports the learning rates that an `Adafactor` takes by itself, for loops that ask a scheduler for them.
-
-    It never writes to the optimizer. `get_last_lr` asks `Adafactor.actual_lrs` when it is called.
-
-    Args:
-        optimizer: An `Adafactor`.
-        initial_lr: What is reported of a group before its first step.
-
-    Raises:
-        TypeError: The optimizer is another.
-    """
-
-    def __init__(self, optimizer: Adafactor, initial_lr: float = 0.0) -> None:
-        if not isinstance(optimizer, Adafactor):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}, whose learning rate is in its param groups; "
-                "pass a fusedopt.Adafactor"
-            )
-        # Not the base's constructor: it writes lr and initial_lr into the groups.
-        self.optimizer: Adafactor = optimizer
-        self.initial_lr = checks.nonnegative("initial_lr", initial_lr)
-        self.base_lrs = [self.initial_lr for _ in optimizer.param_groups]
-        self.last_epoch = 0
-        self._step_count = 1
-
-    def step(self, epoch: int | None = None) -> None:
-        """Counts a step.
-
-        Args:
-            epoch: To count from instead.
-        """
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self._step_count += 1
-
-    def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each param group's last step."""
-        return [self.initial_lr if lr is None else lr for lr in self.optimizer.actual_lrs()]
-
-    def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rate of each param group's last step."""
-        return self.get_lr()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the scheduler; what it reports comes from the optimizer's."""
-        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}

@@ -66,12 +66,16 @@ def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
     Returns:
         What the update is multiplied by.
     """
-    lr = relative_lr(knobs, step)
     if not knobs.scale_parameter:
-        return lr
+        return relative_lr(knobs, step)
     squares = param.double() * param.double()
     sums = unit_sums(squares) if param.dim() > 1 else chunk_sums(squares)
-    return _at_least(_rms(pairwise_sum(sums), param), knobs.eps2) * lr
+    return scaled_lr(knobs, step, _rms(pairwise_sum(sums), param))
+
+
+def scaled_lr(knobs: Knobs, step: int, rms: float) -> float:
+    """The same, if the RMS of the weights before the step is known."""
+    return _at_least(rms, knobs.eps2) * relative_lr(knobs, step)
 
 
 def _rms(square_sum: Tensor, x: Tensor) -> float:

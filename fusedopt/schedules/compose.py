@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .. import checks
 from . import lengths, shapes
 from .curve import AnyCurve, Flat, Phase, ProductCurve, Ramp
-from .lengths import Length
+from .lengths import Length, Steps
 from .schedule import Schedule, checked_total, fill
 
 
@@ -30,14 +32,14 @@ class Constant(Schedule):
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         level = _first(self.value, before, 1.0)
-        return [Phase(self.steps, Flat(level), level)]  # type: ignore[arg-type]
+        return [Phase(self.steps, Flat(level), level)]
 
-    def resolve(self, total: int) -> Constant:
+    def resolve(self, total: Steps) -> Constant:
         return _resolved_steps(self, total)
 
     @property
     def is_resolved(self) -> bool:
-        return not isinstance(self.steps, float)
+        return not lengths.is_ratio(self.steps)
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,14 @@ class Warmup(Schedule):
                 f"warmup begins where the schedule before it ended, at {start!r}, above end={self.end!r}; "
                 "pass start, or an end above it"
             )
-        assert isinstance(self.steps, int)
         return [Phase(self.steps, Ramp(shapes.rise(self.shape), start, self.end, self.steps), self.end)]
 
-    def resolve(self, total: int) -> Warmup:
+    def resolve(self, total: Steps) -> Warmup:
         return _resolved_steps(self, total)
 
     @property
     def is_resolved(self) -> bool:
-        return isinstance(self.steps, int)
+        return not lengths.is_ratio(self.steps)
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,19 @@ class Decay(Schedule):
                 f"decay begins where the schedule before it ended, at {start!r}, below end={self.end!r}; "
                 "pass start, or an end below it"
             )
-        assert isinstance(self.steps, int)
         cycles = 0.5 if self.num_cycles is None else self.num_cycles
         shape = shapes.fall(self.shape, cycles, 1.0 if self.power is None else self.power)
         return [falling(shape, self.end, start, self.steps, arrives=self.shape != "cosine")]
 
-    def resolve(self, total: int) -> Decay:
+    def resolve(self, total: Steps) -> Decay:
         return _resolved_steps(self, total)
 
     @property
     def is_resolved(self) -> bool:
-        return isinstance(self.steps, int)
+        return not lengths.is_ratio(self.steps)
 
 
-def falling(shape: shapes.Shape, low: float, high: float, steps: int, *, arrives: bool, offset: int = 0) -> Phase:
+def falling(shape: shapes.Shape, low: float, high: float, steps: Steps, *, arrives: bool, offset: Steps = 0) -> Phase:
     """A way down as a phase.
 
     Args:
@@ -207,18 +207,18 @@ class Sequence(Schedule):
             before = result[-1].end
         return result
 
-    def resolve(self, total: int) -> Sequence:
+    def resolve(self, total: Steps) -> Sequence:
         total = checked_total(total)
         own = [part.steps if isinstance(part, (Constant, Warmup, Decay)) else None for part in self.parts]
-        ratios = [i for i, steps in enumerate(own) if isinstance(steps, float)]
+        ratios = [i for i, steps in enumerate(own) if lengths.is_ratio(steps)]
         parts = [part if i in ratios else part.resolve(total) for i, part in enumerate(self.parts)]
         # What is given in steps is taken as it is; only ratios have rounding to give back.
-        known = {i: part.length for i, part in enumerate(parts) if i not in ratios}
+        known = {i: part.exact_length for i, part in enumerate(parts) if i not in ratios}
         fixed = [own[i] if i in ratios else known[i] or 0 for i in range(len(parts))]
         steps = lengths.resolved_all(fixed, total)  # type: ignore[arg-type]
         for i in ratios:
             parts[i] = replace(parts[i], steps=steps[i])  # type: ignore[type-var]
-        rest = total - sum(steps)
+        rest = lengths.rest(total, steps)
         if rest < 0:
             raise ValueError(
                 f"the phases take {sum(steps)} steps, more than total={total}; make them shorter, or train for longer"
@@ -259,7 +259,7 @@ class Product(Schedule):
         fill(self, factors=tuple(flat))
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
-        lengths_ = [factor.length for factor in self.factors if not isinstance(factor, Constant)] or [0]
+        lengths_ = [factor.exact_length for factor in self.factors if not isinstance(factor, Constant)] or [0]
         steps = None if None in lengths_ else max(lengths_)  # type: ignore[type-var]
         curve = self._curve(base_lr)
         return [Phase(steps, _Evaluated(curve), curve(0 if steps is None else steps))]
@@ -267,7 +267,7 @@ class Product(Schedule):
     def _curve(self, base_lr: float | None) -> AnyCurve:
         return ProductCurve([factor.curve(base_lr) for factor in self.factors])
 
-    def resolve(self, total: int) -> Product:
+    def resolve(self, total: Steps) -> Product:
         return Product(tuple(factor.resolve(total) for factor in self.factors))
 
     @property
@@ -289,12 +289,12 @@ class _Evaluated:
         self.curve = curve
 
     def __call__(self, k: Any) -> Any:
-        return self.curve(k) if isinstance(k, int) else self.curve.at(k)
+        return self.curve.at(k) if isinstance(k, np.ndarray) else self.curve(k)
 
 
-def _resolved_steps(schedule: Any, total: int) -> Any:
+def _resolved_steps(schedule: Any, total: Steps) -> Any:
     total = checked_total(total)
-    if not isinstance(schedule.steps, float):
+    if not lengths.is_ratio(schedule.steps):
         return schedule
     return replace(schedule, steps=lengths.resolved(schedule.steps, total))
 

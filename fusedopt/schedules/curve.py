@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .elementary import Array, Real, sqrt
+from .lengths import Steps
 from .shapes import Shape
 
 _BLOCK = 16_384  # steps evaluated together: the intermediate values of a formula stay in cache
@@ -20,12 +21,12 @@ class Phase:
     """A stretch of a schedule.
 
     Attributes:
-        steps: Its length; None if it has no end.
-        value: Multiplier at the k-th of its steps, from 0; k is a number or an array of float64.
+        steps: Its length; None if it has no end. It need not be whole: the steps before its end are in the phase.
+        value: Multiplier k steps after its beginning, a number or an array of float64; k is whole if that is.
         end: The multiplier that it arrives at, `steps` steps after its beginning; it holds if nothing follows.
     """
 
-    steps: int | None
+    steps: Steps | None
     value: Callable[[Any], Any]
     end: float
 
@@ -43,7 +44,7 @@ class Flat:
 class Ramp:
     """From one level to another: ``low + (high - low) shape((k + offset) / steps)``."""
 
-    def __init__(self, shape: Shape, low: float, high: float, steps: int, offset: int = 0) -> None:
+    def __init__(self, shape: Shape, low: float, high: float, steps: Steps, offset: Steps = 0) -> None:
         self.shape, self.low, self.difference = shape, low, high - low
         self.steps, self.offset = steps, offset
 
@@ -73,7 +74,7 @@ class Curve:
     """
 
     def __init__(self, phases: Sequence[Phase]) -> None:
-        start: int | None = 0
+        start: Steps | None = 0
         starts, values = [], []
         end = 1.0
         for phase in phases:
@@ -87,7 +88,7 @@ class Curve:
             values.append(Flat(end))
         self._starts, self._values = starts, values
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: Steps) -> float:
         """The multiplier at one step."""
         phase = bisect_right(self._starts, step) - 1
         return self._values[phase](step - self._starts[phase])
@@ -114,7 +115,7 @@ class ProductCurve:
     def __init__(self, curves: Sequence[AnyCurve]) -> None:
         self._curves = tuple(curves)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: Steps) -> float:
         """The multiplier at one step."""
         result = 1.0
         for curve in self._curves:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from .. import checks
 from .compose import Constant
+from .lengths import Steps
 from .schedule import Schedule, Value, construct, fill
 
 State = dict[str, Any]
@@ -104,7 +105,7 @@ class Guided(Value):
                 f"{self.schedule!r} has no end, so the rule after it would never begin; give it a length, or multiply"
             )
 
-    def resolve(self, total: int) -> Guided:
+    def resolve(self, total: Steps) -> Guided:
         """The same with every length in steps."""
         return Guided(self.schedule.resolve(total), self.rule, self.leads)
 
@@ -181,11 +182,12 @@ class _Watching(Feedback):
         bar = best * (1.0 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold
         return value > bar if self.mode == "max" else value < bar
 
-    def _worst(self) -> float:
+    def worst(self) -> float:
+        """What every measurement is better than."""
         return -math.inf if self.mode == "max" else math.inf
 
     def _lowered(self, lrs: list[float]) -> list[float]:
-        lows = [max(lr * self.factor, low) for lr, low in zip(lrs, _for_groups("min_lr", self.min_lr, len(lrs)))]
+        lows = [max(lr * self.factor, low) for lr, low in zip(lrs, for_groups("min_lr", self.min_lr, len(lrs)))]
         return [low if lr - low > self.eps else lr for lr, low in zip(lrs, lows)]
 
 
@@ -223,8 +225,8 @@ class Plateau(_Watching):
         self._check()
 
     def start(self, base_lrs: list[float]) -> State:
-        _for_groups("min_lr", self.min_lr, len(base_lrs))
-        return {"lrs": list(base_lrs), "best": self._worst(), "num_bad_epochs": 0, "cooldown_counter": 0}
+        for_groups("min_lr", self.min_lr, len(base_lrs))
+        return {"lrs": list(base_lrs), "best": self.worst(), "num_bad_epochs": 0, "cooldown_counter": 0}
 
     def update(self, state: State, value: float, base_lrs: list[float], counts: bool = True) -> None:
         if self._is_better(value, state["best"]):
@@ -296,8 +298,8 @@ class Greedy(_Watching):
         self._check(max_lr=_lr_bounds("max_lr", self.max_lr))
 
     def start(self, base_lrs: list[float]) -> State:
-        lows = _for_groups("min_lr", self.min_lr, len(base_lrs))
-        highs = _for_groups("max_lr", self.max_lr, len(base_lrs))
+        lows = for_groups("min_lr", self.min_lr, len(base_lrs))
+        highs = for_groups("max_lr", self.max_lr, len(base_lrs))
         for i, (lr, low, high) in enumerate(zip(base_lrs, lows, highs)):
             if low > lr:
                 raise ValueError(
@@ -313,7 +315,7 @@ class Greedy(_Watching):
 
     def _counters(self) -> State:
         return {
-            "best": self._worst(),
+            "best": self.worst(),
             "num_bad_epochs": 0,
             "num_good_epochs": 0,
             "cooldown_counter": 0,
@@ -347,20 +349,20 @@ class Greedy(_Watching):
     def _average(self, state: State, value: float) -> float:
         state["values"].append(value)
         state["sum"] += value
-        if len(state["values"]) > self.window_size:
+        while len(state["values"]) > self.window_size:
             state["sum"] -= state["values"].pop(0)
         return state["sum"] / len(state["values"])
 
     def _raise(self, state: State) -> None:
         lrs = state["lrs"]
-        highs = [min(lr / self.factor, high) for lr, high in zip(lrs, _for_groups("max_lr", self.max_lr, len(lrs)))]
+        highs = [min(lr / self.factor, high) for lr, high in zip(lrs, for_groups("max_lr", self.max_lr, len(lrs)))]
         state["lrs"] = [high if high - lr > self.eps else lr for lr, high in zip(lrs, highs)]
         state["reset_start"] = self.reset_start
         state["warmup_counter"], state["num_good_epochs"] = self.warmup, 0
 
     def _lower(self, state: State, base_lrs: list[float]) -> None:
         state["lrs"] = lrs = self._lowered(state["lrs"])
-        if all(lr <= low for lr, low in zip(lrs, _for_groups("min_lr", self.min_lr, len(lrs)))):
+        if all(lr <= low for lr, low in zip(lrs, for_groups("min_lr", self.min_lr, len(lrs)))):
             state["reset_start"] -= 1
             if state["reset_start"] <= 0:
                 state.update(self._counters(), lrs=list(base_lrs))
@@ -373,7 +375,8 @@ def _lr_bounds(name: str, value: Any) -> float | tuple[float, ...]:
     return checks.nonnegative(name, value)
 
 
-def _for_groups(name: str, value: float | tuple[float, ...], groups: int) -> tuple[float, ...]:
+def for_groups(name: str, value: float | tuple[float, ...], groups: int) -> tuple[float, ...]:
+    """One number for each param group, of those or of the one that was given."""
     if not isinstance(value, tuple):
         return (value,) * groups
     if len(value) != groups:

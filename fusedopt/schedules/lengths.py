@@ -9,15 +9,16 @@ from typing import Any
 
 from .. import checks
 
-Length = int | float  # an int is steps, a float in [0, 1) a ratio
+Steps = int | float  # an int, or a float above 1 that is not whole
+Length = int | float  # steps, or a float in (0, 1), which is a ratio
 
 
 def length(name: str, value: Any) -> Length:
-    """A length as it is kept: an int of steps or a float in (0, 1).
+    """A length as it is kept: a number of steps, whole ones as an int, or a ratio.
 
     Raises:
         TypeError: It is not a number.
-        ValueError: It is negative, not finite, or above 1 and not whole.
+        ValueError: It is negative or not finite.
     """
     if not isinstance(value, bool):
         try:
@@ -25,12 +26,7 @@ def length(name: str, value: Any) -> Length:
         except TypeError:
             pass
     result = checks.nonnegative(name, value)
-    if result >= 1 and not result.is_integer():
-        raise ValueError(
-            f"{name}={result!r} is neither steps nor a ratio; pass a whole number of steps, or a ratio of the total "
-            "in [0, 1)"
-        )
-    return result if 0 < result < 1 else int(result)
+    return int(result) if result.is_integer() else result
 
 
 def optional_length(name: str, value: Any) -> Length | None:
@@ -38,28 +34,42 @@ def optional_length(name: str, value: Any) -> Length | None:
     return None if value is None else length(name, value)
 
 
-def steps(name: str, value: Any) -> int:
+def steps(name: str, value: Any) -> Steps:
     """A number of steps, not a ratio."""
     result = length(name, value)
-    if isinstance(result, float):
-        raise ValueError(f"{name}={result!r} is not a number of steps; pass a whole number, the total has no ratio")
+    if is_ratio(result):
+        raise ValueError(f"{name}={result!r} is not a number of steps; pass 0, or 1 and more, the total has no ratio")
     return result
 
 
-def resolved(value: Length, total: int) -> int:
+def is_ratio(value: Length | None) -> bool:
+    """Whether a length hangs on the total."""
+    return isinstance(value, float) and value < 1
+
+
+def resolved(value: Length, total: Steps) -> Steps:
     """The steps of a length: ratios are rounded up, as in transformers."""
-    return value if isinstance(value, int) else math.ceil(total * value)
+    return math.ceil(total * value) if is_ratio(value) else value
 
 
-def resolved_all(values: Sequence[Length], total: int) -> list[int]:
+def resolved_all(values: Sequence[Length], total: Steps) -> list[Steps]:
     """The steps of lengths that follow one another.
 
     Ratios that fill the total exceed it after rounding up, by less than one step each; the last ones make up for that.
     """
     result = [resolved(value, total) for value in values]
-    ratios = [i for i, value in enumerate(values) if isinstance(value, float)]
-    excess = sum(result) - total
+    ratios = [i for i, value in enumerate(values) if is_ratio(value)]
+    excess = -rest(total, result)
     if 0 < excess < len(ratios):
-        for i in ratios[-excess:]:
+        for i in ratios[-math.ceil(excess) :]:
             result[i] -= 1
     return result
+
+
+def rest(total: Steps, taken: Sequence[Steps]) -> Steps:
+    """The steps that are left of a total; below 0 if more are taken than there are."""
+    result = total
+    for value in taken:
+        result -= value
+    # Parts of a total that fill it, such as 0.06 and 0.94 of 339 steps, miss it by what each subtraction rounds.
+    return 0 if abs(result) <= len(taken) * math.ulp(total) else result

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
+from .attributes import bounds, counted, measurement, setting
 from .compose import Constant
-from .feedback import Feedback, Guided
+from .feedback import Feedback, Greedy, Guided, for_groups
 from .scheduler import ScheduleLR, base_lrs_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class _MeasuredLR(ScheduleLR):
     """Sets each group's lr to that of a rule times a schedule of the step."""
+
+    _is_ready = False
 
     def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
         if isinstance(guided, Feedback):
@@ -33,7 +36,6 @@ class _MeasuredLR(ScheduleLR):
 
     def _initial_step(self) -> None:
         """Sets the first lr, before anything can be measured."""
-        self._is_ready = False
         super()._initial_step()
         self._is_ready, self._has_stepped = True, False
 
@@ -119,6 +121,9 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     To isinstance it is a ReduceLROnPlateau, so the Trainer of transformers steps it after each evaluation with the
     metric, and Lightning with the value that it is told to monitor.
 
+    It has the attributes of ReduceLROnPlateau or, with `Greedy`, of transformers' GreedyLR, and what is set holds from
+    the next measurement on and in checkpoints. `default_min_lr` and `mode_worse` follow from others and cannot be set.
+
     Args:
         optimizer: Whose lr to set.
         guided: The rule, or a schedule with one: ``warmup(200) >> Plateau()``, ``Cosine(...) * Plateau()``.
@@ -129,7 +134,18 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
 
     _checks_order = False  # a metric may be measured before the first step
 
+    mode, factor, patience, cooldown = map(setting, ("mode", "factor", "patience", "cooldown"))
+    threshold, threshold_mode, eps = map(setting, ("threshold", "threshold_mode", "eps"))
+    warmup, verbose, smooth, window_size = map(setting, ("warmup", "verbose", "smooth", "window_size"))
+    reset_start_original = setting("reset_start")
+    min_lrs, max_lrs = bounds("min_lr"), bounds("max_lr")
+    best = counted("best", measurement)
+    num_bad_epochs, num_good_epochs = counted("num_bad_epochs"), counted("num_good_epochs")
+    cooldown_counter, warmup_counter = counted("cooldown_counter"), counted("warmup_counter")
+    reset_start = counted("reset_start")
+
     def __init__(self, optimizer: Optimizer, guided: Guided | Feedback) -> None:
+        self.bounds: dict[str, list[float]] = {}
         rule = guided.rule if isinstance(guided, Guided) else guided
         if isinstance(rule, Feedback) and rule.measures_gradients:
             raise TypeError(f"{rule!r} is driven by gradients; use GradientLR, or get_scheduler, which chooses")
@@ -183,20 +199,60 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
 
         return StepCallback()
 
-    @property
-    def best(self) -> float:  # type: ignore[override]
-        """The best measurement so far."""
-        return self.state["best"]
+    # ---- as others read and set it -------------------------------------------------------------------
+
+    def change(self, **arguments: Any) -> None:
+        """Replaces arguments of the rule, which goes on from what it has measured.
+
+        Args:
+            **arguments: Of the rule's class.
+
+        Raises:
+            ValueError: One is outside its range.
+            TypeError: One is unknown or of a wrong type.
+        """
+        for name in arguments:
+            self.bounds.pop(name, None)
+        self._take(replace(self.guided, rule=replace(self.rule, **arguments)))  # type: ignore[type-var]
+
+    def _adopt(self) -> None:
+        """Takes over what has been written into the lists of bounds that were handed out."""
+        groups = len(self.state["lrs"])
+        now = {name: for_groups(name, tuple(values), groups) for name, values in self.bounds.items()}
+        self.change(**{n: v for n, v in now.items() if v != for_groups(n, getattr(self.rule, n), groups)})
+
+    def _measure(self, value: float) -> None:
+        self._adopt()
+        super()._measure(value)
 
     @property
-    def num_bad_epochs(self) -> int:  # type: ignore[override]
-        """Bad measurements in a row."""
-        return self.state["num_bad_epochs"]
+    def default_min_lr(self) -> float | None:  # type: ignore[override]
+        """The lowest lr if it is one for all groups."""
+        low = self.rule.min_lr  # type: ignore[attr-defined]
+        return None if isinstance(low, tuple) else low
 
     @property
-    def cooldown_counter(self) -> int:  # type: ignore[override]
-        """Measurements that will not count as bad."""
-        return self.state["cooldown_counter"]
+    def mode_worse(self) -> float:  # type: ignore[override]
+        """What every measurement is better than."""
+        return self.rule.worst()  # type: ignore[attr-defined]
+
+    def _init_is_better(self, mode: Any, threshold: Any, threshold_mode: Any) -> None:
+        self.change(mode=mode, threshold=threshold, threshold_mode=threshold_mode)
+
+    def _reset(self) -> None:
+        """Starts anew: with torch's rule at the present lr, with that of transformers at the first one."""
+        present = self.state["lrs"]
+        self.state = self.rule.start([float(lr) for lr in self.base_lrs])
+        if not isinstance(self.rule, Greedy):
+            self.state["lrs"] = present
+        self._set(self.get_lr())
+
+    # ---- checkpoints ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the schedule, the rule and what it has measured."""
+        self._adopt()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where a scheduler was when `state_dict` was called, and sets the lr that it had.
@@ -211,6 +267,7 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         if "guided" not in state_dict and "num_bad_epochs" in state_dict:
             state_dict = self._translated(state_dict)
         super().load_state_dict(state_dict)
+        self.bounds = {}
 
     def _translated(self, theirs: dict[str, Any]) -> dict[str, Any]:
         """The state_dict of torch's or transformers' scheduler as one of ours."""

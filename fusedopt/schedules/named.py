@@ -7,6 +7,7 @@ q = (s - w) / max(1, T - w). Without T, `resolve(T)` completes a schedule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from .. import checks
 from . import lengths, shapes
 from .compose import falling
 from .curve import Flat, InverseRoot, Phase, Ramp
-from .lengths import Length
+from .lengths import Length, Steps
 from .schedule import Schedule, checked_total, fill
 
 
@@ -36,12 +37,12 @@ class _Warmed(Schedule):
             values.update(self._in_steps(total, values))
         fill(self, **values)
 
-    def _in_steps(self, total: int, values: dict[str, Any]) -> dict[str, Any]:
+    def _in_steps(self, total: Steps, values: dict[str, Any]) -> dict[str, Any]:
         """The lengths of `_lengths` that are given, in steps."""
         given = [name for name in self._lengths if values[name] is not None]
         return dict(zip(given, lengths.resolved_all([values[name] for name in given], total)))
 
-    def resolve(self, total: int) -> Schedule:
+    def resolve(self, total: Steps) -> Schedule:
         total = checked_total(total)
         if self.is_resolved:
             return self
@@ -53,14 +54,14 @@ class _Warmed(Schedule):
     def is_resolved(self) -> bool:
         if self._needs_total:
             return self.num_training_steps is not None
-        return isinstance(self.num_warmup_steps, int)
+        return not lengths.is_ratio(self.num_warmup_steps)
 
     def _warmup(self, low: float = 0.0, shape: str = "linear") -> Phase:
-        w: int = self.num_warmup_steps  # type: ignore[assignment]
+        w = self.num_warmup_steps
         return Phase(w, Ramp(shapes.rise(shape), low, 1.0, max(1, w)), 1.0)
 
     @property
-    def _rest(self) -> int:
+    def _rest(self) -> Steps:
         """Steps between the warmup and the end."""
         return self.num_training_steps - self.num_warmup_steps
 
@@ -95,7 +96,7 @@ class Linear(_Warmed):
 
     name: ClassVar[str] = "linear"
     num_warmup_steps: Length = 0
-    num_training_steps: int | None = None
+    num_training_steps: Steps | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -116,7 +117,7 @@ class Cosine(_Warmed):
 
     name: ClassVar[str] = "cosine"
     num_warmup_steps: Length = 0
-    num_training_steps: int | None = None
+    num_training_steps: Steps | None = None
     num_cycles: float = 0.5
 
     def __post_init__(self) -> None:
@@ -125,7 +126,7 @@ class Cosine(_Warmed):
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         return [self._warmup(), self._wave(0.0)]
 
-    def _wave(self, low: float, offset: int = 0) -> Phase:
+    def _wave(self, low: float, offset: Steps = 0) -> Phase:
         shape = shapes.fall("cosine", self.num_cycles)
         return falling(shape, low, 1.0, max(1, self._rest), arrives=False, offset=offset)
 
@@ -142,7 +143,7 @@ class CosineWithRestarts(_Warmed):
 
     name: ClassVar[str] = "cosine_with_restarts"
     num_warmup_steps: Length = 0
-    num_training_steps: int | None = None
+    num_training_steps: Steps | None = None
     num_cycles: float = 1
 
     def __post_init__(self) -> None:
@@ -166,7 +167,7 @@ class Polynomial(_Warmed):
 
     name: ClassVar[str] = "polynomial"
     num_warmup_steps: Length = 0
-    num_training_steps: int | None = None
+    num_training_steps: Steps | None = None
     lr_end: float = 1e-7
     power: float = 1.0
 
@@ -275,12 +276,13 @@ class CosineWarmupWithMinLR(CosineWithMinLR):
         self._check(**self._minimum(), warmup_lr_rate=rate)
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
-        w: int = self.num_warmup_steps  # type: ignore[assignment]
+        w = self.num_warmup_steps
+        whole = math.floor(w)  # where w is not, the first formula would pass 1 at this step: the second one has begun
         if self.warmup_lr_rate is None:
             ramp = Ramp(shapes.rise("linear"), 0.0, 1.0, max(1, w), offset=1)
         else:
             ramp = Ramp(shapes.rise("linear"), self.warmup_lr_rate, 1.0, max(1, w - 1))
-        return [Phase(w, ramp, 1.0), self._wave(self._low(base_lr), offset=1)]
+        return [Phase(whole, ramp, 1.0), self._wave(self._low(base_lr), offset=1 + whole - w)]
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ class WarmupStableDecay(_Warmed):
     _lengths: ClassVar[tuple[str, ...]] = ("num_warmup_steps", "num_stable_steps", "num_decay_steps")
     num_warmup_steps: Length
     num_decay_steps: Length
-    num_training_steps: int | None = None
+    num_training_steps: Steps | None = None
     num_stable_steps: Length | None = None
     warmup_type: str = "linear"
     decay_type: str = "cosine"
@@ -324,28 +326,29 @@ class WarmupStableDecay(_Warmed):
         if self.num_training_steps is not None and self.num_stable_steps is None:
             self._stable()
 
-    def _stable(self) -> int:
+    def _stable(self) -> Steps:
         if self.num_stable_steps is not None:
-            return self.num_stable_steps  # type: ignore[return-value]
+            return self.num_stable_steps
         w, d = self.num_warmup_steps, self.num_decay_steps
-        if w + d > self.num_training_steps:  # type: ignore[operator]
+        rest = lengths.rest(self.num_training_steps, (w, d))  # type: ignore[arg-type]
+        if rest < 0:
             raise ValueError(
                 f"num_warmup_steps={w} and num_decay_steps={d} together exceed num_training_steps="
                 f"{self.num_training_steps}; make them shorter, or train for longer"
             )
-        return self.num_training_steps - w - d  # type: ignore
+        return rest
 
     @property
     def is_resolved(self) -> bool:
-        return super().is_resolved or all(isinstance(getattr(self, name), int) for name in self._lengths)
+        values = [getattr(self, name) for name in self._lengths]
+        return super().is_resolved or not any(value is None or lengths.is_ratio(value) for value in values)
 
     def phases(self, before: float | None, base_lr: float | None) -> list[Phase]:
         decay = shapes.fall(self.decay_type, self.num_cycles)
-        steps: int = self.num_decay_steps  # type: ignore[assignment]
         return [
             self._warmup(self.min_lr_ratio, self.warmup_type),
             Phase(self._stable(), Flat(1.0), 1.0),
-            falling(decay, self.min_lr_ratio, 1.0, steps, arrives=True),
+            falling(decay, self.min_lr_ratio, 1.0, self.num_decay_steps, arrives=True),
         ]
 
 

@@ -37,7 +37,7 @@ def get_scheduler(
     name: str | AnySchedule | Sequence[Schedule],
     optimizer: Optimizer,
     num_warmup_steps: int | float | None = None,
-    num_training_steps: int | None = None,
+    num_training_steps: int | float | None = None,
     scheduler_specific_kwargs: dict[str, Any] | None = None,
 ) -> LRScheduler:
     """Makes a learning rate scheduler, with the signature and the names of transformers' function.
@@ -46,8 +46,8 @@ def get_scheduler(
         name: One of `schedules.scheduler_names()`, transformers' SchedulerType included; or a schedule, a rule, a
             schedule with a rule (``warmup(200) >> Plateau()``), or a list of one schedule for each param group.
         optimizer: Whose lr to set.
-        num_warmup_steps: Steps of the warmup, or a ratio of `num_training_steps` in [0, 1), rounded up. A rule begins
-            after a warmup of this length. Not allowed with a schedule, which has its own.
+        num_warmup_steps: Steps of the warmup, which need not be whole, or a ratio of `num_training_steps` in [0, 1),
+            rounded up. A rule begins after a warmup of this length. Not allowed with a schedule, which has its own.
         num_training_steps: Steps of the whole training; ratios and open lengths of a schedule are resolved with it.
         scheduler_specific_kwargs: The other arguments of the schedule or rule.
 
@@ -118,17 +118,20 @@ def _by_name(
 
 def _warn_of_another_total(schedule: WarmupStableDecay) -> None:
     """Warns if a given stable phase makes the schedule shorter or longer than the training."""
-    total, length = schedule.num_training_steps, schedule.length
-    if total is not None and length != total:
+    total, stable = schedule.num_training_steps, schedule.num_stable_steps
+    if total is None or stable is None:
+        return
+    parts = (schedule.num_warmup_steps, stable, schedule.num_decay_steps)
+    if lengths.rest(total, parts) != 0:
         warnings.warn(
-            f"num_stable_steps={schedule.num_stable_steps!r} makes the schedule {length} steps long and "
+            f"num_stable_steps={stable!r} makes the schedule {sum(parts)} steps long and "
             f"num_training_steps is {total}; num_stable_steps wins, leave it out to fill the total",
             UserWarning,
             stacklevel=4,
         )
 
 
-def _resolved(schedule: Any, total: int | None) -> Any:
+def _resolved(schedule: Any, total: int | float | None) -> Any:
     if not isinstance(schedule, (Schedule, Guided)):
         return schedule  # a rule has no lengths, and for anything else the scheduler raises the error
     if total is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import operator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from .. import checks
 from . import lengths, picture
 from .curve import AnyCurve, Curve, Phase
 from .elementary import Array
+from .lengths import Steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +95,8 @@ class Schedule(Value):
     Schedules are values. They keep no position, are equal if their parameters are, hash, and round-trip through
     `to_dict` and `to_json`. ``a >> b`` is ``a`` followed by ``b``, ``a * b`` (or ``a * 0.1``) their product.
 
-    Lengths are steps (an int) or ratios of a total (a float in [0, 1), rounded up), which `resolve` turns into steps.
+    Lengths are steps or ratios of a total (a float in [0, 1), rounded up), which `resolve` turns into steps. Steps need
+    not be whole: a warmup of 20.34 rises by 1 / 20.34 in each step, and what follows it begins at 20.34.
     """
 
     # Not a field, so that copies and LambdaLR's state_dict see only the parameters of a schedule.
@@ -117,7 +120,7 @@ class Schedule(Value):
         """
         raise NotImplementedError
 
-    def resolve(self, total: int) -> Schedule:
+    def resolve(self, total: Steps) -> Schedule:
         """The same schedule with every length in steps.
 
         Args:
@@ -144,8 +147,14 @@ class Schedule(Value):
     @property
     def length(self) -> int | None:
         """Steps until it ends and its last value holds; None if it has no end."""
+        length = self.exact_length
+        return None if length is None else math.ceil(length)
+
+    @property
+    def exact_length(self) -> Steps | None:
+        """`length` as it is, if it is not whole: what follows in a sequence begins there."""
         # Durations do not depend on the base lr. With infinity, no absolute lr is too large.
-        total = 0
+        total: Steps = 0
         for phase in self._checked().phases(None, float("inf")):
             if phase.steps is None:
                 return None
@@ -291,6 +300,6 @@ def _array_of_steps(step: np.ndarray) -> Array:
     return step.astype(np.float64)
 
 
-def checked_total(total: Any) -> int:
+def checked_total(total: Any) -> Steps:
     """A total number of steps."""
     return lengths.steps("total", total)

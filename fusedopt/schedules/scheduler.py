@@ -40,7 +40,7 @@ class ScheduleLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule | Sequence[Schedule], last_epoch: int = -1) -> None:
         base_lrs = base_lrs_of(optimizer)
         self.schedules = _one_for_each(schedule, len(base_lrs))
-        self._curves = _curves(self.schedules, base_lrs)
+        self._bases, self._curves = base_lrs, _curves(self.schedules, base_lrs)
         # Named explicitly, because a subclass may have another torch scheduler between this class and the base.
         LRScheduler.__init__(self, optimizer, last_epoch)
 
@@ -48,10 +48,13 @@ class ScheduleLR(LRScheduler):
         """The lr of each group at `last_epoch`."""
         lrs: list[float | Tensor] = []
         previous, multiplier = None, 1.0
-        for base, curve in zip(self.base_lrs, self._curves):
+        bases = [base if type(base) is float else float(base) for base in self.base_lrs]
+        if bases != self._bases:  # somebody has set them, and a curve that ends at an absolute lr depends on its base
+            self._curves, self._bases = _curves(self.schedules, bases), bases
+        for base, curve in zip(bases, self._curves):
             if curve is not previous:
                 previous, multiplier = curve, curve(self.last_epoch)
-            lrs.append((base if type(base) is float else float(base)) * multiplier)
+            lrs.append(base * multiplier)
         return lrs
 
     _get_closed_form_lr = get_lr  # torch calls this when it is given a step
@@ -129,6 +132,7 @@ class ScheduleLR(LRScheduler):
             schedules = _one_for_each([Schedule.from_dict(d) for d in state_dict["schedules"]], len(base_lrs))
         curves = _curves(schedules, base_lrs)
         self.schedules, self._curves, self.base_lrs = schedules, curves, base_lrs
+        self._bases = [float(lr) for lr in base_lrs]
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = _copies(state_dict["_last_lr"])
 

@@ -34,14 +34,14 @@ from fusedopt.schedules import (
 LR = 0.01
 unit = st.floats(0, 1)
 cycles = st.floats(0, 20)
-steps = st.integers(0, 300)
+steps = st.integers(0, 300) | st.floats(1, 300)
 positive = st.floats(0.01, 50)
 UP = st.sampled_from(["linear", "exponential", "cosine", "1-sqrt"])
 SHAPE = st.sampled_from(["linear", "cosine", "1-sqrt"])
 
 
 @st.composite
-def lengths_within(draw: Any, parts: int = 1) -> tuple[list[int], int]:
+def lengths_within(draw: Any, parts: int = 1) -> tuple[list[float], float]:
     """Lengths of phases and a total that they fit into."""
     lengths = draw(st.lists(steps, min_size=parts, max_size=parts))
     return lengths, sum(lengths) + draw(steps)
@@ -258,10 +258,13 @@ def test_metrics_of_any_size_keep_the_lr_in_its_bounds(values: list[float], smoo
 
 @given(st.floats() | st.integers())
 @settings(max_examples=200, deadline=None)
-def test_lengths_are_whole_or_ratios(value: float) -> None:
-    whole = 0 <= value < float("inf") and value == int(value)
-    if whole or 0 <= value < 1:
-        assert Cosine(value).num_warmup_steps == value
+def test_lengths_are_steps_or_ratios(value: float) -> None:
+    if 0 <= value < float("inf"):
+        kept = Cosine(value).num_warmup_steps
+        assert kept == value
+        assert isinstance(kept, int) == (value == int(value))
+        assert Cosine(value).is_resolved is False
+        assert (Cosine(value, 10).num_warmup_steps == value) == (kept >= 1 or kept == 0)
     else:
         with pytest.raises(ValueError, match="num_warmup_steps"):
             Cosine(value)

@@ -216,11 +216,10 @@ def test_a_frozen_group_stays_frozen() -> None:
 
 BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: Cosine(-1, 10), ValueError, "num_warmup_steps=-1"),
-    (lambda: Cosine(1.5, 10), ValueError, "num_warmup_steps=1.5"),
     (lambda: Cosine(float("nan"), 10), ValueError, "num_warmup_steps=nan"),
     (lambda: Cosine("3", 10), TypeError, "num_warmup_steps='3'"),
     (lambda: Cosine(True, 10), TypeError, "num_warmup_steps=True"),
-    (lambda: Cosine(0, 0.5), ValueError, "num_training_steps=0.5"),
+    (lambda: Cosine(0, 0.5), ValueError, "num_training_steps=0.5 .* pass 0, or 1 and more"),
     (lambda: Cosine(0, 10, num_cycles=-1), ValueError, "num_cycles=-1"),
     (lambda: Polynomial(0, 10, power=0), ValueError, "power=0"),
     (lambda: Polynomial(0, 10, lr_end=-1), ValueError, "lr_end=-1"),
