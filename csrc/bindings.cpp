@@ -45,7 +45,7 @@ PYBIND11_MODULE(_core, module) {
   module.attr("max_slabs") = fusedopt::kMaxSlabs;
   module.attr("weighed_rows") = fusedopt::kWeighedRows;
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
-             "exchange_api"_a);
+             "exchange_api"_a, "probes"_a, "increment_version"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
   module.def("selected_isa", &fusedopt::cpu::selected_isa);
   module.def("rules", [] {
@@ -75,12 +75,12 @@ PYBIND11_MODULE(_core, module) {
           py::kw_only(), "device_type"_a = "cpu", "device_index"_a = 0)
       .def("__len__", &TensorTable::size)
       .def("clear", &TensorTable::clear)
-      .def("forget", &TensorTable::forget)
       .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a,
            "rounding"_a, "master"_a, "master_key"_a, "param_group"_a = 0, "positions"_a = std::vector<int64_t>())
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a)
+      .def("count_versions", &TensorTable::count_versions)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
       .def("rows", &bytes_of<&TensorTable::rows>)
       .def("cuts", &bytes_of<&TensorTable::cuts>)

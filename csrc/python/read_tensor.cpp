@@ -1,7 +1,11 @@
 #include "python/read_tensor.h"
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <iterator>
+
+#include "python/versions.h"
 
 namespace py = pybind11;
 
@@ -47,6 +51,8 @@ struct TorchNames {
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* data_ptr = nullptr;
+  // How far a tensor's sizes lie in its TensorImpl, by the number of dimensions; 0 where they lie elsewhere.
+  std::array<ptrdiff_t, 6> sizes_offsets{};
 };
 
 // Lives as long as the process: torch's types do, too.
@@ -138,6 +144,29 @@ bool read_through_attributes(PyObject* object, TensorView& view) {
   return true;
 }
 
+// The table of a major version that is known here; null if there is none.
+const dlpack::ExchangeApi* exchange_of(const py::object& capsule) {
+  if (capsule.is_none()) return nullptr;
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->version.major > 1) api = api->previous;
+  return api != nullptr && api->version.major == 1 ? api : nullptr;
+}
+
+// Small shapes lie within the TensorImpl, as torch is built; that is learned, not assumed.
+std::array<ptrdiff_t, 6> learn_sizes_offsets(const std::vector<py::object>& probes) {
+  std::array<ptrdiff_t, 6> offsets{};
+  for (const py::object& probe : probes) {
+    TensorView view;
+    if (!read_tensor(probe.ptr(), view) || view.ndim >= static_cast<int>(offsets.size())) continue;
+    const auto implementation = probe.attr("_cdata").cast<intptr_t>();
+    const ptrdiff_t offset = reinterpret_cast<intptr_t>(view.shape) - implementation;
+    constexpr ptrdiff_t kLargest = 512;  // of a TensorImpl
+    if (offset > 0 && offset < kLargest) offsets[view.ndim] = offset;
+  }
+  return offsets;
+}
+
 }  // namespace
 
 Device device_named(const std::string& type, int32_t index) {
@@ -150,19 +179,25 @@ Device device_named(const std::string& type, int32_t index) {
 }
 
 void bind_torch(py::tuple tensor_types, py::dict dtypes, py::object is_neg, py::object data_ptr,
-                py::object exchange_api) {
+                py::object exchange_api, const std::vector<py::object>& probes, py::object increment_version) {
   TorchNames& names = torch_names();
   names.tensor_types.clear();
   for (const py::handle type : tensor_types) names.tensor_types.push_back(type.inc_ref().ptr());
   names.dtypes = dtypes.inc_ref().ptr();
   names.is_neg = is_neg.inc_ref().ptr();
   names.data_ptr = data_ptr.inc_ref().ptr();
-  names.exchange = nullptr;
-  if (exchange_api.is_none()) return;
-  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  while (api != nullptr && api->version.major > 1) api = api->previous;
-  if (api != nullptr && api->version.major == 1) names.exchange = api;
+  names.exchange = exchange_of(exchange_api);
+  names.sizes_offsets = {};
+  if (names.exchange != nullptr) names.sizes_offsets = learn_sizes_offsets(probes);
+  bind_versions(probes.at(0), std::move(increment_version));
+}
+
+bool reads_quickly() { return torch_names().exchange != nullptr; }
+
+const void* implementation_of(const TensorView& view) {
+  const auto& offsets = torch_names().sizes_offsets;
+  const ptrdiff_t offset = view.ndim < static_cast<int>(offsets.size()) ? offsets[view.ndim] : 0;
+  return offset == 0 ? nullptr : reinterpret_cast<const char*>(view.shape) - offset;
 }
 
 bool read_tensor(PyObject* object, TensorView& view) {

@@ -38,8 +38,11 @@ struct TensorView {
 //   dtypes        {torch.dtype: DType}
 //   is_neg, data_ptr  the methods of torch.Tensor
 //   exchange_api  torch.Tensor.__dlpack_c_exchange_api__, or None
+//   probes        plain CPU tensors of different numbers of dimensions, to learn from where torch keeps their sizes
+//   increment_version  torch._C._increment_version, which counts that the tensors of a list were written
 void bind_torch(pybind11::tuple tensor_types, pybind11::dict dtypes, pybind11::object is_neg, pybind11::object data_ptr,
-                pybind11::object exchange_api);
+                pybind11::object exchange_api, const std::vector<pybind11::object>& probes,
+                pybind11::object increment_version);
 
 // Fills `view` and returns true if `object` is a plain, contiguous tensor of a DType on the CPU or on a CUDA, ROCm or
 // oneAPI device, aligned to its element size. Returns false for everything else, with no Python error set.
@@ -49,8 +52,14 @@ bool read_tensor(PyObject* object, TensorView& view);
 // negated values, which read_tensor does not see.
 bool is_negated(PyObject* object);
 
-// tensor.data_ptr(): cheaper than read_tensor for a tensor that was read before.
+// Whether that takes nanoseconds: torch offers the exchange table.
+bool reads_quickly();
+
+// tensor.data_ptr(): cheaper than read_tensor where that does not read quickly.
 void* data_pointer(PyObject* object);
+
+// Where torch keeps all about a tensor (its TensorImpl), of one that was read; null if that cannot be told.
+const void* implementation_of(const TensorView& view);
 
 // Where a tensor's Python object and its sizes lay when it was read: where, most likely, they lie in the
 // next step. Only ever prefetched.

@@ -16,8 +16,8 @@ Buffer buffer_of(const TensorView& view) {
 }
 
 // Also false if it lies on another device than the parameter.
-bool read_beside(const TensorView& param, PyObject* object, TensorView& view) {
-  return read_tensor(object, view) && view.device == param.device;
+bool read_beside(const TensorView& param, PyObject* object, Known& known, TensorView& view) {
+  return known.read(object, view) && view.device == param.device;
 }
 
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
@@ -32,6 +32,23 @@ bool is_scales_of(const TensorView& scales, const TensorView& param) {
   const int64_t row = row_of(param);
   return row > 0 && scales.dtype == DType::kUInt8 && scales.ndim == 2 && scales.shape[0] == param.shape[0] &&
          scales.shape[1] == divided_up(row, kBlock);
+}
+
+// Whether they have a number for each row and each column of a parameter's matrices: those of its last two dimensions,
+// or the one of its first dimension by all others.
+bool are_factors_of(const TensorView& rows, const TensorView& columns, const TensorView& param) {
+  const int ndim = param.ndim;
+  if (ndim < 2) return false;
+  const auto is = [&](const TensorView& view, int left_out) {
+    if (view.ndim != ndim - 1) return false;
+    for (int i = 0, j = 0; j < ndim; ++j) {
+      if (j != left_out && view.shape[i++] != param.shape[j]) return false;
+    }
+    return true;
+  };
+  if (is(rows, ndim - 1) && is(columns, ndim - 2)) return true;
+  return rows.ndim == 1 && columns.ndim == 1 && rows.shape[0] == param.shape[0] &&
+         rows.shape[0] * columns.shape[0] == param.numel;
 }
 
 // Whether a tensor's dtype is the one in which a master of this kind keeps what a parameter cannot.
@@ -53,12 +70,18 @@ bool is_master_dtype(Master master, DType dtype) {
 
 }  // namespace
 
-bool Known::still(PyObject* now, int64_t size) const {
-  return object.ptr() == now && numel == size && buffer.data == data_pointer(now);
-}
-
-void Known::remember(PyObject* now, const TensorView& view) {
-  *this = {py::reinterpret_borrow<py::object>(now), buffer_of(view), view.numel, {now, view.shape}};
+bool Known::read(PyObject* object, TensorView& view) {
+  if (last_ != nullptr && last_->object().ptr() == object && last_->view.data == data_pointer(object)) {
+    view = last_->view;
+    view.shape = view.copied_shape.data();
+    return true;
+  }
+  if (!read_tensor(object, view)) return false;
+  place = {object, view.shape};
+  if (!reads_quickly()) {
+    last_ = std::make_unique<Reading>(Reading{py::weakref(py::handle(object)), view});
+  }
+  return true;
 }
 
 bool Record::describe(const ParamGroup& group, const ParamObjects& objects, Device device, TensorDesc& desc) {
@@ -69,7 +92,8 @@ bool Record::describe(const ParamGroup& group, const ParamObjects& objects, Devi
   // A lazily negated parameter is a rarity, and looked for when a parameter is first met only.
   if (param_.object != objects.param && is_negated(objects.param)) return false;
   param_ = {objects.param, param.shape};
-  if (!read_beside(param, objects.grad, grad) || is_negated(objects.grad)) return false;
+  implementation_ = implementation_of(param);
+  if (!read_tensor(objects.grad, grad) || !(grad.device == param.device) || is_negated(objects.grad)) return false;
   if (!is_float(grad.dtype) || !same_shape(grad, param)) return false;
   desc.grad = buffer_of(grad);
   grad_ = {objects.grad, grad.shape};
@@ -85,46 +109,30 @@ bool Record::describe(const ParamGroup& group, const ParamObjects& objects, Devi
 
 bool Record::describe_state(const StateSpec& state, const ParamObjects& objects, size_t k, const TensorView& param,
                             TensorDesc& desc) {
-  PyObject *object = objects.states[k], *scales = objects.scales[k];
-  Known &known = states_[k], &known_scales = scales_[k];
+  PyObject* scales = objects.scales[k];
   TensorView view;
-  if (!known.still(object, param.numel)) {
-    if (!read_beside(param, object, view) || !same_shape(view, param)) return false;
-    if (scales == nullptr ? !is_float(view.dtype) : view.dtype != DType::kUInt8) return false;
-    known.remember(object, view);
-  }
-  Buffer& buffer = desc.states[k] = known.buffer;
-  if (buffer.dtype != DType::kFloat32) buffer.rounding = state.rounding;
+  if (!read_beside(param, objects.states[k], states_[k], view) || !same_shape(view, param)) return false;
+  Buffer& buffer = desc.states[k] = buffer_of(view);
   buffer.is_signed = state.is_signed;
-  if (scales == nullptr) return !buffer.is_blockwise();
-  if (!buffer.is_blockwise()) return false;
+  if (buffer.dtype != DType::kFloat32) buffer.rounding = state.rounding;
+  if (scales == nullptr) return is_float(buffer.dtype);
+  if (buffer.dtype != DType::kUInt8) return false;
+  if (!read_beside(param, scales, scales_[k], view) || !is_scales_of(view, param)) return false;
+  buffer.scales = static_cast<uint8_t*>(view.data);
   const int64_t row = row_of(param);
-  const int64_t blocks = row == 0 ? 0 : param.shape[0] * divided_up(row, kBlock);
-  if (!known_scales.still(scales, blocks)) {
-    if (!read_beside(param, scales, view) || !is_scales_of(view, param)) return false;
-    known_scales.remember(scales, view);
-  }
-  buffer.scales = static_cast<uint8_t*>(known_scales.buffer.data);
   desc.row = row % kBlock == 0 ? param.numel : row;  // rows of whole blocks lie like one long row
   return true;
 }
 
 bool Record::describe_factors(const ParamObjects& objects, const TensorView& param, TensorDesc& desc) {
+  TensorView rows, columns;
   for (int i = 0; i < 2; ++i) {
-    PyObject* object = objects.factors[i];
-    if (factors_[i].object && factors_[i].still(object, factors_[i].numel)) continue;
-    TensorView view;
-    if (!read_beside(param, object, view) || view.dtype != DType::kFloat32 || view.ndim < 1) return false;
-    factors_[i].remember(object, view);
-    (i == 0 ? row_count_ : column_count_) = view.shape[view.ndim - 1];
+    TensorView& view = i == 0 ? rows : columns;
+    if (!read_beside(param, objects.factors[i], factors_[i], view) || view.dtype != DType::kFloat32) return false;
   }
-  // As many matrices in the one as in the other, and in the parameter.
-  const int64_t matrices = row_count_ == 0 || column_count_ == 0 ? 0 : param.numel / (row_count_ * column_count_);
-  if (matrices * row_count_ * column_count_ != param.numel) return false;
-  if (param.numel > 0 && (factors_[0].numel != matrices * row_count_ || factors_[1].numel != matrices * column_count_))
-    return false;
-  desc.factors = {static_cast<float*>(factors_[0].buffer.data), static_cast<float*>(factors_[1].buffer.data),
-                  row_count_, column_count_};
+  if (!are_factors_of(rows, columns, param)) return false;
+  desc.factors = {static_cast<float*>(rows.data), static_cast<float*>(columns.data), rows.shape[rows.ndim - 1],
+                  columns.shape[columns.ndim - 1]};
   return true;
 }
 
@@ -132,24 +140,18 @@ bool Record::describe_master(const ParamGroup& group, PyObject* object, const Te
   if (group.master == Master::kNone || param.dtype == DType::kFloat32) return true;
   if (object == nullptr) return false;
   if (param.dtype != DType::kBFloat16 && group.master != Master::kFloat32) return false;
-  if (!master_.still(object, param.numel)) {
-    TensorView view;
-    if (!read_beside(param, object, view) || !same_shape(view, param)) return false;
-    if (!is_master_dtype(group.master, view.dtype)) return false;
-    master_.remember(object, view);
-  }
-  desc.master = master_.buffer;
+  TensorView view;
+  if (!read_beside(param, object, master_, view) || !same_shape(view, param)) return false;
+  if (!is_master_dtype(group.master, view.dtype)) return false;
+  desc.master = buffer_of(view);
   desc.master_format = group.master;
   return true;
 }
 
 bool Record::describe_step(PyObject* object, const TensorView& param, TensorDesc& desc) {
-  if (!step_.still(object, 1)) {
-    TensorView view;
-    if (!read_beside(param, object, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
-    step_.remember(object, view);
-  }
-  desc.step = static_cast<float*>(step_.buffer.data);
+  TensorView view;
+  if (!read_beside(param, object, step_, view) || view.dtype != DType::kFloat32 || view.numel != 1) return false;
+  desc.step = static_cast<float*>(view.data);
   return true;
 }
 
@@ -158,11 +160,11 @@ void Record::prefetch(size_t state_count) const {
   grad_.prefetch();
   step_.place.prefetch();
   for (size_t k = 0; k < state_count; ++k) states_[k].place.prefetch();
-  // Without these objects there is nothing at their places.
-  for (size_t k = 0; k < state_count && scales_[k].object; ++k) scales_[k].place.prefetch();
-  if (master_.object) master_.place.prefetch();
+  // Where nothing was read there is nothing to ask for.
+  for (size_t k = 0; k < state_count && scales_[k].place.object != nullptr; ++k) scales_[k].place.prefetch();
+  if (master_.place.object != nullptr) master_.place.prefetch();
   for (const Known& factor : factors_) {
-    if (factor.object) factor.place.prefetch();
+    if (factor.place.object != nullptr) factor.place.prefetch();
   }
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <memory>
 
 #include "core/tensors.h"
 #include "python/param_group.h"
@@ -12,15 +13,20 @@
 
 namespace fusedopt {
 
-// A tensor of a parameter's state as it was read some step ago.
-struct Known {
-  pybind11::object object;
-  Buffer buffer;
-  int64_t numel = 0;
-  Place place;
+// A tensor of a parameter's state. It is not kept alive: what an optimizer's state drops is freed at once.
+class Known {
+ public:
+  // As read_tensor. Where that takes long, the same object at the same memory is taken for what it was.
+  bool read(PyObject* object, TensorView& view);
 
-  bool still(PyObject* now, int64_t size) const;  // the same object, of that size, at the same memory
-  void remember(PyObject* now, const TensorView& view);
+  Place place;  // where it was read last
+
+ private:
+  struct Reading {
+    pybind11::weakref object;
+    TensorView view;
+  };
+  std::unique_ptr<Reading> last_;  // where reading takes long
 };
 
 // The parameter at one position of a param group.
@@ -33,6 +39,9 @@ class Record {
   // Asks for the memory of the Python objects that were read last time, of so many states.
   void prefetch(size_t state_count) const;
 
+  // Of the parameter that was read last; null if unknown.
+  const void* implementation() const { return implementation_; }
+
  private:
   bool describe_state(const StateSpec& state, const ParamObjects& objects, size_t k, const TensorView& param,
                       TensorDesc& desc);
@@ -43,8 +52,8 @@ class Record {
   Place param_, grad_;
   std::array<Known, kMaxStates> states_, scales_;
   Known master_, step_;
-  std::array<Known, 2> factors_;              // rows, columns
-  int64_t row_count_ = 0, column_count_ = 0;  // of one matrix, where there are factors
+  std::array<Known, 2> factors_;  // rows, columns
+  const void* implementation_ = nullptr;
 };
 
 }  // namespace fusedopt

@@ -46,10 +46,9 @@ void TensorTable::clear() {
   groups_.clear();
   lists_.tensors.clear();
   alive_.clear();
+  versions_.clear();
   is_sorted_ = true;
 }
-
-void TensorTable::forget() { records_.clear(); }
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                             const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
@@ -67,6 +66,7 @@ bool TensorTable::take(int group, int64_t position, const ParamObjects& objects,
   desc.first_index = first_index;
   desc.group = group;
   desc.position = position;
+  versions_.add(objects.param, record.implementation());
   return true;
 }
 
@@ -179,6 +179,7 @@ py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int thre
     const py::gil_scoped_release released;
     cpu::step(lists_.tensors, lists_.groups, threads, counts_health ? health.data() : nullptr);
   }
+  count_versions();
   py::dict found;
   for (size_t i = 0; i < health.size(); ++i) {
     py::dict counts;

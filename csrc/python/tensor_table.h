@@ -1,8 +1,7 @@
 // The tensors of one step, gathered from the optimizer's Python objects.
 //
 // Parameters, gradients and states may all have been replaced since the last step (FSDP2 and
-// load_state_dict do so), so everything is looked at anew. What is remembered of a state tensor is only
-// its dtype and size, and only while the very same object still points to the same memory (record.h).
+// load_state_dict do so), so everything is looked at anew, and nothing is kept alive between steps (record.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,6 +15,7 @@
 #include "python/param_objects.h"
 #include "python/read_tensor.h"
 #include "python/record.h"
+#include "python/versions.h"
 
 namespace fusedopt {
 
@@ -25,9 +25,6 @@ class TensorTable {
 
   // Starts a new step.
   void clear();
-
-  // Forgets every state tensor, so that none is kept alive that the optimizer has dropped.
-  void forget();
 
   // Adds the next param group. `config` names every hyperparameter of the rule; a missing or unknown name
   // raises. `roundings` holds a Rounding for each state, `rounding` is the parameters',
@@ -46,6 +43,9 @@ class TensorTable {
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
            pybind11::handle master, pybind11::handle step, int64_t first_index);
+
+  // Tells autograd that the parameters have been written. `step` does so itself.
+  void count_versions() { versions_.count(); }
 
   // Where the step's lists lie, in list order: a StepLists, for as long as nothing is added or cleared.
   uintptr_t batch(const std::vector<double>& grad_multipliers);
@@ -72,6 +72,7 @@ class TensorTable {
   Device device_;                             // where tensors must lie to be taken
   StepLists lists_;                           // its groups are filled by `list_groups`
   bool is_sorted_ = true;                     // the tensors, by group and position
+  Versions versions_;                         // the parameters'
   std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold
   std::vector<std::vector<Record>> records_;  // of each group, by position
 };

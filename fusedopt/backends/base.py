@@ -123,9 +123,6 @@ class Session(Protocol):
             If asked for, what was counted of each parameter on the way; else nothing.
         """
 
-    def forget(self) -> None:
-        """Drops what it remembers of state tensors."""
-
 
 class Backend(Protocol):
     """A way to take steps on some kind of tensors."""

@@ -48,9 +48,6 @@ class CpuSession:
             grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads(), counts_health=counts_health
         )
 
-    def forget(self) -> None:
-        self._table.forget()
-
 
 class CpuBackend:
     """See Backend."""

@@ -142,6 +142,7 @@ class DeviceSession:
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
             self.launch(device, stream, table, Scalars(grad_multipliers, lrs, on_device, norm))
+        table.count_versions()
         return norm
 
     def _entries(self) -> list[ParamStep]:
@@ -167,10 +168,6 @@ class DeviceSession:
                     )
                 )
         return entries
-
-    def forget(self) -> None:
-        for table in self._tables.values():
-            table.forget()
 
 
 @contextmanager

@@ -143,9 +143,6 @@ class EagerSession:
         self._entries = []
         return health
 
-    def forget(self) -> None:
-        self._entries = []
-
 
 class EagerBackend:
     """See Backend."""

@@ -25,6 +25,8 @@ def bind_torch(*, exchange: bool = True) -> None:
         is_neg=torch.Tensor.is_neg,
         data_ptr=torch.Tensor.data_ptr,
         exchange_api=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) if exchange else None,
+        probes=[torch.empty((1,) * dims, dtype=torch.float32, device="cpu") for dims in range(6)],
+        increment_version=torch._C._increment_version,
     )
 
 

@@ -128,10 +128,6 @@ class TritonSession(DeviceSession):
             scalars.norm,
         )
 
-    def forget(self) -> None:
-        super().forget()
-        self._plans.clear()
-
 
 class TritonBackend:
     """See Backend."""

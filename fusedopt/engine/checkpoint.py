@@ -80,6 +80,25 @@ def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held:
         checks.nonnegative(f"{where} state['step']", step)
 
 
+def _check_complete(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
+    """Raises ValueError if a saved state has some of what an optimizer saves, but not what this one needs.
+
+    Moments that begin at zero beside a step count that does not would be corrected for a bias that they do not have.
+    """
+    steps = float(held.get("step", 0))
+    found = [key for key in held if key not in _MASTER_DTYPES and (key != "step" or steps > 0)]
+    missing = [spec.name for spec in optimizer.states_of(group, param) if not spec.keys_in(held)]
+    if found and missing:
+        raise ValueError(
+            f"{where} has {_listed(found)} but lacks {_listed(missing)}, which {type(optimizer).__name__} needs: another "
+            "optimizer has saved it; load what this one has saved, or begin without a state dict"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(repr(name) for name in names)
+
+
 def _check_tensor(
     held: dict[str, Any], key: str, shape: torch.Size, dtypes: tuple[torch.dtype, ...], where: str
 ) -> None:
@@ -122,6 +141,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         held = {key: value for key, value in state[saved_id].items() if value is not None}
         held = optimizer.translated(group, param, held)
         check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
+        _check_complete(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
             held.setdefault("step", 1)  # some of torch's count no steps, but had a first one
         state[saved_id] = {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in held.items()}
@@ -153,7 +173,7 @@ def restore(optimizer: Contract) -> None:
                 slots = slots_of(spec, group, param, sharding.local(param))
                 targets += [(held, param, *pair) for pair in zip(slots, _converted(spec, slots, sources))]
             targets += _masters(group, param, held, kept)
-    requests = [Request(slot.shape, slot.dtype, sharding.local(param).device) for _, param, slot, _ in targets]
+    requests = [Request(slot.shape, slot.dtype, sharding.local(param).detach()) for _, param, slot, _ in targets]
     for (held, param, slot, source), tensor in zip(targets, allocate(requests)):
         tensor.copy_(source)
         is_step = slot.key == "step"

@@ -142,7 +142,8 @@ def step(optimizer: Contract) -> None:
     for index, group in enumerate(optimizer.param_groups):
         # _init_group is given empty lists: that is what torch.compile knows how to fill
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
-        keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3])
+        # torch.compile takes a group without parameters for a constant, and would hand over a copy
+        keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3]) if group["params"] else ""
         params += lists[0]
         grads += lists[1]
         states += lists[2]

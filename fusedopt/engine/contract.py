@@ -70,6 +70,10 @@ class Contract(Optimizer):
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
         return None
 
+    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        """Why sparse gradients cannot be stepped, as a sentence; None if they can, as zeros where they have no number."""
+        return "where a gradient has no number, moments would decay and move the parameter all the same"
+
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         """What a state begins with."""
         return 0.0

@@ -28,6 +28,11 @@ def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[fl
     return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
 
 
+def _dense(grad: Tensor) -> Tensor:
+    """A gradient with a number for every element; a sparse one may have several, which are added."""
+    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+
+
 class Member(NamedTuple):
     """A parameter's place: in the param groups, and in the GroupSteps. They sort as the param groups list them."""
 
@@ -53,10 +58,12 @@ class Gathered:
         self.groups = groups
         self.positions = positions
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._wrappers: list[Tensor] = []
+        self._fake: Tensor | None = None
 
     def begin(self) -> None:
         """Forgets the step before."""
-        self._copies = []
+        self._copies, self._wrappers, self._fake = [], [], None
         for session in self.sessions.values():
             session.begin(self.groups, self.positions)
 
@@ -88,6 +95,11 @@ class Gathered:
     ) -> None:
         """Hands a checked parameter to the first backend that takes it."""
         local = sharding.local(param)
+        if local is not param:
+            self._wrappers.append(param)
+        if sharding.is_fake(local):
+            self._fake = local
+            return
         settings = self.groups[member.part]
         kind = masters.kind_of(settings.master, param)
         master = None if kind is None else self._plain(sharding.local(held[masters.KEYS[kind]]))
@@ -122,7 +134,7 @@ class Gathered:
     @staticmethod
     def _gradient(grad: Tensor, param: Tensor) -> Tensor:
         """The gradient as plain numbers in memory, in a dtype that goes with the parameter's."""
-        grad = grad.detach()
+        grad = _dense(grad.detach())
         if not keeps_own_precision(param) and grad.dtype not in DTYPES.values():
             grad = grad.float()
         return grad.contiguous().resolve_neg().resolve_conj()
@@ -133,7 +145,7 @@ class Gathered:
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             sums = active[0].square_sums()
         else:  # list order runs across backends: the reference takes them all
-            parts = [square_sums(sharding.local(grad)).cpu() for grad in grads]
+            parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
             sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
         return float(pairwise_sum(sums).item())
 
@@ -149,8 +161,11 @@ class Gathered:
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
-            nothing has changed.
+            nothing has changed. Fake tensors have no numbers to change: nothing is done then.
         """
+        if self._fake is not None:
+            norm = self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
+            return {}, None if scaling.max_grad_norm is None else norm
         active = [session for session in self.sessions.values() if len(session) > 0]
         signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
         norm = None
@@ -170,3 +185,5 @@ class Gathered:
     def write_back(self) -> None:
         for tensor, copy in self._copies:
             tensor.copy_(copy)
+        if self._wrappers:  # autograd counts their versions apart from those of what they wrap
+            torch.autograd.graph.increment_version(self._wrappers)

@@ -46,10 +46,11 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
     grad = param.grad
     if param.device.type == "meta":
         raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
-    if grad.layout != torch.strided:
+    reason = None if grad.layout == torch.strided else optimizer.sparse_refusal(group)
+    if reason is not None or grad.layout not in (torch.strided, torch.sparse_coo):
         raise ValueError(
-            f"{where} has a gradient of layout {grad.layout}; "
-            "use sparse=False or one of the sparse optimizers of torch.optim"
+            f"{where} has a gradient of layout {grad.layout}, which cannot be stepped"
+            f"{'' if reason is None else ': ' + reason}; use sparse=False or one of the sparse optimizers of torch.optim"
         )
     if grad.shape != param.shape:
         raise ValueError(
@@ -59,7 +60,7 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
         raise ValueError(
             f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
         )
-    reason = sharding.refusal(param, max_grad_norm)
+    reason = sharding.refusal(param, max_grad_norm) or sharding.wrapper_refusal(param, grad)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
     refusals = [
@@ -99,7 +100,7 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         slot = masters.slot_of(group, param, sharding.local(param))
         if slot is not None and slot.key not in held:
             wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
-    tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).device) for p, s, _ in wanted)
+    tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).detach()) for p, s, _ in wanted)
     for (param, slot, first), tensor in zip(wanted, tensors):
         if first is not None:
             _begin(tensor, first)

@@ -304,5 +304,3 @@ class FusedOptimizer(Contract):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         checkpoint.restore(self)
-        for session in self.__dict__.get("_session_cache", {}).values():
-            session.forget()

@@ -1,4 +1,4 @@
-"""What is held here of a parameter: a plain tensor wholly, a DTensor its local shard."""
+"""What is held here of a parameter: a plain tensor wholly, a DTensor its local shard, a fake tensor only its shape."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..storage.allocation import is_plain
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -17,6 +20,29 @@ def is_dtensor(tensor: Tensor) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether less of it may be held here than there is of it."""
     return is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements)  # type: ignore[attr-defined]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape, a dtype and a device, but no memory, as torch's own estimators of memory make them."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def wrapper_refusal(param: Tensor, grad: Tensor) -> str | None:
+    """Why a parameter or its gradient whose class wraps other tensors cannot be stepped, as a sentence; None if it can."""
+    held = local(param)
+    if is_fake(held):
+        return None
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and any(isinstance(mode, fake.FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+        return "it is real and FakeTensorMode is on, under which its state would not be; make it in that mode, or step outside"
+    for what, tensor in (("it", held), ("its gradient", local(grad))):
+        if not is_plain(tensor):
+            return (
+                f"{what} is a {type(tensor).__name__}, whose numbers only its own operators can reach; "
+                "use an optimizer of torch.optim, which calls them"
+            )
+    return None
 
 
 def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
@@ -34,8 +60,13 @@ def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is held here, sharing its memory."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    """The part of a tensor that is held here, sharing its memory; waits for one that a collective still writes."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return tensor.wait() if module is not None and isinstance(tensor, module.AsyncCollectiveTensor) else tensor
 
 
 def first_index(param: Tensor) -> int:

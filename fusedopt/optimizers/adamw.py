@@ -156,3 +156,6 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             **options,
         )
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "decoupled_weight_decay": True}  # whatever saved it: the class says so

@@ -81,6 +81,11 @@ class SGD(FusedOptimizer):
                 f"dampening={group['dampening']!r}; pass for example momentum=0.9, dampening=0"
             )
 
+    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        if group["weight_decay"] == 0:
+            return None
+        return f"weight_decay={group['weight_decay']!r} would decay all of the parameter, not what the gradient touches"
+
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         return self.STATES if group["momentum"] else ()
 

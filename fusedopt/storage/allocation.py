@@ -18,7 +18,12 @@ class Request:
 
     shape: torch.Size
     dtype: torch.dtype
-    device: torch.device
+    like: Tensor  # is to lie where this one does
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in its memory: operators do not go to a `__torch_dispatch__` of its class."""
+    return type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 _SLAB_BYTES = 1 << 25  # a slab's size; large enough for huge pages to matter
@@ -38,8 +43,8 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
     pooled: dict[torch.dtype, list[int]] = {}
     for i, request in enumerate(requests):
         size = request.shape.numel() * request.dtype.itemsize
-        if request.device.type != "cpu":
-            tensors[i] = torch.zeros(request.shape, dtype=request.dtype, device=request.device)
+        if request.like.device.type != "cpu" or not is_plain(request.like):
+            tensors[i] = request.like.new_zeros(request.shape, dtype=request.dtype, device=request.like.device)
         elif size > _POOLED_BYTES:
             tensors[i] = _zeroed(request.shape, request.dtype)
         else:

@@ -1,0 +1,75 @@
+"""State that is cleared or moved between steps is freed at once, and steps go on from what is there.
+
+Reports: modelscope/ms-swift#7821 and NVIDIA/Megatron-LM#3112: reinforcement learning moves optimizer state off the device
+for every round of generation, and memory that something else refers to is not freed.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, assert_same_run, make_params, train
+from torch import Tensor
+
+import fusedopt
+from fusedopt.backends.table import bind_torch
+
+SHAPES = [(64, 128), (70,), ()]
+
+
+@pytest.fixture(params=[True, False], ids=["table", "attributes"], autouse=True)
+def exchange(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors are read through DLPack's table, and by asking their Python objects, as with older torch."""
+    bind_torch(exchange=request.param)
+    yield
+    bind_torch()
+
+
+def made(case: Case, backend: str) -> fusedopt.FusedOptimizer:
+    params = make_params(SHAPES, torch.bfloat16)
+    return case.ours(params, **case.kwargs, state_dtype="8bit", master_weights="split24", backend=backend)
+
+
+def weak(optimizer: torch.optim.Optimizer) -> list[weakref.ref[Tensor]]:
+    return [weakref.ref(value) for held in optimizer.state.values() for value in held.values()]
+
+
+@pytest.fixture(params=["cpu", "eager", "cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param in ("cuda", "triton"):
+        request.getfixturevalue({"cuda": "emulated", "triton": "interpreted"}[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_nothing_keeps_what_was_cleared(case: Case, backend: str) -> None:
+    optimizer = train(made(case, backend), 2)
+    tensors = weak(optimizer)
+    assert tensors
+    optimizer.state.clear()
+    assert all(tensor() is None for tensor in tensors)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_nothing_keeps_what_was_replaced_and_steps_go_on(case: Case, backend: str) -> None:
+    optimizer = train(made(case, backend), 2)
+    expected = train(copy.deepcopy(optimizer), 2, first=2)
+    tensors = weak(optimizer)
+    for held in optimizer.state.values():
+        for key in held:
+            held[key] = held[key].clone()
+    assert all(tensor() is None for tensor in tensors)
+    assert_same_run(train(optimizer, 2, first=2), expected)
+
+
+def test_state_whose_data_is_rebound_is_read_anew() -> None:
+    optimizer = train(made(CASES[0], "cpu"), 2)
+    expected = train(copy.deepcopy(optimizer), 2, first=2)
+    for held in optimizer.state.values():
+        for value in held.values():
+            value.data = value.data.clone()
+    assert_same_run(train(optimizer, 2, first=2), expected)
