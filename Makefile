@@ -39,9 +39,22 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch numpy
 	@touch $@
 
+# What one of the package's extras requires. Apart from the package, because make -j compiles that meanwhile.
+EXTRAS := demo test bench docs dev
+$(EXTRAS:%=$(VENV)/.requirements-%): $(VENV)/.requirements-%: tools/requirements.py pyproject.toml constraints.txt | $(VENV)/.torch
+	$(BIN)/python $< $* > $@.txt
+	$(PIP) --requirement $@.txt
+	@touch $@
+
+WHEEL := build/wheel/.built
+$(WHEEL): $(SOURCES) | $(VENV)/.torch
+	rm -rf $(@D)
+	$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(@D) .
+	@touch $@
+
 # The package with one of its extras; dev has test, bench and docs in it.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
-	$(PIP) ".[$*]"
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.requirements-% $(WHEEL)
+	$(PIP) --no-deps --force-reinstall $(dir $(WHEEL))*.whl
 	@touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.bench $(VENV)/.docs)
 
 demo: $(VENV)/.demo

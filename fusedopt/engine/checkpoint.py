@@ -80,7 +80,9 @@ def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held:
         checks.nonnegative(f"{where} state['step']", step)
 
 
-def _check_complete(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
+def _check_complete(
+    optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str
+) -> None:
     """Raises ValueError if a saved state has some of what an optimizer saves, but not what this one needs.
 
     Moments that begin at zero beside a step count that does not would be corrected for a bias that they do not have.
@@ -90,8 +92,8 @@ def _check_complete(optimizer: Contract, group: dict[str, Any], param: Tensor, h
     missing = [spec.name for spec in optimizer.states_of(group, param) if not spec.keys_in(held)]
     if found and missing:
         raise ValueError(
-            f"{where} has {_listed(found)} but lacks {_listed(missing)}, which {type(optimizer).__name__} needs: another "
-            "optimizer has saved it; load what this one has saved, or begin without a state dict"
+            f"{where} has {_listed(found)} but lacks {_listed(missing)}, which {type(optimizer).__name__} needs: "
+            "another optimizer has saved it; load what this one has saved, or begin without a state dict"
         )
 
 

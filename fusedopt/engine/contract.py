@@ -71,7 +71,7 @@ class Contract(Optimizer):
         return None
 
     def sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        """Why sparse gradients cannot be stepped, as a sentence; None if they can, as zeros where they have no number."""
+        """Why sparse gradients cannot be stepped, as a sentence; None if where they have no number it is 0."""
         return "where a gradient has no number, moments would decay and move the parameter all the same"
 
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:

@@ -164,8 +164,9 @@ class Gathered:
             nothing has changed. Fake tensors have no numbers to change: nothing is done then.
         """
         if self._fake is not None:
-            norm = self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
-            return {}, None if scaling.max_grad_norm is None else norm
+            if scaling.max_grad_norm is None:
+                return {}, None
+            return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
         norm = None

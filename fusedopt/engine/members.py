@@ -50,7 +50,8 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
     if reason is not None or grad.layout not in (torch.strided, torch.sparse_coo):
         raise ValueError(
             f"{where} has a gradient of layout {grad.layout}, which cannot be stepped"
-            f"{'' if reason is None else ': ' + reason}; use sparse=False or one of the sparse optimizers of torch.optim"
+            f"{'' if reason is None else ': ' + reason}; "
+            "use sparse=False or one of the sparse optimizers of torch.optim"
         )
     if grad.shape != param.shape:
         raise ValueError(

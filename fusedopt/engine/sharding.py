@@ -29,13 +29,13 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def wrapper_refusal(param: Tensor, grad: Tensor) -> str | None:
-    """Why a parameter or its gradient whose class wraps other tensors cannot be stepped, as a sentence; None if it can."""
+    """Why tensors whose class wraps others cannot be stepped, as a sentence; None if they can, or wrap nothing."""
     held = local(param)
     if is_fake(held):
         return None
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if fake is not None and any(isinstance(mode, fake.FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-        return "it is real and FakeTensorMode is on, under which its state would not be; make it in that mode, or step outside"
+        return "it is real, and its state would not be while FakeTensorMode is on; step it outside of that mode"
     for what, tensor in (("it", held), ("its gradient", local(grad))):
         if not is_plain(tensor):
             return (

@@ -1,7 +1,7 @@
 """State dicts of other optimizers: what decides stays with the class, and half a state is no state.
 
-Reports: pytorch/pytorch#144972 (AdamW and the state dicts of what it is derived from), HRNet/HRNet-Semantic-Segmentation#252
-(a state that is not this optimizer's steps wrongly after resuming).
+Reports: pytorch/pytorch#144972 (AdamW and the state dicts of what it is derived from), and
+HRNet/HRNet-Semantic-Segmentation#252 (a state that is not this optimizer's steps wrongly after resuming).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_a_state_is_loaded_whole_or_refused(source: str, target: str) -> None:
         for param, held in zip(taker.param_groups[0]["params"], saved["state"].values()):
             assert all(torch.equal(taker.state[param][name], held[name]) for name in needed)
         return
-    with pytest.raises(ValueError, match="lacks|betas|alpha") as error:  # or a setting that does not fit either
+    with pytest.raises(ValueError, match=r"lacks|betas|alpha") as error:  # or a setting that does not fit either
         taker.load_state_dict(saved)
     if "lacks" in str(error.value):
         assert all(repr(name) in str(error.value) for name in missing)
@@ -58,9 +58,7 @@ def test_a_state_is_loaded_whole_or_refused(source: str, target: str) -> None:
 def test_decoupled_weight_decay_stays_with_the_class(source: type[torch.optim.Optimizer], amsgrad: bool) -> None:
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.5, "amsgrad": amsgrad}
     saved = train(source(make_params(SHAPES, torch.float32), **options), 3)
-    ours, theirs = (
-        cls(make_params(SHAPES, torch.float32), **options) for cls in (fusedopt.AdamW, torch.optim.AdamW)
-    )
+    ours, theirs = (cls(make_params(SHAPES, torch.float32), **options) for cls in (fusedopt.AdamW, torch.optim.AdamW))
     ours.load_state_dict(saved.state_dict())
     assert ours.param_groups[0]["decoupled_weight_decay"] is True
     kept = fusedopt.AdamW(make_params(SHAPES, torch.float32), **options)

@@ -63,5 +63,7 @@ def test_the_others_say_so_before_anything_moves(case: Case) -> None:
         if case.is_torchs:
             with pytest.raises(RuntimeError, match="sparse"):
                 trained(case.theirs, kwargs)
-    with pytest.raises(ValueError, match=r"gradient of layout torch\.sparse_coo, which cannot be stepped: .*sparse=False"):
+    with pytest.raises(
+        ValueError, match=r"gradient of layout torch\.sparse_coo, which cannot be stepped: .*sparse=False"
+    ):
         trained(case.ours, kwargs)

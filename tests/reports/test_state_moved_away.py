@@ -1,7 +1,7 @@
 """State that is cleared or moved between steps is freed at once, and steps go on from what is there.
 
-Reports: modelscope/ms-swift#7821 and NVIDIA/Megatron-LM#3112: reinforcement learning moves optimizer state off the device
-for every round of generation, and memory that something else refers to is not freed.
+Reports: modelscope/ms-swift#7821 and NVIDIA/Megatron-LM#3112: reinforcement learning moves optimizer state off the
+device for every round of generation, and memory that something else refers to is not freed.
 """
 
 from __future__ import annotations

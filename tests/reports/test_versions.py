@@ -56,9 +56,7 @@ def test_a_graph_that_saved_a_parameter_cannot_be_differentiated_after_a_step(ca
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_parameter_that_is_stepped_counts_and_no_other(
-    dtype: torch.dtype, backend: str, exchange: bool
-) -> None:
+def test_every_parameter_that_is_stepped_counts_and_no_other(dtype: torch.dtype, backend: str, exchange: bool) -> None:
     if dtype == torch.float64 and backend != "eager":
         pytest.skip("the reference path steps it")
     params = make_params(SHAPES, dtype)
