@@ -19,7 +19,7 @@ from .sharding import local
 
 def _members(optimizer: Contract) -> Iterator[tuple[dict[str, Any], Tensor]]:
     for group in optimizer.param_groups:
-        for param in group["params"]:
+        for param in dict.fromkeys(group["params"]):  # once, however often it is listed
             yield group, param
 
 
