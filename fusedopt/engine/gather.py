@@ -153,9 +153,8 @@ class Gathered:
         """
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
-            counted, norm = active[0].step_scaled(
-                self._signs(), scaling, counts_health=counts_health
-            )  # waits for nothing
+            # This waits for nothing.
+            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, grads)
         return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
