@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import checks
 
@@ -23,7 +25,17 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+# The weights of these are matrices, and those of an Embedding a table, whatever the module is called.
+_MATRICES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _LISTS = (nn.ModuleList, nn.Sequential)
+
+# The parts of a name, split where letters end and where a word in CamelCase begins: LlamaRMSNorm is Llama, RMS, Norm.
+_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_BIAS = re.compile(r"[a-z]*bias(es)?")  # qbias
+# layernorm, norms, normalization; not normal, normalized, which say what something is, nor what undoes a norm
+_NORM = re.compile(r"(?!denorm|unnorm)[a-z]*norm(s|ali[sz]ation|ali[sz]er?)?|ln|bn|gn|grn")
+# A class called LayerNormLinear is a Linear; one called ConvNorm is a norm.
+_MATRIX = re.compile(r"linear|mlp|conv|attention|embedding|rnn|lstm|gru|cell")
 _SHOWN = 8
 
 
@@ -47,16 +59,29 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sorts the parameters of a model into param groups, for any optimizer of torch or of this package.
 
-    There are two groups: what decays, with ``weight_decay``, and what does not, with 0. These do not decay:
+    There are two groups: what decays, with ``weight_decay``, and what does not, with 0. Names are read by their parts:
+    they are split at underscores, dots and digits, and names of classes at capitals, too. These do not decay:
 
-    - the parameters that a normalisation module holds itself: torch's LayerNorm, RMSNorm, GroupNorm, BatchNorm and
-      InstanceNorm, and every module whose class, or whose own name in the model, contains "norm" in any case.
-      What modules inside of it hold is judged by their own class and name: a block called ``norm_attn_norm`` or
-      ``PreNorm`` is mostly matrices.
-    - every parameter whose own name ends with "bias";
+    - the parameters that a normalization holds itself. It is one of torch's (LayerNorm, RMSNorm, GroupNorm,
+      BatchNorm, InstanceNorm), or a module whose class, or whose own name in the model, has a part such as "norm",
+      "layernorm", "normalization", "ln" or "bn": ``LlamaRMSNorm``, ``post_attention_layernorm``, ``ln_1``. Parts such
+      as "normal" and "denorm" do not say so. What modules inside of it hold is judged by their own class and name: a
+      block called ``norm_attn_norm`` or ``PreNorm`` is mostly matrices. The weights of torch's Linear, convolutions,
+      RNNs and MultiheadAttention decay whatever the module is called, and those of a class called ``LayerNormLinear``.
+    - every parameter whose own name has a part "bias" (``bias_ih_l0``, ``in_proj_bias``, ``q_bias``,
+      ``relative_position_bias_table``) or one that says norm (``norm_weight``).
+    - what a module other than a Linear or convolution holds itself, if its own name in the model has a part "bias":
+      T5's ``relative_attention_bias``, an Embedding, is a table of biases.
     - every parameter whose full name contains one of the strings of ``no_decay``.
 
-    An Embedding is none of these: it decays unless ``no_decay`` names it.
+    An Embedding is none of these otherwise: it decays unless ``no_decay`` names it. So do other parameters of one
+    dimension, such as the scale of a layer, and both parameters of a weight norm, the magnitude being the size of the
+    weight. A parameter in a ParameterList or under a parametrization goes by the name that it has in the module that
+    holds the list or is parametrized.
+
+    transformers' Trainer leaves out torch's LayerNorm, what has "bias", "layernorm" or "rmsnorm" anywhere in its full
+    name, and modules called "norm" or "..._norm"; it lets norms of other names decay, such as BatchNorm called ``bn1``
+    or ``norm1``. timm leaves out whatever has one dimension, a name that ends with ".bias", and what the model lists.
 
     Parameters with requires_grad=False are left out. A shared (tied) parameter appears once, under its first name,
     and does not decay if any of its names or modules says so. Empty groups are left out.
@@ -118,18 +143,61 @@ def _parameters(model: nn.Module) -> list[_Parameter]:
     """Every parameter once, in the order of ``model.named_parameters()``, frozen ones too."""
     found: dict[nn.Parameter, _Parameter] = {}
     # Duplicates are wanted: each further name of a shared parameter may be the one that says "no decay".
-    for path, module in model.named_modules(remove_duplicate=False):
-        is_norm = _is_norm(path, module)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        holder, own_name, given = _holder(modules, path)
         for name, value in module.named_parameters(recurse=False, remove_duplicate=False):
             param = found.setdefault(value, _Parameter(value))
             param.names.append(f"{path}.{name}" if path else name)
-            param.decays = param.decays and not (is_norm or name.endswith("bias"))
+            param.decays = param.decays and not _is_bias_or_norm(holder, own_name, f"{given}.{name}")
     return list(found.values())
 
 
-def _is_norm(path: str, module: nn.Module) -> bool:
-    own_name = path.rpartition(".")[2]
-    return isinstance(module, _NORMS) or "norm" in type(module).__name__.lower() or "norm" in own_name.lower()
+def _holder(modules: dict[str, nn.Module], path: str) -> tuple[nn.Module, str, str]:
+    """The module that the parameters of the one at `path` belong to, its own name, and theirs in there if it has one.
+
+    A parametrization and a ParameterList are modules themselves, in which parameters have names such as "original".
+    """
+    module, given = modules[path], ""
+    parent, _, name = f".{path}".rpartition(".")
+    if isinstance(module, ParametrizationList) and parent.endswith(".parametrizations"):
+        path, given = parent[1:].removesuffix("parametrizations").removesuffix("."), name
+    elif isinstance(module, (nn.ParameterList, nn.ParameterDict)) and path:
+        path, given = parent[1:], name
+    parent, _, name = f".{path}".rpartition(".")
+    if path and isinstance(modules[parent[1:]], nn.ModuleList):  # norms.0 has no name of its own but its list's
+        name = parent.rpartition(".")[2]
+    return modules[path], name, given
+
+
+def _is_bias_or_norm(module: nn.Module, own_name: str, name: str) -> bool:
+    """Whether the parameter of that name, which a module holds itself, is a bias or belongs to a norm."""
+    if isinstance(module, _NORMS) or _has(_BIAS, name) or _says_norm(name):
+        return True
+    if isinstance(module, _MATRICES):
+        return False
+    if isinstance(module, nn.Embedding):
+        return _has(_BIAS, own_name)
+    class_name = type(module).__name__
+    if _has(_NORM, class_name):
+        return _says_norm(class_name)
+    return _has(_NORM, own_name) or _has(_BIAS, own_name)
+
+
+def _parts(name: str) -> list[str]:
+    return [part.lower() for part in _PART.findall(name)]
+
+
+def _has(word: re.Pattern[str], name: str) -> bool:
+    return any(word.fullmatch(part) for part in _parts(name))
+
+
+def _says_norm(name: str) -> bool:
+    """Whether a name has a part that says norm, and none behind it that says matrix."""
+    said = False
+    for part in _parts(name):
+        said = _NORM.fullmatch(part) is not None or (said and _MATRIX.fullmatch(part) is None)
+    return said
 
 
 def _apply_no_decay(params: list[_Parameter], no_decay: Any) -> None:

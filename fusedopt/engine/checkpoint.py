@@ -140,7 +140,8 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for saved_id, (group, param) in zip(ids, members):
         if saved_id not in state:
             continue
-        held = {key: value for key, value in state[saved_id].items() if value is not None}
+        # Not from `state`, in which a parameter that is listed twice is wrapped already.
+        held = {key: value for key, value in state_dict["state"][saved_id].items() if value is not None}
         held = optimizer.translated(group, param, held)
         check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         _check_complete(optimizer, group, param, held, f"state_dict: parameter {saved_id}")

@@ -168,20 +168,40 @@ class Gathered:
                 return {}, None
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
-        signs = [-1.0 if group.maximize else 1.0 for group in self.groups]
-        norm = None
         if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
-            counted, norm = active[0].step_scaled(signs, scaling, counts_health=counts_health)  # waits for nothing
-            found = [counted]
-        else:
-            if scaling.found_inf is not None and scaling.found_inf.item():
-                return {}, None
-            multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
-            if scaling.max_grad_norm is not None:
-                multiplier, value = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
-                norm = torch.tensor(value, dtype=torch.float32, device="cpu")
-            found = [session.step([s * multiplier for s in signs], counts_health=counts_health) for session in active]
-        return {self.member(*place)[:2]: counts for part in found for place, counts in part.items()}, norm
+            # This waits for nothing.
+            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)
+            return self._by_member(counted), norm
+        multiplier, norm = self.multiplier(scaling, grads)
+        return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
+
+    def multiplier(self, scaling: Scaling, grads: Iterable[Tensor]) -> tuple[float | None, Tensor | None]:
+        """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices.
+
+        None, and nothing is to be stepped, if gradients were found not to be finite.
+        """
+        if scaling.found_inf is not None and scaling.found_inf.item():
+            return None, None
+        multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
+        if scaling.max_grad_norm is None:
+            return multiplier, None
+        multiplier, norm = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
+        return multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+
+    def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
+        """Steps everything, gradients times a number; returns what was counted."""
+        found: Health = {}
+        for session in self.sessions.values():
+            if len(session) > 0:
+                multipliers = [sign * multiplier for sign in self._signs()]
+                found |= self._by_member(session.step(multipliers, counts_health=counts_health))
+        return found
+
+    def _signs(self) -> list[float]:
+        return [-1.0 if group.maximize else 1.0 for group in self.groups]
+
+    def _by_member(self, counted: Health) -> Health:
+        return {self.member(*place)[:2]: counts for place, counts in counted.items()}
 
     def write_back(self) -> None:
         for tensor, copy in self._copies:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,49 @@ from . import checkpoint, reports, sharding
 from .contract import Contract
 
 
-def parts(optimizer: Contract) -> tuple[list[GroupStep], list[list[int] | None]]:
-    """A step's settings by param group and layout, and which of the group's parameters each is for; None for all."""
+def parts(
+    optimizer: Contract, listed: Sequence[list[int]] | None = None
+) -> tuple[list[GroupStep], list[list[int] | None]]:
+    """A step's settings by param group and layout, and which of the group's parameters each is for; None for all.
+
+    `listed` has the positions of those that are to be stepped, by param group; without it they all are.
+    """
     groups: list[GroupStep] = []
     positions: list[list[int] | None] = []
     for index, group in enumerate(optimizer.param_groups):
         layouts = optimizer.layouts(group)
         groups += [optimizer.group_step(group, layout, index) for layout in layouts]
         if len(layouts) == 1:  # nothing is asked of each parameter then
-            positions.append(None)
+            positions.append(None if listed is None else listed[index])
         else:
             found: dict[str, list[int]] = {layout: [] for layout in layouts}
             layout_of = optimizer.layout_of  # looked up once: there may be thousands of parameters
-            for i, param in enumerate(group["params"]):
-                found[layout_of(group, param)].append(i)
+            params = group["params"]
+            for i in range(len(params)) if listed is None else listed[index]:
+                found[layout_of(group, params[i])].append(i)
             positions += found.values()
     return groups, positions
+
+
+def rounds(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """Positions by round and param group: round k has the k-th listing of each parameter, and the first has them all.
+
+    A group that lists a parameter twice steps it twice, as in torch, and backends step what they are given at once.
+    """
+    found: list[list[list[int]]] = []
+    for index, group in enumerate(param_groups):
+        times: dict[Tensor, int] = {}
+        for position, param in enumerate(group["params"]):
+            times[param] = times.get(param, 0) + 1
+            if times[param] > len(found):
+                found.append([[] for _ in param_groups])
+            found[times[param] - 1][index].append(position)
+    return found
+
+
+def repeats(param_groups: list[dict[str, Any]]) -> bool:
+    """Whether a group lists a parameter more than once."""
+    return any(len(set(group["params"])) < len(group["params"]) for group in param_groups)
 
 
 def check_param(optimizer: Contract, group_index: int, position: int, max_grad_norm: float | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import BACKENDS, Scaling, Session
-from ..backends.base import REFERENCES
+from ..backends.base import REFERENCES, Health
 from . import checkpoint, compiled, members, reports
 from .contract import Contract
 from .gather import Gathered
@@ -62,6 +62,7 @@ class FusedOptimizer(Contract):
 
     _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
     _health: reports.HealthRecord | None = None
+    _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,12 +140,8 @@ class FusedOptimizer(Contract):
                     warnings.warn(f"param group key {key!r} is not used; did you mean {near[0]!r}?", stacklevel=3)
             checked = self.checked_group({**self.defaults, **param_group})
             param_group.update({key: checked[key] for key in self.defaults})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="optimizer contains a parameter group with duplicate")
-            try:
-                super().add_param_group(param_group)
-            except UserWarning:
-                raise ValueError("params lists a parameter more than once in one group; list each once") from None
+        super().add_param_group(param_group)
+        self._repeats = members.repeats(self.param_groups)
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -165,7 +162,7 @@ class FusedOptimizer(Contract):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None:
+        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and not self._repeats:
             compiled.step(self)
         else:
             self._take_step()
@@ -182,10 +179,7 @@ class FusedOptimizer(Contract):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
         try:
-            gathered = self._gather()
-            grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-            counts, norm = gathered.step(scaling, grads, counts_health=self._health is not None)
-            gathered.write_back()
+            counts, norm = self._step_in_rounds(scaling) if self._repeats else self._step_at_once(scaling)
             if norm is not None:
                 self.last_grad_norm = norm
             if self._health is not None:
@@ -194,16 +188,42 @@ class FusedOptimizer(Contract):
             for session in self._sessions().values():
                 session.begin((), ())
 
+    def _step_at_once(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
+        gathered = self._gather()
+        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        found = gathered.step(scaling, grads, counts_health=self._health is not None)
+        gathered.write_back()
+        return found
+
+    def _step_in_rounds(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
+        """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
+        counts: Health = {}
+        multiplier, norm = None, None
+        for number, listed in enumerate(members.rounds(self.param_groups)):
+            gathered = self._gather(listed)
+            if number == 0:
+                firsts = ((group["params"][i] for i in places) for group, places in zip(self.param_groups, listed))
+                grads = (p.grad for params in firsts for p in params if p.grad is not None)
+                multiplier, norm = gathered.multiplier(scaling, grads)
+            if multiplier is None:
+                break
+            counts |= gathered.step_times(multiplier, counts_health=self._health is not None)
+            gathered.write_back()
+        return counts, norm
+
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
             self._session_cache = {name: backend.session() for name, backend in BACKENDS.items()}
         return self._session_cache
 
-    def _gather(self) -> Gathered:
-        """Everything that this step touches, checked. Makes missing state; changes nothing else."""
+    def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
+        """Everything that this step touches, or what is at these positions of each group, checked.
+
+        Makes missing state; changes nothing else.
+        """
         max_grad_norm = self.common_max_grad_norm()
-        gathered = Gathered(self._sessions(), *members.parts(self))
+        gathered = Gathered(self._sessions(), *members.parts(self, listed))
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
@@ -303,4 +323,5 @@ class FusedOptimizer(Contract):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._repeats = members.repeats(self.param_groups)
         checkpoint.restore(self)

@@ -19,7 +19,7 @@ from .sharding import local
 
 def _members(optimizer: Contract) -> Iterator[tuple[dict[str, Any], Tensor]]:
     for group in optimizer.param_groups:
-        for param in group["params"]:
+        for param in dict.fromkeys(group["params"]):  # once, however often it is listed
             yield group, param
 
 
@@ -168,6 +168,26 @@ _MEANINGS = {
 }
 
 
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class NonfiniteGradient:
+    """A parameter whose gradient was inf or NaN in some steps.
+
+    Attributes:
+        where: Its name, or "parameter 3 of group 0".
+        elements: How many elements of it were, over all steps.
+        steps: In how many steps some were.
+        first_step: The first of these steps, of those that are counted, from 1.
+    """
+
+    where: str
+    elements: int
+    steps: int
+    first_step: int
+
+
 @dataclass(frozen=True)
 class HealthReport:
     """Counts over some steps.
@@ -182,12 +202,15 @@ class HealthReport:
         elements: Elements stepped, over all steps.
         totals: Each count over all parameters.
         by_parameter: Each parameter's counts, by name or "group.position".
+        nonfinite: Whose gradients were inf or NaN, those that were so first before the others, and of a step those with
+            the most elements. If all of them became so in one step, the loss was not finite.
     """
 
     steps: int
     elements: int
     totals: dict[str, int]
     by_parameter: dict[str, dict[str, int]]
+    nonfinite: tuple[NonfiniteGradient, ...] = ()
 
     def __str__(self) -> str:
         of = {"saturated_codes": self.totals["codes"], "nonfinite_blocks": max(1, -(-self.totals["codes"] // 64))}
@@ -195,7 +218,14 @@ class HealthReport:
         for name, meaning in _MEANINGS.items():
             share = self.totals[name] / max(1, of.get(name, self.elements))
             rows.append([meaning, f"{self.totals[name]:,}", f"{share:.2%}"])
-        return f"{self.steps} steps, {self.elements:,} elements\n" + _table(["", "count", "share"], rows)
+        text = f"{self.steps} steps, {self.elements:,} elements\n" + _table(["", "count", "share"], rows)
+        if self.nonfinite:
+            head = ["gradients that were inf or NaN", "elements", "steps", "first in step"]
+            found = [[f.where, f"{f.elements:,}", f"{f.steps:,}", f"{f.first_step:,}"] for f in self.nonfinite[:_SHOWN]]
+            text += "\n\n" + _table(head, found)
+            if len(self.nonfinite) > _SHOWN:
+                text += f"\nand {len(self.nonfinite) - _SHOWN:,} more parameters, in `nonfinite` of the report"
+        return text
 
 
 @dataclass
@@ -206,6 +236,7 @@ class HealthRecord:
     steps: int = 0
     elements: int = 0
     counts: Health = field(default_factory=dict)
+    nonfinite: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # the first step, and how many
 
     def add(self, counted: Health) -> None:
         self.steps += 1
@@ -214,12 +245,26 @@ class HealthRecord:
             total = self.counts.setdefault(key, dict.fromkeys(counts, 0))
             for name, number in counts.items():
                 total[name] += number
+            if counts["nonfinite_grads"]:
+                first, steps = self.nonfinite.get(key, (self.steps, 0))
+                self.nonfinite[key] = (first, steps + 1)
 
     def report(self) -> HealthReport:
         totals = {name: sum(counts[name] for counts in self.counts.values()) for name in HEALTH_COUNTS}
         by_parameter = {self._label(*key): dict(counts) for key, counts in self.counts.items()}
-        return HealthReport(self.steps, self.elements, totals, by_parameter)
+        found = [
+            NonfiniteGradient(self._where(*key), self.counts[key]["nonfinite_grads"], steps, first)
+            for key, (first, steps) in sorted(self.nonfinite.items())
+        ]
+        found.sort(key=lambda gradient: (gradient.first_step, -gradient.elements))  # stable: then as they are listed
+        return HealthReport(self.steps, self.elements, totals, by_parameter, tuple(found))
+
+    def _name(self, group: int, position: int) -> str | None:
+        names = self.optimizer.param_groups[group].get("param_names")
+        return names[position] if names else None
+
+    def _where(self, group: int, position: int) -> str:
+        return self._name(group, position) or f"parameter {position} of group {group}"
 
     def _label(self, group: int, position: int) -> str:
-        names = self.optimizer.param_groups[group].get("param_names")
-        return names[position] if names else f"{group}.{position}"
+        return self._name(group, position) or f"{group}.{position}"

@@ -130,7 +130,7 @@ def test_norms_do_not_decay(module: nn.Module) -> None:
 
 
 def test_a_norm_by_its_name_in_the_model() -> None:
-    assert split(Model(ln=Custom(), q_Norm=Custom())) == (["ln.weight"], ["q_Norm.weight"])
+    assert split(Model(scale=Custom(), q_Norm=Custom())) == (["scale.weight"], ["q_Norm.weight"])
 
 
 def test_what_a_block_named_after_its_norm_holds_decays() -> None:
@@ -138,14 +138,12 @@ def test_what_a_block_named_after_its_norm_holds_decays() -> None:
     assert split(model) == (["norm_attn.proj.weight", "fn.inner.weight"], ["norm_attn.norm.weight", "fn.inner.bias"])
 
 
-def test_names_that_end_with_bias() -> None:
+def test_names_with_a_part_that_is_bias() -> None:
     model = Custom()
-    for name in ("bias", "q_bias", "bias_scale", "relative_bias_table"):
+    for name in ("bias", "q_bias", "bias_ih_l0", "biased", "relative_bias_table"):
         model.register_parameter(name, nn.Parameter(torch.ones(2)))
-    assert split(Model(bias=model)) == (
-        ["bias.weight", "bias.bias_scale", "bias.relative_bias_table"],
-        ["bias.bias", "bias.q_bias"],
-    )
+    kept = ["bias", "q_bias", "bias_ih_l0", "relative_bias_table"]
+    assert split(Model(a=model)) == (["a.weight", "a.biased"], [f"a.{name}" for name in kept])
 
 
 @pytest.mark.parametrize("no_decay", ["embed", ["embed"], ("embed.weight",), {"embed"}, iter(["bed.w"])])
