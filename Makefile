@@ -132,7 +132,8 @@ SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -prin
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
 	$(PYTEST) -s -p no:cacheprovider
 SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafactor_bits.py storage/test_formats.py \
-	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py)
+	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py reports/test_threads.py \
+	reports/test_state_moved_away.py reports/test_versions.py)
 
 sanitize: $(SANITIZED)/.installed
 	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)

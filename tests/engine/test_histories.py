@@ -51,6 +51,14 @@ SCHEDULES = {
 }
 
 
+TRAINING: dict[str, Any] = {
+    "count": st.integers(1, 4),
+    "seed": st.integers(0, 99),
+    "scale": st.sampled_from([1.0, 1e-3, 100.0]),
+    "without": st.integers(0, 5),
+}
+
+
 class Run:
     """An optimizer and all that belongs to it."""
 
@@ -99,7 +107,7 @@ class Histories(RuleBasedStateMachine):
         self.clip: float | None = None
 
     def draw_group(self, data: st.DataObject) -> tuple[list[Tensor], dict[str, Any]]:
-        shapes = data.draw(st.lists(SHAPES, max_size=3))
+        shapes = data.draw(st.lists(SHAPES, min_size=0 if hasattr(self.ours, "optimizer") else 1, max_size=3))
         values = [numbers(shape, seed) for seed, shape in enumerate(shapes, start=data.draw(st.integers(0, 99)))]
         return values, data.draw(OPTIONS[self.name])
 
@@ -123,18 +131,32 @@ class Histories(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="more than one parameter group"):
                 run.optimizer.add_param_group({"params": run.params[:1]})
 
-    @rule(data=st.data())
-    def backward(self, data: st.DataObject) -> None:
-        seed = data.draw(st.integers(0, 10_000))
-        scale = data.draw(st.sampled_from([1.0, 1e-3, 100.0]))
-        for i in range(len(self.ours.params)):
-            has_grad = data.draw(st.integers(0, 4)) > 0
-            for run in self.runs:
-                param = run.params[i]
-                param.grad = (scale * numbers(param.shape, seed + i)).to(run.dtype) if has_grad else None
+    # Most of what happens is training, so it stands here under several names.
+    @rule(**TRAINING)
+    def train(self, **drawn: Any) -> None:
+        self.take_steps(**drawn)
+
+    @rule(**TRAINING)
+    def train_on(self, **drawn: Any) -> None:
+        self.take_steps(**drawn)
+
+    @rule(clip=st.sampled_from([0.5, 5.0]), **TRAINING)
+    def train_clipped(self, clip: float, **drawn: Any) -> None:
+        self.clip = clip
+        self.take_steps(**drawn)
+
+    def take_steps(self, count: int, seed: int, scale: float, without: int) -> None:
+        """Steps with random gradients; each third parameter from the `without`-th on has none."""
+        for step in range(count):
+            for i in range(len(self.ours.params)):
+                for run in self.runs:
+                    param = run.params[i]
+                    grad = scale * numbers(param.shape, 1000 * seed + 100 * step + i)
+                    param.grad = None if i % 3 == without else grad.to(run.dtype)
+            self.step_once()
 
     @rule()
-    def step(self) -> None:
+    def step_once(self) -> None:
         for run in self.runs:
             run.step(self.clip)
         self.steps += 1
@@ -144,9 +166,9 @@ class Histories(RuleBasedStateMachine):
         for run in self.runs:
             run.optimizer.zero_grad(set_to_none=set_to_none)
 
-    @rule(clip=st.sampled_from([None, 0.5, 1e6]))
-    def clip_from_now_on(self, clip: float | None) -> None:
-        self.clip = clip
+    @rule()
+    def clip_no_more(self) -> None:
+        self.clip = None
 
     @rule(lr=st.sampled_from([1e-3, 3e-2]), as_tensor=st.booleans())
     def set_lr(self, lr: float, as_tensor: bool) -> None:
@@ -163,17 +185,21 @@ class Histories(RuleBasedStateMachine):
                 group["lr"] = float(group["lr"])
             run.scheduler = SCHEDULES[kind](run.optimizer)
 
-    @rule()
-    def reload(self) -> None:
+    @rule(**TRAINING)
+    def reload_in_mid_run(self, **drawn: Any) -> None:
+        self.take_steps(**drawn)
         for run in self.runs:
             run.optimizer.load_state_dict(saved(run.optimizer.state_dict()))
+        self.take_steps(**drawn)
 
-    @rule()
-    def load_torchs(self) -> None:
+    @rule(**TRAINING)
+    def load_torchs_in_mid_run(self, **drawn: Any) -> None:
+        self.take_steps(**drawn)
         self.ours.optimizer.load_state_dict(saved(self.theirs.optimizer.state_dict()))
         with torch.no_grad():
             for param, twin in zip(self.ours.params, self.theirs.params):
                 param.copy_(twin)
+        self.take_steps(**drawn)
 
     @rule()
     def load_what_does_not_fit(self) -> None:
@@ -235,6 +261,9 @@ class Histories(RuleBasedStateMachine):
             assert errors[0] <= 2 * errors[1] + 2 * (self.steps + 1) * rounding, errors
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Seems like `optimizer.step"
+)  # a copy of the scheduler does not know the copy's step
 @pytest.mark.parametrize("name", OPTIONS)
 def test_any_history_is_torchs(name: str) -> None:
     machine = type(name, (Histories,), {"name": name})

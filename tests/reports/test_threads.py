@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from cases import assert_same_run, make_params, set_grads
 
@@ -70,6 +72,28 @@ def test_loading_waits_for_a_step() -> None:
     counts = {float(state["step"]) for state in optimizer.state.values()}
     assert len(counts) == 1
     assert counts.pop() <= 1 + 2 * STEPS
+
+
+@pytest.mark.thorough
+def test_a_hundred_runs_of_steps_and_loading() -> None:
+    for _ in range(100):
+        optimizer = new()
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        done: list[str] = []
+
+        def steps(optimizer: fusedopt.AdamW = optimizer, done: list[str] = done) -> None:
+            for _ in range(4):
+                optimizer.step()
+                done.append("step")
+
+        def loads(optimizer: fusedopt.AdamW = optimizer, saved: dict[str, Any] = saved) -> None:
+            for _ in range(4):
+                optimizer.load_state_dict(saved)
+
+        run(steps, steps, steps, steps, loads)
+        assert len(done) == 16
+        assert all(param.isfinite().all() for param in optimizer.param_groups[0]["params"])
 
 
 def test_copies_have_locks_of_their_own() -> None:
