@@ -69,7 +69,7 @@ class Run:
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
     def made(self, values: list[Tensor]) -> dict[str, Any]:
-        return {"params": [torch.nn.Parameter(value.to(self.dtype)) for value in values]}
+        return {"params": [torch.nn.Parameter(value.to(self.dtype, copy=True)) for value in values]}
 
     @property
     def params(self) -> list[torch.nn.Parameter]:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,9 @@ optimizer.step()
 
 def run(script: str) -> None:
     code = PRELUDE + textwrap.dedent(script)
-    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+    # Not where the sources are, which would be imported in place of what is installed.
+    here = Path(__file__).parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=here, start_new_session=True) as process:
         try:
             assert process.wait(timeout=TIMEOUT) == 0
         finally:
