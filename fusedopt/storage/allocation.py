@@ -70,7 +70,7 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
     for i, request in enumerate(requests):
         size = request.shape.numel() * request.dtype.itemsize
         if request.like.device.type != "cpu" or not is_plain(request.like):
-            kind = {"dtype": request.dtype, "device": request.like.device}
+            kind: dict[str, Any] = {"dtype": request.dtype, "device": request.like.device}
             if request.strides is None:
                 tensors[i] = request.like.new_zeros(request.shape, **kind)
             else:
@@ -101,7 +101,7 @@ def _within(slab: Any, offset: int, dtype: torch.dtype, request: Request) -> Ten
         return tensor.view(shape)
     storage = torch.frombuffer(slab, dtype=dtype, count=shape.numel(), offset=offset).untyped_storage()
     strides = () if request.strides is None else (request.strides,)
-    return tensor.set_(storage, 0, shape, *strides)  # type: ignore[call-overload]
+    return tensor.set_(storage, 0, shape, *strides)
 
 
 def _slot(request: Request) -> int:

@@ -85,6 +85,7 @@ def test_operator_declares_what_it_mutates() -> None:
     torch.library.opcheck(
         torch.ops.fusedopt.step_.default,
         (
+            "of no optimizer",
             params,
             [torch.ones_like(param) for param in params],
             states,
