@@ -20,10 +20,22 @@ def float_of(u):
     return u.to(tl.float32, bitcast=True)
 
 
+# Below it, numbers are on the way to the subnormal ones. 2^96 and its root, by which they are scaled, are exact.
+_SMALL = tl.constexpr(2.0**-96)
+_SCALE = tl.constexpr(2.0**96)
+_INVERSE_ROOT_OF_SCALE = tl.constexpr(2.0**-48)
+
+
 @triton.jit
 def root(x):
-    """The correctly rounded square root of a float32."""
-    return tl.sqrt_rn(x)
+    """The correctly rounded square root of a float32.
+
+    On AMD, Triton 3.6 makes NaN of subnormal numbers: its first estimate takes them for 0. A power of four changes the
+    exponent only, before the root and after it.
+    """
+    is_small = x < _SMALL
+    rooted = tl.sqrt_rn(tl.where(is_small, x * _SCALE, x))
+    return tl.where(is_small, rooted * _INVERSE_ROOT_OF_SCALE, rooted)
 
 
 @triton.jit

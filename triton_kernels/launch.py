@@ -67,12 +67,19 @@ def prepare_constants(name: str, *, clips: bool) -> dict[str, Any]:
 
 
 class Mirror:
-    """Numbers in device memory, sent there again only when they have changed."""
+    """Numbers in device memory, sent there again only when they have changed.
+
+    A captured graph copies from the host's memory whenever it is replayed, so that stays as long as this object does.
+    Memory cannot be pinned while a stream is captured: some is kept ready from the steps before.
+    """
+
+    _READY = 2  # buffers: graphs that may be captured between two steps
 
     def __init__(self) -> None:
         self._sent: tuple[bytes, int] | None = None
         self._tensors: tuple[Tensor, ...] = ()  # on the device and, as long as it may still be read, on the host
         self._captured: list[tuple[Tensor, ...]] = []
+        self._ready: list[Tensor] = []
 
     def on(self, device: torch.device, stream: int, numbers: np.ndarray[Any, Any]) -> Tensor:
         """The numbers on a device, sent in a stream's order."""
@@ -83,13 +90,33 @@ class Mirror:
         if wanted == self._sent:
             tensors = self._tensors
         else:
-            pinned = torch.from_numpy(numbers).pin_memory()
+            pinned = self._ready_buffer(numbers) if is_captured else torch.from_numpy(numbers).pin_memory()
             tensors = (pinned.to(device, non_blocking=True), pinned)
             if not is_captured:  # what a graph copies exists only once it is replayed
                 self._sent, self._tensors = wanted, tensors
         if is_captured:
             self._captured.append(tensors)  # every replay reads them
+        elif device.type == "cuda":
+            self._prepare(numbers)
         return tensors[0]
+
+    def _prepare(self, numbers: np.ndarray[Any, Any]) -> None:
+        """Pins what a capture may need."""
+        if self._ready and self._ready[0].shape != numbers.shape:
+            self._ready.clear()
+        while len(self._ready) < self._READY:
+            self._ready.append(torch.from_numpy(np.zeros_like(numbers)).pin_memory())
+
+    def _ready_buffer(self, numbers: np.ndarray[Any, Any]) -> Tensor:
+        """The numbers in memory that has been pinned before."""
+        if not self._ready or self._ready[0].shape != numbers.shape:
+            raise RuntimeError(
+                "a step is captured in a CUDA graph, and no step with the same tensors has been taken since the last "
+                "capture; take one before, outside of the graph, as torch.cuda.graphs asks for any work"
+            )
+        buffer = self._ready.pop()
+        buffer.copy_(torch.from_numpy(numbers))
+        return buffer
 
 
 class Plan:

@@ -25,6 +25,7 @@ __all__ = [
     "candidates",
     "first",
     "names",
+    "new_sessions",
 ]
 
 BACKENDS: dict[str, Backend] = {
@@ -35,6 +36,11 @@ BACKENDS: dict[str, Backend] = {
 def names() -> list[str]:
     """What ``backend=`` may be."""
     return ["auto", *BACKENDS]
+
+
+def new_sessions() -> dict[str, Session]:
+    """One of every backend, for one optimizer."""
+    return {name: backend.session() for name, backend in BACKENDS.items()}
 
 
 def candidates(name: str) -> list[Backend]:

@@ -176,7 +176,7 @@ def restore(optimizer: Contract) -> None:
                 slots = slots_of(spec, group, param, sharding.local(param))
                 targets += [(held, param, *pair) for pair in zip(slots, _converted(spec, slots, sources))]
             targets += _masters(group, param, held, kept)
-    requests = [Request(slot.shape, slot.dtype, sharding.local(param).detach()) for _, param, slot, _ in targets]
+    requests = [Request.of(slot, sharding.local(param)) for _, param, slot, _ in targets]
     for (held, param, slot, source), tensor in zip(targets, allocate(requests)):
         tensor.copy_(source)
         is_step = slot.key == "step"

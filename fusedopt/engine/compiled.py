@@ -9,16 +9,19 @@ commas, what differs between its parameters by semicolons.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, GroupStep, Scaling, candidates
+from ..backends import GroupStep, Scaling, candidates, new_sessions
 from ..storage.state import StateSpec
 from .contract import Contract
-from .gather import Gathered, Member
+from .gather import Gathered, Member, let_go
 
 
 class _Column(NamedTuple):
@@ -68,9 +71,21 @@ _COLUMNS = {
     "param_group": _Column("int"),
 }
 
+# Optimizers by their keys, for the sessions that they keep: what a captured step reads lives as long as they do.
+_OWNERS: weakref.WeakValueDictionary[str, Contract] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def new_key(optimizer: Contract) -> str:
+    """What the operator calls an optimizer; a text, because torch.compile takes numbers for what may change."""
+    key = str(next(_numbers))
+    _OWNERS[key] = optimizer
+    return key
+
+
 _library = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] held, Tensor(c!)[] steps, Tensor[] lrs, "
+    "step_(str optimizer, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] held, Tensor(c!)[] steps, Tensor[] lrs, "
     "Tensor(d!)? grad_norm, *, int[] sizes, str[] state_keys, str[] backends, str[] hyper_names, float[] hyper_values, "
     f"bool derives_on_device, float? max_grad_norm, {', '.join(f'{c.kind}[] {name}' for name, c in _COLUMNS.items())}"
     ") -> ()"
@@ -78,6 +93,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 def _step(
+    optimizer: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     held: Sequence[Tensor],
@@ -103,19 +119,25 @@ def _step(
         hyper = {"lr": 1.0 if on_device else float(lr.item()), **{name: next(values) for name in names.split(",")}}
         groups.append(GroupStep(hyper=hyper, lr=lr if on_device else None, **fields))
     parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
-    gathered = Gathered({name: backend.session() for name, backend in BACKENDS.items()}, groups, [None] * len(groups))
-    gathered.begin()
-    tensors = iter(zip(params, grads, steps))
-    for i, size in enumerate(sizes):
-        entries = state_keys[i].split(";")
-        for position in range(size):
-            param, grad, step = next(tensors)
-            layout, _, keys = entries[position].partition(":")
-            state = {**{key: next(tensors_held) for key in _words(keys)}, "step": step}
-            member = Member(i, position, parts[i, layout], position)
-            gathered.add(member, param, grad, state, candidates(backends[i]))
-    _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), grads)
-    gathered.write_back()
+    owner = _OWNERS.get(optimizer)
+    with nullcontext() if owner is None else owner._lock:  # a graph may outlive its optimizer
+        sessions = new_sessions() if owner is None else owner._sessions()
+        gathered = Gathered(sessions, groups, [None] * len(groups), takes_sums=max_grad_norm is not None)
+        try:
+            gathered.begin()
+            tensors = iter(zip(params, grads, steps))
+            for i, size in enumerate(sizes):
+                entries = state_keys[i].split(";")
+                for position in range(size):
+                    param, grad, step = next(tensors)
+                    layout, _, keys = entries[position].partition(":")
+                    state = {**{key: next(tensors_held) for key in _words(keys)}, "step": step}
+                    member = Member(i, position, parts[i, layout], position)
+                    gathered.add(member, param, grad, state, candidates(backends[i]))
+            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), grads)
+            gathered.write_back()
+        finally:
+            let_go(sessions)
     if norm is not None and grad_norm is not None:
         grad_norm.copy_(norm)
 
@@ -163,6 +185,7 @@ def step(optimizer: Contract) -> None:
     if not params:
         return
     torch.ops.fusedopt.step_(
+        optimizer.key,
         params,
         grads,
         states,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ class Contract(Optimizer):
     # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
     derives_on_device: ClassVar[bool] = True
 
+    key: str  # what compiled steps call it
+    _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
 
@@ -167,4 +170,8 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _sessions(self) -> dict[str, backends.Session]:
+        """One of every backend, for as long as the optimizer lives."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health
 from ..reference.norm import pairwise_sum, square_sums
 from ..storage import masters
+from ..storage.allocation import permuted_strides
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 
@@ -28,9 +30,26 @@ def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[fl
     return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
 
 
+def let_go(sessions: dict[str, Session]) -> None:
+    """Ends a step: gradients are no longer referred to, because zero_grad is to free them."""
+    for session in sessions.values():
+        session.begin((), ())
+
+
 def _dense(grad: Tensor) -> Tensor:
     """A gradient with a number for every element; a sparse one may have several, which are added."""
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """The same numbers as a Tensor, apart from autograd's graph."""
+    tensor = tensor.detach()
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def _is_plain_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are what its memory holds, aligned to their size."""
+    return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
 
 
 class Member(NamedTuple):
@@ -49,11 +68,18 @@ class Gathered:
         sessions: Of every backend.
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
+        takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
     """
 
     def __init__(
-        self, sessions: dict[str, Session], groups: list[GroupStep], positions: list[list[int] | None]
+        self,
+        sessions: dict[str, Session],
+        groups: list[GroupStep],
+        positions: list[list[int] | None],
+        *,
+        takes_sums: bool,
     ) -> None:
+        self._takes_sums = takes_sums
         self.sessions = sessions
         self.groups = groups
         self.positions = positions
@@ -102,30 +128,66 @@ class Gathered:
             return
         settings = self.groups[member.part]
         kind = masters.kind_of(settings.master, param)
-        master = None if kind is None else self._plain(sharding.local(held[masters.KEYS[kind]]))
         entry = ParamStep(
             group=member.part,
             position=member.entry,
-            param=self._plain(local),
-            grad=self._gradient(sharding.local(grad), local),
-            states=tuple(
-                tuple(self._plain(sharding.local(held[key])) for key in spec.keys_in(held)) for spec in settings.states
-            ),
+            param=local,
+            grad=sharding.local(grad),
+            states=tuple(tuple(sharding.local(held[key]) for key in spec.keys_in(held)) for spec in settings.states),
             step=held["step"],
-            master=master,
+            master=None if kind is None else sharding.local(held[masters.KEYS[kind]]),
             first_index=sharding.first_index(param),
         )
+        entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
             if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
                 return
         raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
 
+    def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
+        """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
+
+        Its gradient and states lie in the same order then, and nothing depends on an element's place: no layout, no
+        random bits, no blocks, no sums.
+        """
+        strides = None if self._takes_sums or settings.layout else permuted_strides(entry.param)
+        if strides is None:
+            return None
+        if entry.param.dtype in masters.SIXTEEN_BIT and settings.rounding != "nearest":
+            return None
+        for held, rounding in zip(entry.states, settings.roundings):
+            if len(held) != 1 or (held[0].dtype in masters.SIXTEEN_BIT and rounding != "nearest"):
+                return None
+        grad = entry.grad.detach()
+        tensors = [entry.param, *(held for (held,) in entry.states), *([] if entry.master is None else [entry.master])]
+        if any(tensor.stride() != strides or not _is_plain_memory(tensor) for tensor in tensors):
+            return None
+        if grad.layout != torch.strided or grad.stride() != strides or not _is_plain_memory(grad):
+            grad = self._gradient(grad, entry.param)
+            grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+        run = ((entry.param.numel(),), (1,))
+        return replace(
+            entry,
+            param=_base(entry.param).as_strided(*run),
+            grad=grad.as_strided(*run),
+            states=tuple((held.as_strided(*run),) for (held,) in entry.states),
+            master=None if entry.master is None else entry.master.as_strided(*run),
+        )
+
+    def _row_major(self, entry: ParamStep) -> ParamStep:
+        """A parameter whose tensors lie in row-major order, in copies where they do not."""
+        return replace(
+            entry,
+            param=self._plain(entry.param),
+            grad=self._gradient(entry.grad, entry.param),
+            states=tuple(tuple(self._plain(tensor) for tensor in held) for held in entry.states),
+            master=None if entry.master is None else self._plain(entry.master),
+        )
+
     def _plain(self, tensor: Tensor) -> Tensor:
         """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
-        tensor = tensor.detach()
-        if type(tensor) is not Tensor:
-            tensor = tensor.as_subclass(Tensor)
-        if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
+        tensor = _base(tensor)
+        if tensor.is_contiguous() and _is_plain_memory(tensor):
             return tensor
         copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
         self._copies.append((tensor, copy))

@@ -128,7 +128,7 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         slot = masters.slot_of(group, param, sharding.local(param))
         if slot is not None and slot.key not in held:
             wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
-    tensors = allocate(Request(s.shape, s.dtype, sharding.local(p).detach()) for p, s, _ in wanted)
+    tensors = allocate(Request.of(s, sharding.local(p)) for p, s, _ in wanted)
     for (param, slot, first), tensor in zip(wanted, tensors):
         if first is not None:
             _begin(tensor, first)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import BACKENDS, Scaling, Session
+from ..backends import Scaling, Session, new_sessions
 from ..backends.base import REFERENCES, Health
 from . import checkpoint, compiled, members, reports
 from .contract import Contract
-from .gather import Gathered
+from .gather import Gathered, let_go
 from .options import spell_out
 
 # Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
@@ -60,7 +60,6 @@ class FusedOptimizer(Contract):
             clipping; None until a step with max_grad_norm was taken.
     """
 
-    _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
     _health: reports.HealthRecord | None = None
     _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
@@ -75,7 +74,9 @@ class FusedOptimizer(Contract):
     def __new__(cls, *args: Any, **kwargs: Any) -> FusedOptimizer:
         checks.known_keywords(cls, kwargs)
         optimizer = super().__new__(cls)
-        optimizer._lock = threading.RLock()  # here, because copies and unpickled ones are not constructed
+        # Here, because copies and unpickled ones are not constructed.
+        optimizer._lock = threading.RLock()
+        optimizer.key = compiled.new_key(optimizer)
         return optimizer
 
     def __init__(
@@ -184,9 +185,8 @@ class FusedOptimizer(Contract):
                 self.last_grad_norm = norm
             if self._health is not None:
                 self._health.add(counts)
-        finally:  # let go of the gradients: zero_grad is to free them
-            for session in self._sessions().values():
-                session.begin((), ())
+        finally:
+            let_go(self._sessions())
 
     def _step_at_once(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
         gathered = self._gather()
@@ -214,7 +214,7 @@ class FusedOptimizer(Contract):
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
-            self._session_cache = {name: backend.session() for name, backend in BACKENDS.items()}
+            self._session_cache = new_sessions()
         return self._session_cache
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
@@ -223,7 +223,8 @@ class FusedOptimizer(Contract):
         Makes missing state; changes nothing else.
         """
         max_grad_norm = self.common_max_grad_norm()
-        gathered = Gathered(self._sessions(), *members.parts(self, listed))
+        groups, positions = members.parts(self, listed)
+        gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered

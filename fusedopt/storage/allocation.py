@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from .state import Slot
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,31 @@ class Request:
     shape: torch.Size
     dtype: torch.dtype
     like: Tensor  # is to lie where this one does
+    strides: tuple[int, ...] | None = None  # row-major by default
+
+    @classmethod
+    def of(cls, slot: Slot, local: Tensor) -> Request:
+        """A tensor of the state of a parameter, of which `local` is held here.
+
+        What is stored in full precision lies in the parameter's order, so that all of them are one run of memory. What
+        is rounded stochastically, or in blocks, depends on row-major order, and is read and written in that.
+        """
+        follows = slot.shape == local.shape and slot.dtype.itemsize >= torch.float32.itemsize
+        return cls(slot.shape, slot.dtype, local.detach(), permuted_strides(local) if follows else None)
+
+
+def permuted_strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides of a tensor that fills its memory in another order than row-major, as channels_last; else None."""
+    if tensor.is_contiguous() or not is_plain(tensor):
+        return None
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return None
+        expected *= size
+    return tensor.stride()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -44,9 +70,13 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
     for i, request in enumerate(requests):
         size = request.shape.numel() * request.dtype.itemsize
         if request.like.device.type != "cpu" or not is_plain(request.like):
-            tensors[i] = request.like.new_zeros(request.shape, dtype=request.dtype, device=request.like.device)
+            kind: dict[str, Any] = {"dtype": request.dtype, "device": request.like.device}
+            if request.strides is None:
+                tensors[i] = request.like.new_zeros(request.shape, **kind)
+            else:
+                tensors[i] = request.like.new_empty_strided(request.shape, request.strides, **kind).zero_()
         elif size > _POOLED_BYTES:
-            tensors[i] = _zeroed(request.shape, request.dtype)
+            tensors[i] = _zeroed(request.shape, request.dtype, request.strides)
         else:
             pooled.setdefault(request.dtype, []).append(i)
     for dtype, members in pooled.items():
@@ -55,22 +85,23 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
             slab = _zeroed(torch.Size([sum(slots)]), dtype).view(torch.uint8).numpy()
             offset = 0
             for i, slot in zip(slab_members, slots):
-                tensors[i] = _within(slab, offset, dtype, requests[i].shape)
+                tensors[i] = _within(slab, offset, dtype, requests[i])
                 offset += slot * dtype.itemsize
     return tensors  # type: ignore[return-value]
 
 
-def _within(slab: Any, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+def _within(slab: Any, offset: int, dtype: torch.dtype, request: Request) -> Tensor:
     """A tensor of its own in a slab's memory, not a view with the bookkeeping of one.
 
     Its storage begins where it does. With an offset in a storage that tensors share, a compiled step would copy all
     that lies before it as well, and in torch 2.6 from the wrong place.
     """
-    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    tensor, shape = torch.empty(0, dtype=dtype, device="cpu"), request.shape
     if shape.numel() == 0:
         return tensor.view(shape)
     storage = torch.frombuffer(slab, dtype=dtype, count=shape.numel(), offset=offset).untyped_storage()
-    return tensor.set_(storage, 0, shape)  # type: ignore[call-overload]
+    strides = () if request.strides is None else (request.strides,)
+    return tensor.set_(storage, 0, shape, *strides)
 
 
 def _slot(request: Request) -> int:
@@ -93,7 +124,10 @@ def _slabs(requests: Sequence[Request], members: Sequence[int]) -> Iterable[list
     yield run
 
 
-def _zeroed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+def _zeroed(shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor:
+    if strides is None:
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    else:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     _core.zero(data=tensor.data_ptr(), bytes=tensor.numel() * dtype.itemsize, threads=torch.get_num_threads())
     return tensor

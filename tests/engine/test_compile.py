@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -83,6 +85,7 @@ def test_operator_declares_what_it_mutates() -> None:
     torch.library.opcheck(
         torch.ops.fusedopt.step_.default,
         (
+            "of no optimizer",
             params,
             [torch.ones_like(param) for param in params],
             states,
@@ -120,3 +123,22 @@ def test_errors_reach_the_user_of_a_compiled_step() -> None:
     param.grad = torch.ones(3, dtype=torch.float64)
     with pytest.raises(Exception, match="cannot be stepped by backend='cpu'"):
         torch.compile(lambda: optimizer.step(), backend="aot_eager")()
+
+
+def test_what_compiled_steps_keep_lives_with_their_optimizer() -> None:
+    """What a captured graph reads is kept by sessions; a step that is alone in a graph has none of its own."""
+    torch.compiler.reset()
+    optimizers = [fusedopt.AdamW(make_params(SHAPES, torch.float32)) for _ in range(2)]
+    copied = copy.deepcopy(optimizers[0])
+    assert len({optimizer.key for optimizer in (*optimizers, copied)}) == 3
+    for optimizer in optimizers:
+        params = optimizer.param_groups[0]["params"]
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for i in range(2):
+            set_grads(params, i)
+            step()
+            sessions = optimizer.__dict__.get("_session_cache")
+            assert sessions is not None
+            assert len(sessions["cpu"]) == 0  # it holds no gradient
+        assert optimizer.__dict__["_session_cache"] is sessions
+    assert_same_run(*optimizers)

@@ -146,6 +146,36 @@ def test_tables_for_a_stream_are_sent_when_they_change(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_what_a_graph_copies_was_pinned_before_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretending that memory of the CPU is a device's, and that a stream is captured."""
+    from fusedopt.triton_kernels import launch
+
+    is_capturing = False
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        assert not is_capturing, "memory is pinned while a stream is captured"
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self.view_as(self))  # shares its memory
+    mirror, device = launch.Mirror(), torch.device("cuda")
+    mirror.on(device, 0, np.arange(4))
+    is_capturing = True
+    graphs = [mirror.on(device, 0, np.arange(4) + k) for k in (10, 20)]
+    with pytest.raises(RuntimeError, match="take one before, outside of the graph"):
+        mirror.on(device, 0, np.arange(4) + 30)
+    with pytest.raises(RuntimeError, match="take one before"):
+        mirror.on(device, 0, np.arange(5))
+    is_capturing = False
+    for k in range(5):
+        mirror.on(device, 0, np.arange(4) + k)
+    assert [graph.tolist() for graph in graphs] == [[10, 11, 12, 13], [20, 21, 22, 23]]
+    is_capturing = True
+    assert mirror.on(device, 0, np.arange(4) + 40).tolist() == [40, 41, 42, 43]
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_checkpoints_go_from_backend_to_backend(case: Any) -> None:
     runs = []
