@@ -49,6 +49,17 @@ def instructions(target: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def scaled_roots(target: str) -> dict[str, list[int]]:
+    """In the intermediate code of AdamW's step: square roots, and products with 2^96 (as a float32, or a double)."""
+    found = {}
+    with ahead.on(ahead.parse_target(target)):
+        for job in ahead.jobs(["adamw"], FORMATS):
+            code = job.compile().asm["llir"]
+            roots = re.findall(r"call [^@]*@llvm\.(?:amdgcn\.)?(?:rsq|sqrt)\.(?:v\d+)?f32", code)
+            found[job.label] = [len(roots), len(re.findall(r"f0x6F800000|0x45F0000000000000", code))]
+    return found
+
+
 def compiled_in_training(target: str) -> list[list[int]]:
     """How many kernels there are: compiled ahead, after the first of 100 steps of a schedule, and after the last.
 
@@ -97,5 +108,10 @@ def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any]) -> list[in
 
 
 if __name__ == "__main__":
-    tasks: Any = {"all": compile_all, "instructions": instructions, "training": compiled_in_training}
+    tasks: Any = {
+        "all": compile_all,
+        "instructions": instructions,
+        "scaled_roots": scaled_roots,
+        "training": compiled_in_training,
+    }
     print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))
