@@ -19,14 +19,10 @@ FACTS_SECONDS = 20  # versions and device, before anything else
 # Of the tests, what a dry run takes: some of each kind.
 DRY_TESTS = {
     "steps": "waits or mixed or bucket",
-    "bits": "adamw and (late or (default and bf16 and bf16-nearest) or zero)",
+    "bits": "adamw and (late or (default and bf16-nearest) or zero)",
     "triton": "(adamw and default and bf16 and fp16-nearest) or (bucket and AdamW and fp32)",
     "triton-cuda": "lion and fp32",
 }
-# Of the benchmark, likewise.
-DRY_CASES = ("1B float32", "1B bfloat16", "W3", "1B Adafactor", "W2, gradients in a bucket")
-# Several processes share a stage in a dry run, too, but one is enough for the others.
-DRY_SHARED = "bits"
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def _of_kernels(name: str, limit: float, kernels: Kernels, site: Path, dry: bool
     command = ["-m", f"bench.gpu_{name}", "--kernels", kernels.name] if name == "smoke" else ["-m", "bench.gpu"]
     processes = 1 if name == "bench" or dry else 4
     if name == "bench" and dry:
-        command += ["--rounds", "1", "--warmup", "0", "--cases", *DRY_CASES]
+        command += ["--rounds", "1", "--warmup", "0"]
     if name == "bench" and not is_first:
         command += ["--cases", "1B float32", "1B bfloat16", "1B float32, clipped", "W2"]
     return Stage(
@@ -121,8 +117,7 @@ def _of_kernels(name: str, limit: float, kernels: Kernels, site: Path, dry: bool
 def _tests(name: str, limit: float, file: str, dry: bool, *options: str, processes: int = 1, absent: str = "") -> Stage:
     chosen = options or (("-k", DRY_TESTS[name]) if dry else ())
     command = ["-m", "bench.gpu_tests", str(ROOT / "tests" / file), *chosen]
-    processes = (2 if name == DRY_SHARED else 1) if dry else processes
-    return Stage(name, limit, command, processes, absent or missing_module("pytest"))
+    return Stage(name, limit, command, 1 if dry else processes, absent or missing_module("pytest"))
 
 
 def interpreted(stage: Stage) -> list[str]:

@@ -188,40 +188,58 @@ def test_hangs():
 """
 
 
-def test_tests_leave_their_outcomes(tmp_path: Path) -> None:
-    """Also of a file that is cut: which test it was, and where."""
-    (tmp_path / "running").mkdir()
-    (tmp_path / "test_gpu_file.py").write_text(TESTS)
+def run_tests(folder: Path, share: str) -> subprocess.Popen:
+    (folder / "test_gpu_file.py").write_text(TESTS)
+    (folder / "running").mkdir(exist_ok=True)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]),
-        "FUSEDOPT_GPU_RESULTS": str(tmp_path / "results.jsonl"),
+        "FUSEDOPT_GPU_RESULTS": str(folder / "results.jsonl"),
         "FUSEDOPT_GPU_STAGE": "bits",
-        "FUSEDOPT_GPU_RUNNING": str(tmp_path / "running"),
+        "FUSEDOPT_GPU_SHARD": share,
+        "FUSEDOPT_GPU_RUNNING": str(folder / "running"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    command = [sys.executable, "-m", "bench.gpu_tests", str(tmp_path / "test_gpu_file.py")]
-    log = (tmp_path / "log").open("w")
-    running = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "bench.gpu_tests", str(folder / "test_gpu_file.py")]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+
+
+def outcomes_in(folder: Path) -> dict[str, str]:
+    return {line["test"].rpartition("::")[2]: line["outcome"] for line in lines_of(folder / "results.jsonl")}
+
+
+def test_tests_leave_their_outcomes(tmp_path: Path) -> None:
+    """Also of a file that is cut: which test it was, and where."""
+    running = run_tests(tmp_path, "0/1")
     name, until = tmp_path / "running" / "bits-0", time.monotonic() + 30
     while not (name.exists() and "test_hangs" in name.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
     time.sleep(0.3)  # from its name to its first line
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=20) == pytest.ExitCode.INTERRUPTED
-    found = {line["test"].rpartition("::")[2]: line for line in lines_of(tmp_path / "results.jsonl")}
-    assert {name: line["outcome"] for name, line in found.items()} == {
+    assert outcomes_in(tmp_path) == {
         "test_passes": "passed",
         "test_skips": "skipped",
         "test_fails": "failed",
         "test_hangs": "cut off",
     }
+    found = {line["test"].rpartition("::")[2]: line for line in lines_of(tmp_path / "results.jsonl")}
     assert "which has 3.2 GB" in found["test_skips"]["reason"]
     assert "ValueError: the reason" in found["test_fails"]["lines"]
     assert "what was printed" in found["test_fails"]["lines"]
     assert len(found["test_fails"]["lines"].splitlines()) <= 60
     assert "time.sleep(60)" in found["test_hangs"]["lines"]
     assert "test_gpu_file.py" in (tmp_path / "log").read_text().rpartition("most recent call first")[2]
+
+
+def test_processes_share_tests(tmp_path: Path) -> None:
+    """Of five, the third process has the third one; what is thorough comes last."""
+    assert run_tests(tmp_path, "2/5").wait(timeout=30) == 1
+    assert outcomes_in(tmp_path) == {"test_fails": "failed"}
+    assert run_tests(tmp_path, "4/5").wait(timeout=30) == 0
+    assert list(outcomes_in(tmp_path)) == ["test_fails", "test_comes_last"]
+    assert run_tests(tmp_path, "7/8").wait(timeout=30) == 0  # others have them
 
 
 class Descends(torch.optim.SGD):
