@@ -154,9 +154,7 @@ class Check:
 
     def _run(self, stage: Stage, deadline: float, scale: float) -> None:
         begun = time.monotonic()
-        reason = stage.absent
-        if stage.needs and self.outcomes.get(stage.needs, "passed") != "passed":
-            reason = f"needs {stage.needs}, which did not pass"
+        reason = stage.missing()
         fields: dict[str, Any] = {"reason": reason}
         outcome = "absent"
         if not reason:
@@ -281,6 +279,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-check", help="folder for what is built")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of all stages together")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run, beside building")
+    parser.add_argument("--old", type=Path, help="sources of a version whose kernels are measured, too")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny tensors and emulated kernels")
     parser.add_argument("--summary", action="store_true", help="only print the summary of the results in --out")
     return parser.parse_args(arguments)
@@ -306,7 +305,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     check.results.add("run", dry=arguments.dry, seconds=arguments.seconds, **facts)
     stop_in_order()
-    planned = stages(work, (facts.get("device") or {}).get("capability", ""), arguments.dry)
+    planned = stages(work, (facts.get("device") or {}).get("capability", ""), arguments.dry, arguments.old)
     if arguments.only:
         unknown = set(arguments.only) - {stage.name for stage in planned}
         if unknown:

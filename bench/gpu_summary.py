@@ -57,7 +57,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def compared(lines: Lines) -> list[str]:
     """Each prediction beside what was measured."""
-    measured = {(line["case"], line["step"]): line for line in lines if line["kind"] == "bench"}
+    present = [line for line in lines if line["kind"] == "bench" and line["stage"] != "bench-old"]
+    measured = {(line["case"], line["step"]): line for line in present}
     rows = [("step", "case", "predicted for an H100", "measured", "card")]
     for each in predictions():
         line = measured.get((each["case"], each["step"]), {})
@@ -121,7 +122,8 @@ def _bench(lines: Lines) -> list[str]:
                 ("{}", line["launches"]),
             )
             cells = ("" if value is None else how.format(value) for how, value in numbers)
-            rows.append((line["case"], line["step"], *cells))
+            case = line["case"] + (", old kernels" if line["stage"] == "bench-old" else "")
+            rows.append((case, line["step"], *cells))
         elif line["kind"] in ("bench", "case"):
             who = " / ".join(filter(None, (line["case"], line.get("step"))))
             if (reason := line.get("unavailable") or line.get("error")) is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,12 +31,14 @@ KEPT_METRICS = re.compile(
 
 
 def check() -> int:
-    """Runs `python -m fusedopt.cli check --json`, if this version has it."""
+    """Runs `fusedopt check --json`, if this version has it."""
     spec = importlib.util.find_spec("fusedopt")  # which imports nothing, as looking for what is inside would
-    if spec is None or spec.origin is None or not Path(spec.origin).with_name("cli").joinpath("__main__.py").exists():
-        print("this version has no `python -m fusedopt.cli check`")
+    folder = Path(spec.origin).with_name("cli") if spec is not None and spec.origin is not None else Path(os.devnull)
+    if not any((folder / name).exists() for name in ("__main__.py", "check.py")):
+        print("this version has no `fusedopt check`")
         return ABSENT
-    command = [sys.executable, "-m", "fusedopt.cli", "check", "--json"]
+    run = ["-m", "fusedopt.cli"] if (folder / "__main__.py").exists() else ["-c", "import fusedopt.cli as c; c.main()"]
+    command = [sys.executable, *run, "check", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-KEPT_CHARACTERS:], done.stderr[-KEPT_CHARACTERS:], sep="\n")
     for pattern in (r"No such command.*", r"the fusedopt command needs.*"):

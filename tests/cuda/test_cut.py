@@ -37,7 +37,7 @@ work.mkdir()
 check = Check(out, work)
 check.results.add("run", dry=True, seconds=60, device={{"name": "Card 1"}}, versions={{}})
 stop_in_order()
-planned = [Stage(f"count-{{i}}", 20, ["-c", {counts!r}, count], needs="") for i, count in enumerate(("100", "10000"))]
+planned = [Stage(f"count-{{i}}", 20, ["-c", {counts!r}, count]) for i, count in enumerate(("100", "10000"))]
 sys.exit(check.run_all(planned))
 """
 
@@ -110,14 +110,14 @@ def test_stages_that_hang_fail_or_are_absent(bench, tmp_path: Path, capsys: pyte
     """What one leaves of its seconds goes to those that follow; one that hangs is interrupted, and killed at last."""
     gpu_check, stage = bench("gpu_check"), bench("gpu_stages").Stage
     planned = [
-        stage("quick", 2, ["-c", ""], needs=""),
-        stage("fails", 0.5, ["-c", "print('compiled'); raise SystemExit(3)"], needs=""),
-        stage("needs", 0.5, ["-c", ""], needs="fails"),
-        stage("polite", 0.5, ["-c", POLITE], needs=""),
-        stage("deaf", 0.4, ["-c", DEAF], needs=""),
-        stage("missing", 1, ["-c", "print('no such tool'); raise SystemExit(77)"], needs=""),
-        stage("known", 1, ["-c", ""], absent="nothing to run", needs=""),
-        stage("last", 1, ["-c", "print('measured')"], needs=""),
+        stage("quick", 2, ["-c", ""]),
+        stage("fails", 0.5, ["-c", "print('compiled'); raise SystemExit(3)"]),
+        stage("needs", 0.5, ["-c", ""], site=tmp_path / "site"),
+        stage("polite", 0.5, ["-c", POLITE]),
+        stage("deaf", 0.4, ["-c", DEAF]),
+        stage("missing", 1, ["-c", "print('no such tool'); raise SystemExit(77)"]),
+        stage("known", 1, ["-c", ""], absent="nothing to run"),
+        stage("last", 1, ["-c", "print('measured')"]),
     ]
     (tmp_path / "out").mkdir()
     (tmp_path / "work").mkdir()
@@ -139,7 +139,7 @@ def test_stages_that_hang_fail_or_are_absent(bench, tmp_path: Path, capsys: pyte
     ended = {line["name"]: line for line in found if line["kind"] == "stage"}
     assert ended["fails"]["status"] == [3]
     assert "compiled" in ended["fails"]["lines"]
-    assert ended["needs"]["reason"] == "needs fails, which did not pass"
+    assert ended["needs"]["reason"] == "there is no package in site: it was not built"
     assert ended["missing"]["reason"] == "no such tool"
     assert ended["known"]["reason"] == "nothing to run"
     assert [line["stage"] for line in found if line["kind"] == "number"] == ["polite"]

@@ -103,6 +103,19 @@ def test_predictions_are_those_of_the_documents(bench) -> None:
         assert f"| {each['what']} | {each['case']} | {shown} |" in text
 
 
+def test_old_kernels_are_built_and_measured_beside_the_present_ones(bench, tmp_path: Path) -> None:
+    planned = {stage.name: stage for stage in bench("gpu_stages").stages(tmp_path, "90", old=tmp_path / "sources")}
+    names = ["build", "smoke", "smoke-old", "check", "bench", "bench-old", "steps"]
+    assert list(planned)[: len(names)] == names
+    assert planned["bench-old"].site == tmp_path / "site-old"
+    assert planned["bench"].site == planned["steps"].site == tmp_path / "site"
+    assert sum(stage.limit for stage in planned.values()) <= 460
+    assert planned["bench"].missing() == "there is no package in site: it was not built"
+    (tmp_path / "site-old" / "fusedopt").mkdir(parents=True)
+    (tmp_path / "site-old" / "fusedopt" / "_core.so").write_text("")
+    assert planned["bench-old"].missing() == ""
+
+
 def test_what_is_not_there_is_said(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_stages = bench("gpu_stages")
     monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)
@@ -119,7 +132,7 @@ def test_what_is_not_there_is_said(bench, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_package_is_put_together_as_setup_py_does(bench, tmp_path: Path) -> None:
     (tmp_path / "fusedopt").mkdir()
     (tmp_path / "fusedopt" / "gone.py").write_text("")
-    bench("gpu_build").assemble(tmp_path)
+    bench("gpu_build").assemble(tmp_path, ROOT)
     found = {str(path.relative_to(tmp_path / "fusedopt")) for path in tmp_path.rglob("*.py*")}
     sources = {str(path.relative_to(ROOT / "fusedopt")) for path in (ROOT / "fusedopt").rglob("*.py*")}
     kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "triton_kernels").rglob("*.py*")}
@@ -131,9 +144,9 @@ def test_nothing_is_looked_for_on_an_index(bench, tmp_path: Path, monkeypatch: p
     pytest.importorskip("pybind11")
     gpu_build, commands = bench("gpu_build"), []
     monkeypatch.setattr(gpu_build.subprocess, "run", lambda command, check: commands.append(command))
-    gpu_build.compile_into(tmp_path / "site", tmp_path / "build", "90", gpu_build.Kernels("other", ("-DA=1",)))
+    gpu_build.compile_into(tmp_path / "site", tmp_path / "build", "90", ROOT)
     assert [command[:2] for command in commands] == [["cmake", "-S"], ["cmake", "--build"], ["cmake", "--install"]]
-    expected = {"-DFUSEDOPT_CUDA_ARCHITECTURES=90", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'site'}", "-DA=1"}
+    expected = {"-DFUSEDOPT_CUDA_ARCHITECTURES=90", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'site'}"}
     assert expected <= set(commands[0])
 
 
