@@ -36,8 +36,8 @@ int driver_version() {
   return version;
 }
 
-// Squares a number on the device by a kernel with as many parameters as any of them, and waits for it. Returns what went
-// wrong, and leaves no error behind; empty if nothing did.
+// Squares a number on the device by a kernel with as many parameters as any of them, and waits for it. Returns what
+// went wrong, and leaves no error behind; empty if nothing did.
 std::string trial(const float* number, double* square, cudaStream_t stream) {
   fusedopt::StepLists lists;
   lists.tensors.resize(1);

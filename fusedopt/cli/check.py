@@ -13,6 +13,7 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
@@ -59,6 +60,11 @@ def _subjects(names: str) -> list[subjects.Subject]:
     return [subject for subject in all_of_them if subject.name in wanted]
 
 
+def _header(name: str) -> str:
+    """A format in two lines."""
+    return name.replace(", ", "\n")
+
+
 def described(reports: Sequence[proofs.Report], *, passed: bool) -> dict[str, Any]:
     """Everything that was found, as plain values."""
     return {
@@ -86,20 +92,20 @@ def show(reports: Sequence[proofs.Report], seconds: float, console: Console) -> 
     for report in reports:
         title = f"{report.target.backend} on {report.target.device}"
         if report.device_name != "CPU":
-            title += f" ({report.device_name})"
+            title = escape(f"{title} ({report.device_name})")
         if report.refusal is not None:
-            console.print(f"[bold]{title}[/bold]: not checked, because {report.refusal}\n", soft_wrap=True)
+            console.print(f"[bold]{title}[/bold]: not checked, because {escape(report.refusal)}\n", soft_wrap=True)
             continue
         lines = box.SIMPLE_HEAD if is_unicode else box.ASCII
         table = Table(title=title, title_justify="left", title_style="bold", box=lines, pad_edge=False)
         table.add_column("rule", no_wrap=True)
         formats = [name for name in proofs.FORMATS if any(name in row.differences for row in report.rows)]
         for name in formats:
-            table.add_column(name, justify="center")
+            table.add_column(_header(name), justify="center")
         table.add_column("s", justify="right")
         measured = [name for name in proofs.MEASURED if any(row.bandwidth.get(name) for row in report.rows)]
         for name in measured:
-            table.add_column(f"GB/s {name}", justify="right")
+            table.add_column(f"GB/s\n{name}", justify="right")
         for row in report.rows:
             ticks = [f"[red]{no}[/red]" if row.differences[name] else f"[green]{yes}[/green]" for name in formats]
             rates = [row.bandwidth.get(name) for name in measured]
@@ -107,7 +113,7 @@ def show(reports: Sequence[proofs.Report], seconds: float, console: Console) -> 
             table.add_row(row.rule, *ticks, f"{row.seconds:.2f}", *shown)
         console.print(table)
         for rule, name, text in report.failures():
-            console.print(f"[red]{report.target.backend}, {rule}, {name}[/red]: {text}", soft_wrap=True)
+            console.print(f"[red]{report.target.backend}, {rule}, {name}[/red]: {escape(text)}", soft_wrap=True)
         console.print()
         count += sum(len(row.differences) for row in report.rows)
         failed += len(report.failures())

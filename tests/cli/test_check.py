@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -210,6 +211,24 @@ def test_a_named_backend_that_steps_nothing_here_fails() -> None:
     assert result.exit_code == 1
     assert "cuda on cpu: not checked, because it is on cpu" in result.output
     assert "nothing was checked" in result.output
+
+
+def test_brackets_are_no_markup() -> None:
+    """A remedy such as pip install 'fusedopt[triton]' is printed as it is."""
+    from rich.console import Console
+
+    from fusedopt.cli import check
+
+    said = io.StringIO()
+    target = subjects.Target(torch.device("cuda", 0), "triton")
+    row = proofs.Row("lion", {"fp32": "a first step: RuntimeError: not [known]"})
+    reports = [
+        proofs.Report(target, "GPU [0]", "install 'fusedopt[triton]'"),
+        proofs.Report(target, "GPU [0]", rows=[row]),
+    ]
+    check.show(reports, 0.0, Console(file=said, width=100))
+    for part in ("triton on cuda:0 (GPU [0]): not checked", "install 'fusedopt[triton]'", "not [known]"):
+        assert part in said.getvalue()
 
 
 def test_one_that_is_not_named_does_not(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
