@@ -104,6 +104,8 @@ def main() -> int:
                 copy_compiled(site)
             else:
                 compile_into(site, work / f"build-{kernels.name}", arguments.architectures, kernels.sources)
+                if not any((site / "fusedopt").glob("_cuda*.so")):
+                    raise ImportError("there are no CUDA kernels; what CMake said of that is in the log")
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             missing.append(kernels.name)
             fields["error"] = str(error)

@@ -150,6 +150,26 @@ def test_nothing_is_looked_for_on_an_index(bench, tmp_path: Path, monkeypatch: p
     assert expected <= set(commands[0])
 
 
+def test_a_build_without_cuda_kernels_has_failed(
+    bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_build = bench("gpu_build")
+    monkeypatch.setenv("FUSEDOPT_GPU_DRY", "0")
+    monkeypatch.setenv("FUSEDOPT_GPU_RESULTS", str(tmp_path / "results.jsonl"))
+    monkeypatch.setattr(sys, "argv", ["gpu_build", "--work", str(tmp_path)])
+    module = "_core.so"
+    monkeypatch.setattr(
+        gpu_build, "compile_into", lambda site, *_: (site / "fusedopt" / module).write_text("not empty")
+    )
+    assert gpu_build.main() == 1
+    module = "_cuda.so"
+    assert gpu_build.main() == 0
+    failed, passed = lines_of(tmp_path / "results.jsonl")
+    assert "there are no CUDA kernels" in failed["error"]
+    assert failed["modules"] == {"_core.so": 9}
+    assert "error" not in passed
+
+
 def test_what_ncu_says_is_understood(bench) -> None:
     output = (
         "==PROF== Connected to process 7\n"
