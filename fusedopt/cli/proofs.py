@@ -319,6 +319,9 @@ def _measure(report: Report, subject: Subject, name: str, seconds: float) -> flo
         taken = time.perf_counter() - begin
     except torch.OutOfMemoryError:
         return None
+    except Exception as error:  # of a step of this size
+        report.rows[-1].differences[name] = f"a step of {numel:,} elements: {said_by(error)}"
+        return None
     states = sum(value.nbytes for value in optimizer.state[param].values())
     return count * (2 * param.nbytes + param.grad.nbytes + 2 * states) / taken / 1e9
 

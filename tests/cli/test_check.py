@@ -85,6 +85,19 @@ def test_bandwidth_is_of_what_a_step_must_move(monkeypatch: pytest.MonkeyPatch) 
     assert rates["bf16, 8-bit"] == pytest.approx(step * (6 + 4 * 65 / 64), rel=1e-3)
 
 
+def test_what_fails_only_when_it_is_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(proofs._MEASURED_NUMEL, "cpu", 1 << 16)
+    monkeypatch.setattr(proofs, "_wait", fail)
+    (report,) = proofs.check([subjects.Target(CPU, "cpu")], of=only("lion"), shapes=SMALL, seconds=0.1)
+    assert [(formats, text) for _, formats, text in report.failures()] == [
+        (name, "a step of 65,536 elements: RuntimeError: CUDA error: an illegal memory access was encountered")
+        for name in proofs.MEASURED
+    ]
+
+
 @pytest.mark.usefixtures("emulated")
 def test_cuda_kernels() -> None:
     (report,) = proofs.check([subjects.Target(CPU, "cuda")], shapes=SMALL, seconds=0)
