@@ -1,5 +1,6 @@
-// Decode and encode of the part of a tile that one lane of a warp has: eight numbers, in registers. The formats are
-// those of storage/; the format of a buffer is the same for all lanes.
+// Load, decode, encode and store of the part of a tile that one lane of a warp has: eight numbers, in registers. The
+// formats are those of storage/; the format of a buffer is the same for all lanes. Loading is one thing and decoding
+// another, because a tile's loads have to be under way together: nothing may wait for the first before the last.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,133 +52,157 @@ FUSEDOPT_DEVICE Place place_of(int lane, int64_t begin, int count, bool is_align
   return place;
 }
 
-// Eight numbers of 1, 2 or 4 bytes, as they lie in memory. Past the end of the tile they are 0.
-template <class Number>
-struct Eight {
-  Number at[kLane];
+// Eight numbers as they lie in memory. Those of one or two bytes are several to a word and leave the last words free.
+struct Raw {
+  uint32_t words[kLane];
+
+  template <class Number>
+  FUSEDOPT_DEVICE Number get(int j) const {
+    constexpr int kEach = 4 / static_cast<int>(sizeof(Number));
+    return static_cast<Number>(words[j / kEach] >> (j % kEach * 8 * static_cast<int>(sizeof(Number))));
+  }
+  // Numbers are set in order, each once.
+  template <class Number>
+  FUSEDOPT_DEVICE void set(int j, Number number) {
+    constexpr int kEach = 4 / static_cast<int>(sizeof(Number));
+    const uint32_t moved = static_cast<uint32_t>(number) << (j % kEach * 8 * static_cast<int>(sizeof(Number)));
+    words[j / kEach] = j % kEach == 0 ? moved : words[j / kEach] | moved;
+  }
 };
 
-template <class Vector, class Number>
-FUSEDOPT_DEVICE void load_vector(const Number* source, Number* target) {
-  const Vector loaded = *reinterpret_cast<const Vector*>(source);
-  memcpy(target, &loaded, sizeof loaded);
+// Words that are one access.
+template <int kWords>
+struct VectorOf;
+template <>
+struct VectorOf<1> {
+  using Type = uint32_t;
+};
+template <>
+struct VectorOf<2> {
+  using Type = uint2;
+};
+template <>
+struct VectorOf<4> {
+  using Type = uint4;
+};
+
+template <int kWords>
+FUSEDOPT_DEVICE void load_words(const void* source, uint32_t* words) {
+  const auto loaded = *static_cast<const typename VectorOf<kWords>::Type*>(source);
+  memcpy(words, &loaded, sizeof loaded);
 }
 
 // An assignment would do, but the compiler would take it apart and merge it with the stores of single numbers.
-template <class Vector, class Number>
-FUSEDOPT_DEVICE void store_vector(const Number* source, Number* target) {
+template <int kWords>
+FUSEDOPT_DEVICE void store_words(const uint32_t* words, void* target) {
+  using Vector = typename VectorOf<kWords>::Type;
   Vector stored;
-  memcpy(&stored, source, sizeof stored);
-  __stwb(reinterpret_cast<Vector*>(target), stored);
+  memcpy(&stored, words, sizeof stored);
+  __stwb(static_cast<Vector*>(target), stored);
 }
 
-// Vectors of 4 and of 8 numbers of a given size.
-template <int kBytes>
-struct Vectors;
-template <>
-struct Vectors<1> {
-  using Four = uint32_t;
-  using Eight = uint2;
-};
-template <>
-struct Vectors<2> {
-  using Four = uint2;
-  using Eight = uint4;
-};
-template <>
-struct Vectors<4> {
-  using Four = uint4;
-};
-
-template <class Number>
-FUSEDOPT_DEVICE Eight<Number> load_eight(const void* data, const Place& place) {
+// `kWhole`: place.is_whole. Past the end of the tile, numbers are 0.
+template <class Number, bool kWhole>
+FUSEDOPT_DEVICE void load_numbers(const void* data, const Place& place, Raw& raw) {
   const Number* source = static_cast<const Number*>(data) + place.begin;
-  Eight<Number> x;
-  if (place.is_whole) {
-    if constexpr (sizeof(Number) < 4) {
-      if (!place.is_split) {
-        load_vector<typename Vectors<sizeof(Number)>::Eight>(source + place.runs[0], x.at);
-        return x;
-      }
-    }
-    load_vector<typename Vectors<sizeof(Number)>::Four>(source + place.runs[0], x.at);
-    load_vector<typename Vectors<sizeof(Number)>::Four>(source + place.runs[1], x.at + 4);
-    return x;
-  }
+  constexpr int kRun = static_cast<int>(sizeof(Number));  // words of a run
+  if constexpr (!kWhole) {
 #pragma unroll
-  for (int j = 0; j < kLane; ++j) x.at[j] = place.holds(j) ? source[place.offset(j)] : Number{};
-  return x;
-}
-
-template <class Number>
-FUSEDOPT_DEVICE void store_eight(const Eight<Number>& x, void* data, const Place& place) {
-  Number* target = static_cast<Number*>(data) + place.begin;
-  if (place.is_whole) {
-    if constexpr (sizeof(Number) < 4) {
-      if (!place.is_split) {
-        store_vector<typename Vectors<sizeof(Number)>::Eight>(x.at, target + place.runs[0]);
-        return;
-      }
-    }
-    store_vector<typename Vectors<sizeof(Number)>::Four>(x.at, target + place.runs[0]);
-    store_vector<typename Vectors<sizeof(Number)>::Four>(x.at + 4, target + place.runs[1]);
+    for (int j = 0; j < kLane; ++j) raw.set(j, place.holds(j) ? source[place.offset(j)] : Number{});
     return;
   }
+  if constexpr (kRun < 4) {
+    if (!place.is_split) return load_words<2 * kRun>(source + place.runs[0], raw.words);
+  }
+  load_words<kRun>(source + place.runs[0], raw.words);
+  load_words<kRun>(source + place.runs[1], raw.words + kRun);
+}
+
+template <class Number>
+FUSEDOPT_DEVICE void store_numbers(const Raw& raw, void* data, const Place& place) {
+  Number* target = static_cast<Number*>(data) + place.begin;
+  constexpr int kRun = static_cast<int>(sizeof(Number));
+  if (!place.is_whole) {
 #pragma unroll
-  for (int j = 0; j < kLane; ++j) {
-    if (place.holds(j)) target[place.offset(j)] = x.at[j];
+    for (int j = 0; j < kLane; ++j) {
+      if (place.holds(j)) target[place.offset(j)] = raw.get<Number>(j);
+    }
+    return;
+  }
+  if constexpr (kRun < 4) {
+    if (!place.is_split) return store_words<2 * kRun>(raw.words, target + place.runs[0]);
+  }
+  store_words<kRun>(raw.words, target + place.runs[0]);
+  store_words<kRun>(raw.words + kRun, target + place.runs[1]);
+}
+
+template <bool kWhole>
+FUSEDOPT_DEVICE void load(const void* data, DType dtype, const Place& place, Raw& raw) {
+  switch (size_of(dtype)) {
+    case 4:
+      return load_numbers<uint32_t, kWhole>(data, place, raw);
+    case 2:
+      return load_numbers<uint16_t, kWhole>(data, place, raw);
+    default:
+      return load_numbers<uint8_t, kWhole>(data, place, raw);
+  }
+}
+
+FUSEDOPT_DEVICE void store(const Raw& raw, void* data, DType dtype, const Place& place) {
+  switch (size_of(dtype)) {
+    case 4:
+      return store_numbers<uint32_t>(raw, data, place);
+    case 2:
+      return store_numbers<uint16_t>(raw, data, place);
+    default:
+      return store_numbers<uint8_t>(raw, data, place);
   }
 }
 
 // ---- dense -------------------------------------------------------------------------------------
 
-FUSEDOPT_DEVICE void load(const void* data, uint32_t dtype, const Place& place, float (&x)[kLane]) {
-  if (static_cast<DType>(dtype) == DType::kFloat32) {
-    const Eight<float> loaded = load_eight<float>(data, place);
+FUSEDOPT_DEVICE void decode(const Raw& raw, DType dtype, float (&x)[kLane]) {
+  if (dtype == DType::kFloat32) {
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) x[j] = loaded.at[j];
-    return;
-  }
-  const Eight<uint16_t> codes = load_eight<uint16_t>(data, place);
-  if (static_cast<DType>(dtype) == DType::kBFloat16) {
+    for (int j = 0; j < kLane; ++j) x[j] = float_of(raw.words[j]);
+  } else if (dtype == DType::kBFloat16) {
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) x[j] = BFloat16::decode(codes.at[j]);
+    for (int j = 0; j < kLane; ++j) x[j] = BFloat16::decode(raw.get<uint16_t>(j));
   } else {
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) x[j] = Float16::decode(codes.at[j]);
+    for (int j = 0; j < kLane; ++j) x[j] = Float16::decode(raw.get<uint16_t>(j));
   }
 }
 
 template <class Format>
-FUSEDOPT_DEVICE Eight<uint16_t> encode(const float (&x)[kLane], bool rounds, const uint32_t (&random)[kLane],
-                                       int half) {
-  Eight<uint16_t> codes;
+FUSEDOPT_DEVICE void encode16(const float (&x)[kLane], bool rounds, const uint32_t (&random)[kLane], int half,
+                              Raw& raw) {
   if (rounds) {
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) codes.at[j] = Format::encode_stochastic(x[j], half_of(random[j], half));
+    for (int j = 0; j < kLane; ++j) raw.set(j, Format::encode_stochastic(x[j], half_of(random[j], half)));
   } else {
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) codes.at[j] = Format::encode_nearest(x[j]);
+    for (int j = 0; j < kLane; ++j) raw.set(j, Format::encode_nearest(x[j]));
   }
-  return codes;
 }
 
-FUSEDOPT_DEVICE Eight<uint16_t> encode_as(DType dtype, const float (&x)[kLane], bool rounds,
-                                          const uint32_t (&random)[kLane], int half) {
-  return dtype == DType::kBFloat16 ? encode<BFloat16>(x, rounds, random, half)
-                                   : encode<Float16>(x, rounds, random, half);
+FUSEDOPT_DEVICE void encode(const float (&x)[kLane], DType dtype, bool rounds, const uint32_t (&random)[kLane],
+                            int half, Raw& raw) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int j = 0; j < kLane; ++j) raw.words[j] = bits_of(x[j]);
+  } else if (dtype == DType::kBFloat16) {
+    encode16<BFloat16>(x, rounds, random, half, raw);
+  } else {
+    encode16<Float16>(x, rounds, random, half, raw);
+  }
 }
 
-FUSEDOPT_DEVICE void store(void* data, uint32_t dtype, bool rounds, const Place& place, const float (&x)[kLane],
+FUSEDOPT_DEVICE void store(void* data, DType dtype, bool rounds, const Place& place, const float (&x)[kLane],
                            const uint32_t (&random)[kLane], int half) {
-  if (static_cast<DType>(dtype) == DType::kFloat32) {
-    Eight<float> stored;
-#pragma unroll
-    for (int j = 0; j < kLane; ++j) stored.at[j] = x[j];
-    store_eight(stored, data, place);
-  } else {
-    store_eight(encode_as(static_cast<DType>(dtype), x, rounds, random, half), data, place);
-  }
+  Raw raw;
+  encode(x, dtype, rounds, random, half, raw);
+  store(raw, data, dtype, place);
 }
 
 // The random bits of a lane's elements. The upper half of the index, and with it the key, may change in the middle of a
@@ -197,49 +222,91 @@ FUSEDOPT_DEVICE void draw(uint32_t stream_key, int64_t first_index, const Place&
   }
 }
 
-// ---- blockwise: eight lanes side by side have a block --------------------------------------------
+// ---- blockwise: a block is the run of sixteen lanes side by side or, if runs are, both runs of eight ---------------
 
-template <bool kSigned>
-FUSEDOPT_DEVICE void decode_codes(const void* codes, uint8_t scale, const Place& place, float (&x)[kLane]) {
-  const Eight<uint8_t> loaded = load_eight<uint8_t>(codes, place);
-  const float unit = Square8<kSigned>::unit_of(scale);
-#pragma unroll
-  for (int j = 0; j < kLane; ++j) x[j] = Square8<kSigned>::decode(loaded.at[j], unit);
+// The block of a run, in its tile.
+FUSEDOPT_DEVICE int block_of(const Place& place, int run) {
+  return (place.is_split && run == 1 ? place.runs[1] : place.runs[0]) / kBlock;
 }
 
-// The largest magnitude of a block, as an integer. All lanes of a warp call this.
-FUSEDOPT_DEVICE uint32_t largest_of_block(const float (&x)[kLane], const Place& place) {
-  uint32_t top = 0;
+// The scales of a lane's runs, as they lie in memory from the tile's first on.
+template <bool kWhole>
+FUSEDOPT_DEVICE void load_scales(const uint8_t* scales, const Place& place, uint8_t (&loaded)[2]) {
 #pragma unroll
-  for (int j = 0; j < kLane; ++j) {
-    const uint32_t size = place.holds(j) ? bits_of(x[j]) & ~kSignBit : 0u;
-    top = size > top ? size : top;
-  }
-#pragma unroll
-  for (int other = 1; other < kBlock / kLane; other *= 2) {
-    const uint32_t size = __shfl_xor_sync(0xFFFFFFFFu, top, other);
-    top = size > top ? size : top;
-  }
-  return top;
-}
-
-// `roots`: the square roots of the numbers, if kRoots.
-template <bool kSigned, bool kRoots>
-FUSEDOPT_DEVICE void store_codes(void* codes, uint8_t* scale_at, bool rounds, const Place& place,
-                                 const float (&x)[kLane], const float (&roots)[kLane], const uint32_t (&random)[kLane],
-                                 int half) {
-  const BlockScale scale = Square8<kSigned>::scale_of(largest_of_block(x, place));
-  Eight<uint8_t> encoded{};
-  if (!scale.is_special()) {
-#pragma unroll
-    for (int j = 0; j < kLane; ++j) {
-      const float rooted = kRoots ? roots[j] : root(float_of(bits_of(x[j]) & ~kSignBit));
-      const uint32_t bits = rounds ? half_of(random[j], half) | 1u : kHalf;
-      encoded.at[j] = Square8<kSigned>::encode(x[j], rooted, scale, bits);
+  for (int run = 0; run < 2; ++run) {
+    if (run == 1 && !place.is_split) {
+      loaded[1] = loaded[0];
+    } else {
+      loaded[run] = kWhole || place.holds(run * 4) ? scales[block_of(place, run)] : uint8_t{};
     }
   }
-  store_eight(encoded, codes, place);
-  if (place.runs[0] % kBlock == 0 && place.holds(0)) *scale_at = static_cast<uint8_t>(scale.code);
+}
+
+template <bool kSigned>
+FUSEDOPT_DEVICE void decode_codes(const Raw& codes, const uint8_t (&scales)[2], float (&x)[kLane]) {
+#pragma unroll
+  for (int j = 0; j < kLane; ++j) {
+    x[j] = Square8<kSigned>::decode(codes.get<uint8_t>(j), Square8<kSigned>::unit_of(scales[j / 4]));
+  }
+}
+
+FUSEDOPT_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+FUSEDOPT_DEVICE uint32_t larger_of_lanes(uint32_t x, int distance) {
+  return larger(x, __shfl_xor_sync(0xFFFFFFFFu, x, distance));
+}
+
+// The largest magnitudes of the blocks of a lane's runs, as integers. All lanes of a warp call this.
+FUSEDOPT_DEVICE void largest_of_blocks(const float (&x)[kLane], const Place& place, uint32_t (&largest)[2]) {
+#pragma unroll
+  for (int run = 0; run < 2; ++run) {
+    largest[run] = 0;
+#pragma unroll
+    for (int j = run * 4; j < run * 4 + 4; ++j) {
+      const bool counts = place.is_whole || place.holds(j);
+      largest[run] = larger(largest[run], counts ? bits_of(x[j]) & ~kSignBit : 0u);
+    }
+  }
+  if (!place.is_split) {
+    uint32_t top = larger(largest[0], largest[1]);
+#pragma unroll
+    for (int distance = 1; distance < kBlock / kLane; distance *= 2) top = larger_of_lanes(top, distance);
+    largest[0] = largest[1] = top;
+    return;
+  }
+  // Two blocks at once: even lanes go on with the first runs of a pair of lanes, odd ones with the second.
+  const bool is_odd = threadIdx.x % 2 != 0;
+  const uint32_t given = is_odd ? largest[0] : largest[1], kept = is_odd ? largest[1] : largest[0];
+  uint32_t top = larger(kept, __shfl_xor_sync(0xFFFFFFFFu, given, 1));
+#pragma unroll
+  for (int distance = 2; distance < kBlock / 4; distance *= 2) top = larger_of_lanes(top, distance);
+  const uint32_t of_other_run = __shfl_xor_sync(0xFFFFFFFFu, top, 1);
+  largest[0] = is_odd ? of_other_run : top;
+  largest[1] = is_odd ? top : of_other_run;
+}
+
+// `roots`: the square roots of the numbers, if kRoots. `scales`: from the tile's first on.
+template <bool kSigned, bool kRoots>
+FUSEDOPT_DEVICE void store_codes(void* codes, uint8_t* scales, bool rounds, const Place& place, const float (&x)[kLane],
+                                 const float (&roots)[kLane], const uint32_t (&random)[kLane], int half) {
+  uint32_t largest[2];
+  largest_of_blocks(x, place, largest);
+  Raw encoded{};
+#pragma unroll
+  for (int run = 0; run < 2; ++run) {
+    const BlockScale scale = Square8<kSigned>::scale_of(largest[run]);
+    if (!scale.is_special()) {
+#pragma unroll
+      for (int j = run * 4; j < run * 4 + 4; ++j) {
+        const float rooted = kRoots ? roots[j] : root(float_of(bits_of(x[j]) & ~kSignBit));
+        const uint32_t bits = rounds ? half_of(random[j], half) | 1u : kHalf;
+        encoded.set(j, Square8<kSigned>::encode(x[j], rooted, scale, bits));
+      }
+    }
+    if (place.runs[run] % kBlock == 0 && place.holds(run * 4)) {
+      scales[place.runs[run] / kBlock] = static_cast<uint8_t>(scale.code);
+    }
+  }
+  store_numbers<uint8_t>(encoded, codes, place);
 }
 
 // ---- a parameter with its master -----------------------------------------------------------------
@@ -249,78 +316,88 @@ FUSEDOPT_DEVICE float adopt_written(uint16_t code, float kept) {
   return is_rounding_of<Format>(code, kept) ? kept : Format::decode(code);
 }
 
-FUSEDOPT_DEVICE void load_param(const void* param, const void* master, const Formats& formats, const Place& place,
-                                float (&w)[kLane]) {
-  const Master kind = static_cast<Master>(formats.master_format);
-  if (kind == Master::kNone) return load(param, formats.param, place, w);
+// `formats` are Formats or UsualFormats.
+template <class TensorFormats>
+FUSEDOPT_DEVICE void decode_param(const Raw& param, const Raw& master, const TensorFormats& formats,
+                                  float (&w)[kLane]) {
+  const Master kind = formats.master_format();
+  const DType dtype = formats.param();
+  if (kind == Master::kNone) return decode(param, dtype, w);
   if (kind == Master::kKahan) {
     float rest[kLane];
-    load(param, formats.param, place, w);
-    load(master, formats.master, place, rest);
+    decode(param, dtype, w);
+    decode(master, formats.master(), rest);
 #pragma unroll
     for (int j = 0; j < kLane; ++j) w[j] = w[j] + rest[j];
     return;
   }
-  const Eight<uint16_t> codes = load_eight<uint16_t>(param, place);
   if (kind == Master::kSplit24) {
-    const Eight<int8_t> low = load_eight<int8_t>(master, place);
-#pragma unroll
-    for (int j = 0; j < kLane; ++j) w[j] = join(codes.at[j], static_cast<int16_t>(low.at[j] * 256));
-  } else if (kind == Master::kSplit32) {
-    const Eight<int16_t> low = load_eight<int16_t>(master, place);
-#pragma unroll
-    for (int j = 0; j < kLane; ++j) w[j] = join(codes.at[j], low.at[j]);
-  } else {
-    load(master, static_cast<uint32_t>(DType::kFloat32), place, w);
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
-      w[j] = static_cast<DType>(formats.param) == DType::kBFloat16 ? adopt_written<BFloat16>(codes.at[j], w[j])
-                                                                   : adopt_written<Float16>(codes.at[j], w[j]);
+      w[j] = join(param.get<uint16_t>(j), static_cast<int16_t>(master.get<int8_t>(j) * 256));
+    }
+  } else if (kind == Master::kSplit32) {
+#pragma unroll
+    for (int j = 0; j < kLane; ++j) w[j] = join(param.get<uint16_t>(j), master.get<int16_t>(j));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kLane; ++j) {
+      const uint16_t code = param.get<uint16_t>(j);
+      const float kept = float_of(master.words[j]);
+      w[j] = dtype == DType::kBFloat16 ? adopt_written<BFloat16>(code, kept) : adopt_written<Float16>(code, kept);
     }
   }
 }
 
+template <class TensorFormats, bool kWhole>
+FUSEDOPT_DEVICE void load_param(const void* param, const void* master, const TensorFormats& formats, const Place& place,
+                                Raw& raw, Raw& raw_master) {
+  load<kWhole>(param, formats.param(), place, raw);
+  if (formats.master_format() != Master::kNone) load<kWhole>(master, formats.master(), place, raw_master);
+}
+
 // `random`: the bits of the parameter's stream.
-FUSEDOPT_DEVICE void store_param(void* param, void* master, const Formats& formats, const Place& place,
+template <class TensorFormats>
+FUSEDOPT_DEVICE void store_param(void* param, void* master, const TensorFormats& formats, const Place& place,
                                  const float (&w)[kLane], const uint32_t (&random)[kLane]) {
-  const Master kind = static_cast<Master>(formats.master_format);
-  const bool rounds = formats.rounds_param != 0;
+  const Master kind = formats.master_format();
+  const DType dtype = formats.param();
+  const bool rounds = formats.rounds_param();
   if (kind == Master::kNone || kind == Master::kFloat32) {
-    store(param, formats.param, rounds, place, w, random, 0);
-    if (kind == Master::kFloat32) store(master, static_cast<uint32_t>(DType::kFloat32), false, place, w, random, 0);
+    store(param, dtype, rounds, place, w, random, 0);
+    if (kind == Master::kFloat32) store(master, DType::kFloat32, false, place, w, random, 0);
     return;
   }
-  Eight<uint16_t> codes;
+  Raw codes;
   if (kind == Master::kKahan) {
-    const DType dtype = static_cast<DType>(formats.param);
-    codes = encode_as(dtype, w, false, random, 0);
+    encode(w, dtype, false, random, 0, codes);
     float rest[kLane];
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
-      const float p = dtype == DType::kBFloat16 ? BFloat16::decode(codes.at[j]) : Float16::decode(codes.at[j]);
-      rest[j] = remainder_of(w[j], p);
+      const uint16_t code = codes.get<uint16_t>(j);
+      rest[j] = remainder_of(w[j], dtype == DType::kBFloat16 ? BFloat16::decode(code) : Float16::decode(code));
     }
-    store(master, formats.master, rounds, place, rest, random, 0);
+    store(master, formats.master(), rounds, place, rest, random, 0);
   } else if (kind == Master::kSplit24) {
-    Eight<int8_t> low;
+    Raw low;
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       const Split split = split24(w[j], rounds ? random[j] >> 24 : 0x80u);
-      codes.at[j] = split.high;
-      low.at[j] = static_cast<int8_t>(split.low >> 8);
+      codes.set(j, split.high);
+      low.set(j, static_cast<uint8_t>(split.low >> 8));
     }
-    store_eight(low, master, place);
+    store_numbers<uint8_t>(low, master, place);
   } else {
-    Eight<int16_t> low;
+    Raw low;
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       const Split split = split32(w[j]);
-      codes.at[j] = split.high;
-      low.at[j] = split.low;
+      codes.set(j, split.high);
+      low.set(j, static_cast<uint16_t>(split.low));
     }
-    store_eight(low, master, place);
+    store_numbers<uint16_t>(low, master, place);
   }
-  store_eight(codes, param, place);
+  store_numbers<uint16_t>(codes, param, place);
 }
 
 }  // namespace

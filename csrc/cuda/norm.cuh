@@ -11,7 +11,7 @@ struct SummedTensor {
   int64_t numel;
   int64_t first_chunk;   // where its sums go
   uint32_t first_block;  // of the launch
-  uint32_t dtype;
+  DType dtype;
 };
 
 constexpr int kSummedTensors = (kParameterBytes - 64) / static_cast<int>(sizeof(SummedTensor));

@@ -17,11 +17,11 @@ namespace {
 // Calls use(number), where number(i) is element i. Each format has a loop of its own, whose loads do not wait for
 // branches.
 template <class Use>
-FUSEDOPT_DEVICE void with_numbers(const void* data, uint32_t dtype, const Use& use) {
+FUSEDOPT_DEVICE void with_numbers(const void* data, DType dtype, const Use& use) {
   const auto* codes = static_cast<const uint16_t*>(data);
-  if (static_cast<DType>(dtype) == DType::kFloat32) {
+  if (dtype == DType::kFloat32) {
     use([=](int64_t i) { return static_cast<const float*>(data)[i]; });
-  } else if (static_cast<DType>(dtype) == DType::kBFloat16) {
+  } else if (dtype == DType::kBFloat16) {
     use([=](int64_t i) { return BFloat16::decode(codes[i]); });
   } else {
     use([=](int64_t i) { return Float16::decode(codes[i]); });
