@@ -61,13 +61,13 @@ int64_t workspace_bytes(const Batch& batch, bool clips) {
 }
 
 void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
-  Packed<SumParams> packed(square_sum_kernel, kSumThreads, stream);
+  Packed<SumParams> packed(square_sum_kernel, kNormThreads, stream);
   packed.params->sums = sums;
   int64_t chunks = 0;
   for (const TensorDesc& tensor : batch.tensors) {
     const int64_t count = chunks_of(tensor.numel);
     packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, tensor.grad.dtype},
-               divided_up(count, kBlockChunks));
+               divided_up(count, chunks_of_block(tensor.grad.dtype)));
     chunks += count;
   }
   packed.flush();

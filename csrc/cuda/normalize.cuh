@@ -94,8 +94,7 @@ FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int
     for_each_loaded<kLoads>(
         0, count, 1, [&](int row) { return grad(begin + row * m.cut.column_count); },
         [&](float g, int row, int k) {
-          const double x = static_cast<double>(g * multiplier);
-          sum = sum + x * x;
+          sum = with_square(sum, g * multiplier);
           weighted.add((g * multiplier) * weight(row), k);
         });
   });

@@ -28,13 +28,20 @@ FUSEDOPT_DEVICE void with_numbers(const void* data, DType dtype, const Use& use)
   }
 }
 
-// The sum of 16 lanes' sums, in pairs; all lanes of the warp call this, and lane 0 of each half gets it.
+// The sum of the sums of kCount threads, in pairs; all lanes of the warp call this, and the first of those threads
+// gets it.
+template <int kCount = kSumLanes>
 FUSEDOPT_DEVICE double total_of_lanes(double sum) {
 #pragma unroll
-  for (int other = 1; other < kSumLanes; other *= 2) {
+  for (int other = 1; other < kCount; other *= 2) {
     sum = sum + __shfl_down_sync(0xFFFFFFFFu, sum, other);
   }
   return sum;
+}
+
+// sum + x x. The product is exact in double, so rounding once gives the same.
+FUSEDOPT_DEVICE double with_square(double sum, float x) {
+  return __fma_rn(static_cast<double>(x), static_cast<double>(x), sum);
 }
 
 // Calls use(load(i), i, k) for every `stride`th i from `first` on, in order, with kLoads loads under way at once; k
@@ -63,10 +70,8 @@ FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load&
 template <int kLoads, class Load, class Value>
 FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
   double sum = 0.0;
-  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i, int) {
-    const double x = static_cast<double>(value(loaded, i));
-    sum = sum + x * x;  // the product is exact
-  });
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load,
+                          [&](const auto& loaded, int i, int) { sum = with_square(sum, value(loaded, i)); });
   return sum;
 }
 
