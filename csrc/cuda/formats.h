@@ -19,9 +19,8 @@ struct Formats {
   uint32_t has_float32 : 1;  // in some buffer
   uint32_t is_aligned : 1;   // whole tiles lie on multiples of 16 bytes in every buffer
 
-  // At least so many blocks fit on a multiprocessor. That leaves 128 registers per thread, or 168, with which no rule
-  // spills.
-  static constexpr int resident_blocks(bool is_quantized) { return is_quantized ? 3 : 4; }
+  // At least so many blocks fit on a multiprocessor. That leaves 168 registers per thread, with which no rule spills.
+  static constexpr int kResidentBlocks = 3;
 
   // Whether a kernel for these formats can step a tensor with `found`.
   static constexpr bool fit(const Formats&, int) { return true; }
@@ -43,7 +42,7 @@ struct Formats {
 template <DType kParam, Master kMaster, DType kState>
 struct UsualFormats : Formats {
   static_assert(kMaster == Master::kNone || kMaster == Master::kSplit24);
-  static constexpr int resident_blocks(bool) { return 5; }  // 96 registers
+  static constexpr int kResidentBlocks = 5;  // 96 registers
 
   FUSEDOPT_FN explicit UsualFormats(const Formats& found) : Formats(found) {}
 

@@ -17,6 +17,14 @@
 namespace fusedopt::cuda {
 namespace {
 
+// Marks what few warps do. The compiler leaves it a branch, instead of computing both ways and selecting, and
+// bench/sass.py knows which way warps go: the instruction triggers an event that nobody has asked for.
+FUSEDOPT_DEVICE void rarely() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("pmevent 0;");
+#endif
+}
+
 // The last tensor that begins at a block or before it.
 template <class Tensor>
 FUSEDOPT_DEVICE int find_tensor(const Tensor* tensors, int count, uint32_t block) {
@@ -47,7 +55,7 @@ FUSEDOPT_DEVICE Place place_of(int lane, int64_t begin, int count, bool is_align
   place.runs[0] = is_split ? lane * 4 : lane * 8;
   place.runs[1] = is_split ? kTile / 2 + lane * 4 : lane * 8 + 4;
   place.count = count;
-  place.is_whole = is_aligned && count == kTile;
+  place.is_whole = is_aligned & (count == kTile);
   place.is_split = is_split;
   return place;
 }
@@ -61,12 +69,18 @@ struct Raw {
     constexpr int kEach = 4 / static_cast<int>(sizeof(Number));
     return static_cast<Number>(words[j / kEach] >> (j % kEach * 8 * static_cast<int>(sizeof(Number))));
   }
-  // Numbers are set in order, each once.
+  // Numbers are set in order, each once: bytes of a word that come later may hold anything.
   template <class Number>
   FUSEDOPT_DEVICE void set(int j, Number number) {
-    constexpr int kEach = 4 / static_cast<int>(sizeof(Number));
-    const uint32_t moved = static_cast<uint32_t>(number) << (j % kEach * 8 * static_cast<int>(sizeof(Number)));
-    words[j / kEach] = j % kEach == 0 ? moved : words[j / kEach] | moved;
+    uint32_t& word = words[j / (4 / static_cast<int>(sizeof(Number)))];
+    if constexpr (sizeof(Number) == 4) {
+      word = number;
+    } else if constexpr (sizeof(Number) == 2) {
+      word = j % 2 == 0 ? number : __byte_perm(word, number, 0x5410);
+    } else {
+      constexpr uint32_t kSelectors[] = {0, 0x3240, 0x3410, 0x4210};
+      word = j % 4 == 0 ? number : __byte_perm(word, number, kSelectors[j % 4]);
+    }
   }
 };
 
@@ -107,6 +121,7 @@ FUSEDOPT_DEVICE void load_numbers(const void* data, const Place& place, Raw& raw
   const Number* source = static_cast<const Number*>(data) + place.begin;
   constexpr int kRun = static_cast<int>(sizeof(Number));  // words of a run
   if constexpr (!kWhole) {
+    rarely();
 #pragma unroll
     for (int j = 0; j < kLane; ++j) raw.set(j, place.holds(j) ? source[place.offset(j)] : Number{});
     return;
@@ -123,6 +138,7 @@ FUSEDOPT_DEVICE void store_numbers(const Raw& raw, void* data, const Place& plac
   Number* target = static_cast<Number*>(data) + place.begin;
   constexpr int kRun = static_cast<int>(sizeof(Number));
   if (!place.is_whole) {
+    rarely();
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       if (place.holds(j)) target[place.offset(j)] = raw.get<Number>(j);
@@ -205,20 +221,26 @@ FUSEDOPT_DEVICE void store(void* data, DType dtype, bool rounds, const Place& pl
   store(raw, data, dtype, place);
 }
 
-// The random bits of a lane's elements. The upper half of the index, and with it the key, may change in the middle of a
-// run.
+// The random bits of a lane's elements. The upper half of the index, and with it the key, may change within a tile.
 FUSEDOPT_DEVICE void draw(uint32_t stream_key, int64_t first_index, const Place& place, uint32_t (&random)[kLane]) {
+  const uint64_t begin = static_cast<uint64_t>(first_index + place.begin);
+  const uint32_t lo = static_cast<uint32_t>(begin), hi = static_cast<uint32_t>(begin >> 32);
+  uint32_t key = stream_key;
+  if (hi != 0) {
+    rarely();
+    key = key_at(stream_key, hi);
+  }
+  if (lo <= 0xFFFFFFFFu - (kTile - 1)) {
 #pragma unroll
-  for (int run = 0; run < 2; ++run) {
-    const uint64_t index = static_cast<uint64_t>(first_index + place.begin + place.runs[run]);
-    const uint32_t lo = static_cast<uint32_t>(index), hi = static_cast<uint32_t>(index >> 32);
-    const uint32_t key = key_at(stream_key, hi);
-    const uint32_t next = lo > 0xFFFFFFFFu - 3u ? key_at(stream_key, hi + 1) : key;
+    for (int j = 0; j < kLane; ++j) random[j] = random_bits(lo + static_cast<uint32_t>(place.offset(j)), key);
+    return;
+  }
+  rarely();
+  const uint32_t next = key_at(stream_key, hi + 1);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t at = lo + static_cast<uint32_t>(j);
-      random[run * 4 + j] = random_bits(at, at < lo ? next : key);
-    }
+  for (int j = 0; j < kLane; ++j) {
+    const uint32_t at = lo + static_cast<uint32_t>(place.offset(j));
+    random[j] = random_bits(at, at < lo ? next : key);
   }
 }
 
@@ -257,14 +279,18 @@ FUSEDOPT_DEVICE uint32_t larger_of_lanes(uint32_t x, int distance) {
 
 // The largest magnitudes of the blocks of a lane's runs, as integers. All lanes of a warp call this.
 FUSEDOPT_DEVICE void largest_of_blocks(const float (&x)[kLane], const Place& place, uint32_t (&largest)[2]) {
+  uint32_t sizes[kLane];
+#pragma unroll
+  for (int j = 0; j < kLane; ++j) sizes[j] = bits_of(x[j]) & ~kSignBit;
+  if (!place.is_whole) {
+    rarely();
+#pragma unroll
+    for (int j = 0; j < kLane; ++j) sizes[j] = place.holds(j) ? sizes[j] : 0u;
+  }
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
-    largest[run] = 0;
-#pragma unroll
-    for (int j = run * 4; j < run * 4 + 4; ++j) {
-      const bool counts = place.is_whole || place.holds(j);
-      largest[run] = larger(largest[run], counts ? bits_of(x[j]) & ~kSignBit : 0u);
-    }
+    const uint32_t* of_run = sizes + run * 4;
+    largest[run] = larger(larger(of_run[0], of_run[1]), larger(of_run[2], of_run[3]));
   }
   if (!place.is_split) {
     uint32_t top = larger(largest[0], largest[1]);
@@ -290,19 +316,23 @@ FUSEDOPT_DEVICE void store_codes(void* codes, uint8_t* scales, bool rounds, cons
                                  const float (&roots)[kLane], const uint32_t (&random)[kLane], int half) {
   uint32_t largest[2];
   largest_of_blocks(x, place, largest);
+  // R of storage/blockwise8.h, chosen without a branch.
+  const uint32_t drawn = rounds ? 0xFFFFu : 0u, fixed = rounds ? 1u : kHalf;
   Raw encoded{};
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
     const BlockScale scale = Square8<kSigned>::scale_of(largest[run]);
-    if (!scale.is_special()) {
+    if (scale.is_special()) {
+      rarely();
+    } else {
 #pragma unroll
       for (int j = run * 4; j < run * 4 + 4; ++j) {
         const float rooted = kRoots ? roots[j] : root(float_of(bits_of(x[j]) & ~kSignBit));
-        const uint32_t bits = rounds ? half_of(random[j], half) | 1u : kHalf;
+        const uint32_t bits = (half_of(random[j], half) & drawn) | fixed;
         encoded.set(j, Square8<kSigned>::encode(x[j], rooted, scale, bits));
       }
     }
-    if (place.runs[run] % kBlock == 0 && place.holds(run * 4)) {
+    if (place.runs[run] % kBlock == 0 && (place.is_whole || place.holds(run * 4))) {
       scales[place.runs[run] / kBlock] = static_cast<uint8_t>(scale.code);
     }
   }

@@ -155,12 +155,13 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
     for (int k = 0; k < Rule::kStates; ++k) s[k][j] = state[k];
   }
 
-  uint32_t random[kLane];
+  uint32_t random[kLane] = {};
   for_each_state<Rule>([&](auto k) {
     const bool rounds = formats.rounds_state(k);
     // States 2 k and 2 k + 1 share a stream.
-    const bool is_drawn = k % 2 == 1 && formats.rounds_state(k - 1);
-    if (rounds && !is_drawn) draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
+    if (k % 2 == 0 && (rounds || (k + 1 < Rule::kStates && formats.rounds_state(k + 1)))) {
+      draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
+    }
     if (has_codes(k)) {
       store_codes<Rule::kSigned[k], k == Rule::kRooted>(tensor.states[k], scales_of(k), rounds, place, s[k], roots,
                                                         random, k & 1);
@@ -173,7 +174,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
 }
 
 template <class Rule, bool kQuantized, class TensorFormats>
-__global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(kQuantized))
+__global__ void __launch_bounds__(kThreads, TensorFormats::kResidentBlocks)
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
