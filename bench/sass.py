@@ -4,9 +4,9 @@
     python bench/sass.py FILE ...     # of cubins or modules
 
 The way through a kernel is followed branch by branch, as a warp goes that has a whole, aligned tile of normal numbers:
-it does nothing that the source marks by rarely() (csrc/cuda/lane.cuh) and calls no subroutine, as the compiler does for
-divisions and roots of numbers that are subnormal, zero or not finite. What is left to choose is the rounding. Where it
-is stochastic, the longer way is taken; where it is to nearest, the shorter.
+it does nothing that the source marks by rarely() (csrc/cuda/lane_memory.cuh) and calls no subroutine, as the compiler
+does for divisions and roots of numbers that are subnormal, zero or not finite. What is left to choose is the rounding.
+Where it is stochastic, the longer way is taken; where it is to nearest, the shorter.
 
 It needs cuobjdump and nvdisasm: of the CUDA toolkit, or of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
