@@ -87,13 +87,13 @@ def may_wait(device: torch.device) -> bool:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Tensors are plain, whatever the caller has entered, and waiting is no error."""
+    """Nothing is recorded, and waiting is no error."""
     is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     mode = torch.cuda.get_sync_debug_mode() if is_initialized else 0
     if mode:
         torch.cuda.set_sync_debug_mode(0)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         if mode:

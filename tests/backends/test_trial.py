@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,6 +176,7 @@ def test_threads_ask_once() -> None:
 
     def find(device: torch.device) -> None:
         asked.append(device)
+        time.sleep(0.1)  # in which the others ask
 
     verdicts = trial.Verdicts(find)
 

@@ -102,6 +102,7 @@ SAID_BY_NVIDIA_SMI = {
     "echo 9.0; echo 8.0; echo 9.0": "80;90",  # the last one also gets PTX
     "echo 9.0; echo 12.0": SEVERAL,  # of which one is nothing that this nvcc knows: PTX of the last is for it
     "echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2": SEVERAL,
+    "echo 'driver 9.0 does not answer'; exit 9": SEVERAL,
     "echo 'No devices were found'": SEVERAL,
     "echo '[N/A]'": SEVERAL,
 }
