@@ -288,10 +288,10 @@ def test_no_memory_for_state_changes_nothing(case: Any, monkeypatch: pytest.Monk
         set_grads(of, 1)
     zeroed = allocation._zeroed
 
-    def fail(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def fail(shape: torch.Size, dtype: torch.dtype, strides: Any = None) -> torch.Tensor:
         if shape.numel() >= 300_000 or not case.ours.STATES:
             raise torch.OutOfMemoryError("no memory")
-        return zeroed(shape, dtype)
+        return zeroed(shape, dtype, strides)
 
     if len(runs[0].states(runs[0].param_groups[0])) == 0:
         pytest.skip("this rule keeps no state but the step")
