@@ -100,7 +100,7 @@ bench: $(VENV)/.bench
 # Without the virtual environment: where the GPU is, there may be no way to install anything.
 OUT ?= out/gpu
 gpu-check:
-	$(PYTHON) bench/gpu_check.py --out $(OUT)
+	$(PYTHON) bench/gpu_check.py --out $(OUT) $(if $(ONLY),--only $(ONLY))
 
 # The variable silences a notice of the theme's about mkdocs 2, which is not installed.
 docs: $(VENV)/.docs

@@ -1,164 +1,318 @@
-"""`make gpu-check`: builds for the GPU that is here, runs the tests that need one, and measures.
+"""`make gpu-check`: builds for the GPU that is here, tests and measures, in eight minutes, and loses nothing if cut.
 
     python bench/gpu_check.py --out out/gpu
 
-Offline, with the packages of the interpreter that runs it (torch, pytest, pybind11, setuptools) and with cmake, ninja
-and nvcc on the PATH. The package goes to a folder of its own; the environment stays as it is. If a step fails, this is
-reported, the others still run, and the exit status is not 0. Logs, test results and the benchmark's JSON are in --out.
+Offline, with the packages of the interpreter that runs it. docs/cuda.md has the stages and their seconds. Every result
+is appended to results.jsonl in --out as it comes; log.txt has what was printed, and summary.txt the figures, beside
+what was predicted. What is built goes to another folder. `--summary` reads the results of a folder once more, and
+`--dry` runs everything on the CPU, with tiny tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from bench.gpu_record import ABSENT, RESULTS, RUNNING, SHARD, STAGE, Results, last_run, read, tail  # noqa: E402
+from bench.gpu_stages import FACTS_SECONDS, TOTAL_SECONDS, Stage, interpreted, stages  # noqa: E402
+from bench.gpu_summary import render  # noqa: E402
+
+GRACE_SECONDS = 5.0  # between an interrupt and the end, for those who have something to write
+LOG_BYTES = 8 * 2**20
+# Where CUDA's tools are, if they are not on the PATH.
+TOOL_FOLDERS = (
+    Path(sys.executable).parent,
+    Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin",
+    *sorted(Path("/opt/nvidia/nsight-compute").glob("*")),
+)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command with a time limit, in seconds; all of them have to fit into ten minutes of a GPU's time.
+class Stopped(BaseException):
+    """Somebody ended the check by a signal."""
 
-    A step that is a `remedy_for` another one runs only if that one failed.
+
+def stop_in_order() -> None:
+    """From now on a signal that would end this process ends the stage, and the results are told so."""
+    for each in ENDING:
+        signal.signal(each, _stop)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(signal.Signals(number).name)
+
+
+def _in_a_group_of_its_own() -> None:
+    """A stage can be interrupted with everything that it started, and ends if this process is killed."""
+    os.setpgid(0, 0)
+    for each in ENDING:
+        signal.signal(each, signal.SIG_DFL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class Check:
+    """Runs stages one after the other.
+
+    Args:
+        out: Folder for the results.
+        work: Folder for everything else.
+        dry: Whether it runs on the CPU.
     """
 
-    name: str
-    command: Sequence[str]
-    limit: float
-    remedy_for: str = ""
+    def __init__(self, out: Path, work: Path, dry: bool = False) -> None:
+        self.out = out
+        self.work = work
+        self.dry = dry
+        self.results = Results(out / "results.jsonl")
+        self.log = out / "log.txt"
+        self.running = work / "running"
+        self.outcomes: dict[str, str] = {}
 
+    def environment(self, stage: Stage, number: int) -> dict[str, str]:
+        """What a process of a stage finds: the package that was built comes before the sources."""
+        site = stage.site or self.work / "site"
+        inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        found = {
+            **os.environ,
+            "PATH": path_with_tools(),
+            "PYTHONPATH": os.pathsep.join([str(site), *inherited, str(ROOT)]),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "TRITON_CACHE_DIR": str(self.work / "triton"),
+            "OMP_WAIT_POLICY": "passive",
+            RESULTS: str(self.results.path),
+            STAGE: stage.name,
+            SHARD: f"{number}/{stage.processes}",
+            RUNNING: str(self.running),
+        }
+        if stage.processes > 1:
+            found["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // stage.processes))
+        found.pop("FUSEDOPT_GPU_DRY", None)
+        if self.dry:
+            found.update(FUSEDOPT_GPU_DRY="1", TRITON_INTERPRET="1")
+        return found
 
-@dataclass(frozen=True)
-class Result:
-    """How a step ended: its exit status, or a sentence."""
-
-    name: str
-    status: int | str
-    seconds: float
-
-
-def capability() -> str | None:
-    """The capability of the first device, as in 90; None if there is no device."""
-    import torch
-
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return f"{major}{minor}"
-
-
-def steps(out: Path) -> list[Step]:
-    """The steps, in their order."""
-    python = sys.executable
-    site = out / "site"
-    pip = [
-        python,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-    ]
-    built = "import fusedopt._cuda; from fusedopt.backends.info import render; print(render())"
-    tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_gpu_*.py"))
-    return [
-        Step("build", [*pip, "--upgrade", "--target", str(site), str(ROOT)], 200),
-        Step("build without pip", [python, str(Path(__file__).resolve()), "--build-into", str(site)], 200, "build"),
-        Step("kernels", [python, "-c", built], 30),
-        Step(
-            "tests",
-            [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}", *tests],
-            250,
-        ),
-        Step("bench", [python, str(ROOT / "bench" / "gpu.py"), "--out", str(out)], 120),
-    ]
-
-
-def build_into(site: Path) -> None:
-    """Builds the package by CMake alone, in case an old setuptools cannot read the metadata."""
-    import pybind11
-
-    build = site.parent / "build-without-pip"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={site}"]
-    configure += [f"-DFUSEDOPT_CUDA_ARCHITECTURES={os.environ.get('FUSEDOPT_CUDA_ARCHITECTURES', '')}"]
-    shutil.copytree(ROOT / "fusedopt", site / "fusedopt", dirs_exist_ok=True)
-    for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-        subprocess.run(command, check=True)
-
-
-def run(step: Step, out: Path, environment: dict[str, str]) -> Result:
-    """Runs a step. Its output goes to a log and, if it fails, the end of that to the terminal."""
-    log = out / f"{step.name}.log"
-    print(f"{step.name} ...", flush=True)
-    begun = time.monotonic()
-    status: int | str
-    try:
-        with log.open("w") as file:
+    def facts(self, limit: float) -> dict[str, Any]:
+        """Versions and the device; a sentence as "error" if they cannot be had."""
+        stage = Stage("facts", limit, ["-m", "bench.gpu_facts"])
+        try:
             done = subprocess.run(
-                step.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=step.limit
+                interpreted(stage),
+                capture_output=True,
+                text=True,
+                timeout=limit,
+                env=self.environment(stage, 0),
+                cwd=self.work,
             )
-        status = done.returncode
-    except subprocess.TimeoutExpired:
-        status = f"cut off after {step.limit:g} s"
-    except OSError as error:
-        status = str(error)
-    result = Result(step.name, status, round(time.monotonic() - begun, 1))
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    shown = lines[-3:] if step.name == "tests" and status == 0 else lines if step.name in ("kernels", "bench") else []
-    print("\n".join(lines[-40:] if status != 0 else shown))
-    said = "passed" if status == 0 else f"FAILED ({status}), see {log}"
-    print(f"{step.name}: {said}, {result.seconds:g} s\n", flush=True)
-    return result
+            return json.loads(done.stdout.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            return {"error": f"not known after {limit:g} s"}
+        except (IndexError, ValueError):
+            return {"error": tail(done.stdout + done.stderr)}
+
+    def run_all(self, planned: Sequence[Stage], scale: float = 1.0, begun: float | None = None) -> int:
+        """Runs the stages; 0 if none failed or was cut off.
+
+        Args:
+            planned: In their order.
+            scale: What limits are multiplied with.
+            begun: When the first second was, by the monotonic clock.
+        """
+        deadline = begun if begun is not None else time.monotonic()
+        stopped = ""
+        try:
+            for stage in planned:
+                deadline += stage.limit * scale
+                self._run(stage, deadline, scale)
+                self._summarize()
+        except Stopped as error:
+            stopped = str(error)
+        failed = [name for name, outcome in self.outcomes.items() if outcome in ("failed", "cut off")]
+        fields = {"stopped": stopped} if stopped else {}
+        self.results.add("end", failed=failed, **fields)
+        print(self._summarize())
+        return 1 if failed or stopped else 0
+
+    def _run(self, stage: Stage, deadline: float, scale: float) -> None:
+        begun = time.monotonic()
+        reason = stage.missing()
+        fields: dict[str, Any] = {"reason": reason}
+        outcome = "absent"
+        if not reason:
+            self.results.add("begin", of=stage.name, may_take=round(deadline - begun, 1))
+            print(f"{stage.name} ...", flush=True)
+            size = self.log.stat().st_size if self.log.exists() else 0
+            try:
+                outcome, fields = self._run_processes(stage, deadline, scale)
+            except BaseException as error:
+                outcome, fields = "cut off", {"reason": str(error) or type(error).__name__}
+                raise
+            finally:
+                self._finish(stage, outcome, begun, size, fields)
+            return
+        self._finish(stage, outcome, begun, None, fields)
+
+    def _finish(self, stage: Stage, outcome: str, begun: float, log_from: int | None, fields: dict[str, Any]) -> None:
+        """Records how a stage ended, with the end of what it printed if it did not end well."""
+        fields = dict(fields)
+        said = ""
+        if log_from is not None:
+            with self.log.open("rb") as file:
+                file.seek(log_from)
+                said = file.read()[-100_000:].decode(errors="replace")
+            if outcome == "absent":
+                fields["reason"] = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+            elif outcome != "passed":
+                fields["lines"] = tail(said)
+            if outcome != "passed" and self.running.exists():
+                names = [path.read_text() for path in sorted(self.running.glob(f"{stage.name}-*"))]
+                fields.update({"running": names} if names else {})
+            self._shorten_log()
+        self.outcomes[stage.name] = outcome
+        seconds = round(time.monotonic() - begun, 1)
+        self.results.add("stage", name=stage.name, outcome=outcome, seconds=seconds, limit=stage.limit, **fields)
+        why = f" ({fields['reason']})" if fields.get("reason") else ""
+        if outcome in ("failed", "cut off"):
+            print(tail(said, 20))
+        print(f"{stage.name}: {outcome}{why}, {seconds:g} s\n", flush=True)
+
+    def _run_processes(self, stage: Stage, deadline: float, scale: float) -> tuple[str, dict[str, Any]]:
+        grace = min(GRACE_SECONDS, 0.25 * stage.limit * scale)
+        processes: list[subprocess.Popen[bytes]] = []
+        with self.log.open("ab") as log:
+            log.write(f"== {stage.name}\n".encode())
+            log.flush()
+            try:
+                for number in range(stage.processes):
+                    processes.append(
+                        subprocess.Popen(
+                            interpreted(stage),
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            env=self.environment(stage, number),
+                            cwd=self.work,
+                            preexec_fn=_in_a_group_of_its_own,
+                        )
+                    )
+                in_time = _wait(processes, deadline - grace)
+            finally:
+                _end(processes, grace)
+        statuses = sorted({process.returncode for process in processes})
+        if not in_time:
+            return "cut off", {"reason": "its time was up"}
+        if statuses == [ABSENT]:
+            return "absent", {}
+        if set(statuses) <= {0, ABSENT}:
+            return "passed", {}
+        return "failed", {"status": statuses}
+
+    def _shorten_log(self) -> None:
+        if self.log.stat().st_size > LOG_BYTES:
+            text = self.log.read_bytes()
+            half = LOG_BYTES // 4
+            self.log.write_bytes(text[:half] + b"\n... left out ...\n" + text[-half:])
+
+    def _summarize(self) -> str:
+        """Writes the summary of what there is by now, whole or not at all."""
+        text = render(last_run(read(self.results.path)))
+        new = self.work / "summary.txt"
+        new.write_text(text + "\n")
+        (self.out / "summary.txt").write_text(new.read_text())
+        return text
 
 
-def check(planned: Sequence[Step], out: Path, environment: dict[str, str]) -> int:
-    """Runs all steps; 0 if all passed."""
-    out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for step in planned:
-        if step.remedy_for and all(result.status == 0 for result in results if result.name == step.remedy_for):
+def path_with_tools() -> str:
+    """The PATH, and behind it the folders that CUDA's tools usually are in."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, TOOL_FOLDERS)])
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], until: float) -> bool:
+    """Whether all ended before the monotonic clock said so."""
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """Interrupts what still runs, waits for it to write what it has, and kills whatever is left of the groups."""
+    _signal([process for process in processes if process.poll() is None], signal.SIGINT)
+    _wait(processes, time.monotonic() + grace)
+    _signal(processes, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _signal(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
             continue
-        results.append(run(step, out, environment))
-        (out / "summary.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    failed = [result.name for result in results if result.status != 0]
-    print(f"failed: {', '.join(failed)}" if failed else "all passed", f"({sum(r.seconds for r in results):.0f} s)")
-    return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench/gpu_check.py", description="Builds, tests and measures on a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for results")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-check", help="folder for what is built")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of all stages together")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run, beside building")
+    parser.add_argument("--old", type=Path, help="sources of a version whose kernels are measured, too")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny tensors and emulated kernels")
+    parser.add_argument("--summary", action="store_true", help="only print the summary of the results in --out")
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="bench/gpu_check.py", description="Builds, tests and measures on a GPU.")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for logs and results")
-    parser.add_argument("--build-into", type=Path, help="only build the package, into this folder, without pip")
-    arguments = parser.parse_args()
-    if arguments.build_into is not None:
-        build_into(arguments.build_into.resolve())
+    """Runs the command line: 0 if nothing failed, 2 if there is no device."""
+    begun = time.monotonic()
+    arguments = parse()
+    out, work = arguments.out.resolve(), arguments.work.resolve()
+    if arguments.summary:
+        print(render(last_run(read(out / "results.jsonl"))))
         return 0
-    out = arguments.out.resolve()
-    found = capability()
-    if found is None:
+    os.environ["PATH"] = path_with_tools()
+    shutil.rmtree(work / "running", ignore_errors=True)  # of a run that was killed
+    (work / "running").mkdir(parents=True)
+    check = Check(out, work, arguments.dry)
+    scale = arguments.seconds / TOTAL_SECONDS
+    facts = check.facts(FACTS_SECONDS * scale)
+    if "error" not in facts and facts["device"] is None:
         print("torch finds no CUDA device here: nothing was built, tested or measured", file=sys.stderr)
         return 2
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(out / "site"),
-        "PYTHONSAFEPATH": "1",  # the sources, which have no compiled core, stay off the path
-        "FUSEDOPT_CUDA_ARCHITECTURES": found,
-        "FUSEDOPT_BUILD_DIR": str(out / "build"),
-    }
-    environment.pop("FUSEDOPT_GPU_DRY", None)
-    return check(steps(out), out, environment)
+    out.mkdir(parents=True, exist_ok=True)
+    check.results.add("run", dry=arguments.dry, seconds=arguments.seconds, **facts)
+    stop_in_order()
+    planned = stages(work, (facts.get("device") or {}).get("capability", ""), arguments.dry, arguments.old)
+    if arguments.only:
+        unknown = set(arguments.only) - {stage.name for stage in planned}
+        if unknown:
+            names = ", ".join(stage.name for stage in planned)
+            raise SystemExit(f"--only: there is no stage {', '.join(sorted(unknown))}; choose from {names}")
+        planned = [stage for stage in planned if stage.name in ("build", *arguments.only)]
+    return check.run_all(planned, scale, begun + FACTS_SECONDS * scale)
 
 
 if __name__ == "__main__":

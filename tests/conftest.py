@@ -22,6 +22,7 @@ from gpu import REASON
 from gpu import kernels_at_hand as kernels_at_hand
 from interpreted import _quick as _quick
 from interpreted import interpreted as interpreted
+from on_gpu import bench as bench
 
 from fusedopt import _core
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
 # As strict as the core is compiled, and fortified, which must not forbid switching stacks.
 FLAGS = [
     *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off"),
-    *("-D_FORTIFY_SOURCE=2", "-fvisibility=hidden", "-I", str(HERE)),
+    *("-D_FORTIFY_SOURCE=2", "-fvisibility=hidden", "-fsanitize=alignment", "-I", str(HERE)),
 ]
 INVALID_CONFIGURATION = 9
 THROWN = -1

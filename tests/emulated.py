@@ -48,6 +48,9 @@ class EmulatedBackend(CudaBackend):
     def guard(self, device: torch.device) -> Iterator[int]:
         yield 0
 
+    def unusable(self, device: torch.device) -> str | None:
+        return None
+
     def refusal(self, param: Tensor) -> str | None:
         return None if param.dtype in PARAM_DTYPES else f"its dtype is {param.dtype}"
 

@@ -6,13 +6,16 @@ FUSEDOPT_GPU_DRY=1 runs them without a GPU: the device is then the CPU and the k
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, assert_same_run, make_params, params_of, shifted, train
+from cases import assert_same_bits, assert_same_run, make_params, params_of, set_grads, shifted, train
 from emulated import FOLDER, EmulatedBackend
 
 from fusedopt import backends
@@ -45,15 +48,63 @@ def params_on(device: torch.device | str, shapes: list[tuple[int, ...]], dtype: 
     return params
 
 
-def pair(make: Callable[[torch.device | str, str], torch.optim.Optimizer], steps: int) -> list[Any]:
+def from_bench(name: str) -> ModuleType:
+    """A module of bench/, which is on no path here: beside it are the sources, which have no compiled core."""
+    path = Path(__file__).resolve().parents[1] / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+in_a_bucket = from_bench("gradients").in_a_bucket
+
+
+def zero_grads(params: list[Any], step: int) -> None:
+    """Nothing but zeros for a third of the parameters, others in each step, and zeros of both signs in the rest."""
+    set_grads(params, step)
+    for i, param in enumerate(params):
+        if (i + step) % 3 == 0:
+            param.grad.zero_()
+        else:
+            param.grad.flatten()[::2] *= 0.0
+
+
+def bucketed_grads(params: list[Any], step: int) -> None:
+    """Views of one tensor for each dtype and device, at odd offsets."""
+    set_grads(params, step)
+    kinds: dict[Any, list[Any]] = {}
+    for param in params:
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    for alike in kinds.values():
+        for param, grad in zip(alike, in_a_bucket([param.grad for param in alike])):
+            assert grad.storage_offset() % 2 == 1
+            param.grad = grad
+
+
+UNUSUAL_GRADS = {"zero": zero_grads, "bucket": bucketed_grads}
+
+
+def pair(
+    make: Callable[[torch.device | str, str], torch.optim.Optimizer],
+    steps: int,
+    backend: str = "cuda",
+    grads: Callable[..., None] = set_grads,
+) -> list[Any]:
     """What `make(device, backend)` makes, trained on the device and on the CPU."""
-    return [train(make(device, backend), steps) for device, backend in ((DEVICE, "cuda"), ("cpu", "cpu"))]
+    return [train(make(device, name), steps, grads=grads) for device, name in ((DEVICE, backend), ("cpu", "cpu"))]
 
 
 def assert_device_agrees(
-    make: Callable[[torch.device | str, str], torch.optim.Optimizer], steps: int, powers_of: str = ""
+    make: Callable[[torch.device | str, str], torch.optim.Optimizer],
+    steps: int,
+    powers_of: str = "",
+    backend: str = "cuda",
+    grads: Callable[..., None] = set_grads,
 ) -> None:
-    """Bit for bit.
+    """Bit for bit, and the norm if there is one.
 
     Args:
         make: Makes an optimizer, given a device and a backend.
@@ -62,10 +113,14 @@ def assert_device_agrees(
             doubles are within two units of the last place of what the host's give, so that the float32 derived from
             it may be a neighbour: once in 2^28, if fate wills it. Then no bits are compared, and float32 numbers differ
             by that neighbour's share.
+        backend: Of the device.
+        grads: Sets the gradients of a step.
     """
-    ours, theirs = pair(make, steps)
+    ours, theirs = pair(make, steps, backend, grads)
     try:
         assert_same_run(ours, theirs)
+        if ours.last_grad_norm is not None:
+            assert_same_norm(ours, theirs)
     except AssertionError:
         numbers = [(a, b) for a, b in zip(_tensors(ours), _tensors(theirs)) if a.numel() > 0]
         if not powers_of or any(a.dtype != torch.float32 for a, _ in numbers):

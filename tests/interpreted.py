@@ -6,7 +6,6 @@ It is asked for by an environment variable before triton is imported, which `con
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from cases import make_params, shifted
 
-from fusedopt.backends.triton import is_interpreting
+from fusedopt.backends.triton import is_interpreting, missing
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +38,8 @@ def _quick() -> Iterator[None]:
 @pytest.fixture
 def interpreted(request: pytest.FixtureRequest) -> None:
     """backend="triton" steps CPU tensors."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
     if not is_interpreting():
         pytest.skip("TRITON_INTERPRET=1 is not set, because there is a GPU")
     request.getfixturevalue("_quick")

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <optional>
+#include <string>
 
 #include "cuda/launch.h"
 
@@ -26,6 +28,33 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The latest CUDA that the driver supports, as CUDART_VERSION has it; 0 if there is no driver.
+int driver_version() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess) version = 0;
+  cudaGetLastError();
+  return version;
+}
+
+// Squares a number on the device by a kernel with as many parameters as any of them, and waits for it. Returns what
+// went wrong, and leaves no error behind; empty if nothing did.
+std::string trial(const float* number, double* square, cudaStream_t stream) {
+  fusedopt::StepLists lists;
+  lists.tensors.resize(1);
+  lists.tensors[0].grad.data = const_cast<float*>(number);
+  lists.tensors[0].numel = 1;
+  std::string said;
+  try {
+    fusedopt::cuda::square_sums({lists.tensors, lists.groups}, square, stream);
+    const cudaError_t error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess) said = std::string("CUDA: ") + cudaGetErrorString(error);
+  } catch (const std::exception& error) {
+    said = error.what();
+  }
+  cudaGetLastError();
+  return said;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -46,6 +75,15 @@ PYBIND11_MODULE(_cuda, module) {
 #if defined(CUDA_ON_CPU)
   module.def("set_order", &cuda_on_cpu::set_order, "seed"_a);
 #endif
+
+  module.def("driver_version", &driver_version);
+  module.def(
+      "trial",
+      [](uintptr_t number, uintptr_t square, uintptr_t stream) {
+        const py::gil_scoped_release released;
+        return trial(pointer<float>(number), pointer<double>(square), reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::kw_only(), "number"_a, "square"_a, "stream"_a);
 
   module.def(
       "workspace_bytes",

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/tensors.h"
+#include "cuda/formats.h"
 #include "rules/normalize.h"
 #include "storage/random.h"
 
@@ -16,27 +17,12 @@ constexpr int kTilesEach = 4;  // of a warp
 constexpr int kBlockTiles = kWarps * kTilesEach;
 constexpr int kThreads = kWarps * 32;
 
-// At least so many blocks fit on a multiprocessor. That leaves 128 registers per thread, with which no rule spills, and
-// 16 warps with 2 to 4 KB of loads each are more than the latency of memory requires.
-constexpr int kResidentBlocks = 4;
-
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
 #if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
 constexpr int kParameterBytes = 32000;
 #else
 constexpr int kParameterBytes = 3800;
 #endif
-
-// Formats of a tensor's buffers in one word.
-struct Formats {
-  uint32_t param : 3, grad : 3, master : 3;  // DType
-  uint32_t master_format : 3;                // Master
-  uint32_t rounds_param : 1;                 // stochastically
-  uint32_t is_aligned : 1;                   // whole tiles lie on multiples of 16 bytes in every buffer
-  uint32_t is_split : 1;                     // a lane takes two runs of four elements, half a tile apart
-  uint32_t states : 12;                      // 3 bits each, DType
-  uint32_t rounds_states : 4;                // 1 bit each, stochastically
-};
 
 // The factors of rows and columns, where second moments are factored (rules/normalize.h).
 template <bool kFactored>
@@ -50,6 +36,13 @@ struct DeviceFactors<false> {};
 template <class Rule>
 constexpr bool is_factored() {
   if constexpr (kIsNormalizing<Rule>) return Rule::kSecondMoment < 0;
+  return false;
+}
+
+// Whether second moments are a state.
+template <class Rule>
+constexpr bool has_second_moment() {
+  if constexpr (kIsNormalizing<Rule>) return Rule::kSecondMoment >= 0;
   return false;
 }
 

@@ -33,10 +33,11 @@ int64_t derived_bytes(const Batch& batch) {
   return aligned(kDerivedBytes * static_cast<int64_t>(batch.tensors.size()));
 }
 
-std::vector<int32_t> tensors_of(const Batch& batch, int rule) {
-  std::vector<int32_t> listed;
+// The tensors of each rule, in list order.
+std::vector<std::vector<int32_t>> tensors_by_rule(const Batch& batch) {
+  std::vector<std::vector<int32_t>> listed(rules().size());
   for (size_t i = 0; i < batch.tensors.size(); ++i) {
-    if (batch.groups[batch.tensors[i].group].rule == rule) listed.push_back(static_cast<int32_t>(i));
+    listed[batch.groups[batch.tensors[i].group].rule].push_back(static_cast<int32_t>(i));
   }
   return listed;
 }
@@ -52,20 +53,21 @@ int64_t count_square_sums(const Batch& batch) {
 int64_t workspace_bytes(const Batch& batch, bool clips) {
   const int64_t sums = clips ? pairwise_numbers(count_square_sums(batch)) : 0;
   int64_t most = 0;  // rules follow each other and use the same memory
-  for (int rule = 0; rule < static_cast<int>(rules().size()); ++rule) {
-    if (rules()[rule].normalizes) most = std::max(most, normalization_bytes({batch, tensors_of(batch, rule), rule}));
+  const auto tensors = tensors_by_rule(batch);
+  for (int rule = 0; rule < static_cast<int>(tensors.size()); ++rule) {
+    if (rules()[rule].normalizes) most = std::max(most, normalization_bytes({batch, tensors[rule], rule}));
   }
   return derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double))) + most;
 }
 
 void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
-  Packed<SumParams> packed(square_sum_kernel, kSumThreads, stream);
+  Packed<SumParams> packed(square_sum_kernel, kNormThreads, stream);
   packed.params->sums = sums;
   int64_t chunks = 0;
   for (const TensorDesc& tensor : batch.tensors) {
     const int64_t count = chunks_of(tensor.numel);
-    packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, static_cast<uint32_t>(tensor.grad.dtype)},
-               divided_up(count, kBlockChunks));
+    packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, tensor.grad.dtype},
+               divided_up(count, chunks_of_block(tensor.grad.dtype)));
     chunks += count;
   }
   packed.flush();
@@ -83,9 +85,10 @@ void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling,
     scaling.square_sum = pairwise_sum(sums, count, stream);
     free += aligned(pairwise_numbers(count) * static_cast<int64_t>(sizeof(double)));
   }
-  for (int rule = 0; rule < static_cast<int>(rules().size()); ++rule) {
-    Listed listed{batch, tensors_of(batch, rule), rule, derived};
-    if (listed.tensors.empty()) continue;
+  auto tensors = tensors_by_rule(batch);
+  for (int rule = 0; rule < static_cast<int>(tensors.size()); ++rule) {
+    if (tensors[rule].empty()) continue;
+    Listed listed{batch, std::move(tensors[rule]), rule, derived};
     derived += kDerivedBytes * static_cast<int64_t>(listed.tensors.size());
     if (rules()[rule].normalizes) {
       prepare_normalizing(listed, lrs, scaling, free, stream);

@@ -103,24 +103,24 @@ inline bool lies_on_16(const void* data) { return reinterpret_cast<uintptr_t>(da
 
 inline Formats formats_of(const TensorDesc& tensor, int states, int64_t row) {
   Formats formats{};
-  formats.param = static_cast<uint32_t>(tensor.param.dtype);
-  formats.grad = static_cast<uint32_t>(tensor.grad.dtype);
-  formats.master = static_cast<uint32_t>(tensor.master.dtype);
-  formats.master_format = static_cast<uint32_t>(tensor.master_format);
-  formats.rounds_param = tensor.param.rounding == Rounding::kStochastic;
+  formats.param_dtype = static_cast<uint32_t>(tensor.param.dtype);
+  formats.grad_dtype = static_cast<uint32_t>(tensor.grad.dtype);
+  formats.master_dtype = static_cast<uint32_t>(tensor.master.dtype);
+  formats.master_kind = static_cast<uint32_t>(tensor.master_format);
+  formats.param_rounding = tensor.param.rounding == Rounding::kStochastic;
   bool aligned = lies_on_16(tensor.param.data) && lies_on_16(tensor.grad.data) && lies_on_16(tensor.master.data) &&
                  (row == tensor.numel || row % kLane == 0);
   bool has_float32 = tensor.param.dtype == DType::kFloat32 || tensor.grad.dtype == DType::kFloat32 ||
                      (tensor.master_format != Master::kNone && tensor.master.dtype == DType::kFloat32);
   for (int k = 0; k < states; ++k) {
     const Buffer& state = tensor.states[k];
-    formats.states |= static_cast<uint32_t>(state.dtype) << (3 * k);
-    formats.rounds_states |= static_cast<uint32_t>(state.rounding == Rounding::kStochastic) << k;
+    formats.state_dtypes |= static_cast<uint32_t>(state.dtype) << (3 * k);
+    formats.state_roundings |= static_cast<uint32_t>(state.rounding == Rounding::kStochastic) << k;
     aligned = aligned && lies_on_16(state.data);
     has_float32 = has_float32 || state.dtype == DType::kFloat32;
   }
+  formats.has_float32 = has_float32;
   formats.is_aligned = aligned;
-  formats.is_split = has_float32;
   return formats;
 }
 

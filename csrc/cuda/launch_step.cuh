@@ -1,6 +1,10 @@
 // Launches THE kernel for the tensors of a rule: those with codes, or those without.
 #pragma once
 
+#include <memory>
+#include <type_traits>
+#include <vector>
+
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -28,22 +32,68 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
   }
 }
 
+// Whether tensors of a rule may have these formats; if not, there is no kernel. Without states, one of the lists of
+// formats that differ in states is enough; second moments that are not factored are float32.
+template <class Rule, class TensorFormats>
+constexpr bool kMayHave = true;
+template <class Rule, DType kParam, Master kMaster, DType kState>
+constexpr bool kMayHave<Rule, UsualFormats<kParam, kMaster, kState>> =
+    Rule::kStates == 0 ? kState == kParam : (!has_second_moment<Rule>() || kState == DType::kFloat32);
+
+template <class Rule, bool kQuantized>
+struct Kernel {
+  bool (*fits)(const Formats&, int states);
+  void (*function)(StepParams<Rule, kQuantized>);
+};
+
+template <class Rule, bool kQuantized, class... Each>
+std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>) {
+  std::vector<Kernel<Rule, kQuantized>> kernels;
+  const auto add = [&](auto* formats) {
+    using TensorFormats = std::remove_pointer_t<decltype(formats)>;
+    if constexpr (kMayHave<Rule, TensorFormats>) {
+      kernels.push_back({TensorFormats::fit, step_kernel<Rule, kQuantized, TensorFormats>});
+    }
+  };
+  (add(static_cast<Each*>(nullptr)), ...);
+  return kernels;
+}
+
+// A launch for each of the formats that tensors have.
 template <class Rule, bool kQuantized>
 void launch_steps(const Listed& listed, cudaStream_t stream) {
   using Params = StepParams<Rule, kQuantized>;
   static_assert(sizeof(Params) <= kParameterBytes && sizeof(Derived<Rule>) <= kDerivedBytes);
-  Packed<Params> packed(step_kernel<Rule, kQuantized>, kThreads, stream);
-  packed.params->derived = reinterpret_cast<const Derived<Rule>*>(listed.derived);
+  const auto kernels = kernels_for<Rule, kQuantized>(std::conditional_t<kQuantized, QuantizedFormats, DenseFormats>{});
+  std::vector<std::unique_ptr<Packed<Params>>> launches(kernels.size());
   for (size_t i = 0; i < listed.tensors.size(); ++i) {
     const TensorDesc& tensor = listed.batch.tensors[listed.tensors[i]];
     if (tensor.numel == 0 || is_quantized(tensor, Rule::kStates) != kQuantized) continue;
     DeviceTensor<Rule, kQuantized> filled{};
     fill(tensor, is_factored<Rule>() ? &listed.scratch[i] : nullptr, filled);
     filled.index = static_cast<int32_t>(i);
+    size_t k = 0;  // the first that fits; the last takes any formats
+    while (!kernels[k].fits(filled.formats, Rule::kStates)) ++k;
+    if (!launches[k]) {
+      launches[k] = std::make_unique<Packed<Params>>(kernels[k].function, kThreads, stream);
+      launches[k]->params->derived = reinterpret_cast<const Derived<Rule>*>(listed.derived);
+    }
     const int64_t tiles = tensor.numel / filled.row * divided_up(filled.row, kTile);
-    packed.add(filled, divided_up(tiles, kBlockTiles));
+    launches[k]->add(filled, divided_up(tiles, kBlockTiles));
   }
-  packed.flush();
+  for (const auto& launch : launches) {
+    if (launch) launch->flush();
+  }
+}
+
+// What takes the tensors that have codes, or those that have none.
+template <class Rule, bool kQuantized>
+constexpr StepFn step_fn() {
+  if constexpr (kQuantized && Rule::kStates == 0) {
+    return [](const Listed&, cudaStream_t) {};
+  } else {
+    return launch_steps<Rule, kQuantized>;
+  }
 }
 
 }  // namespace

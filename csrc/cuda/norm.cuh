@@ -1,6 +1,8 @@
 // Sums of squares of gradients for their norm.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/descriptors.h"
 #include "cuda/reduce.cuh"
 
@@ -11,7 +13,7 @@ struct SummedTensor {
   int64_t numel;
   int64_t first_chunk;   // where its sums go
   uint32_t first_block;  // of the launch
-  uint32_t dtype;
+  DType dtype;
 };
 
 constexpr int kSummedTensors = (kParameterBytes - 64) / static_cast<int>(sizeof(SummedTensor));
@@ -22,21 +24,80 @@ struct SumParams {
   SummedTensor tensors[kSummedTensors];
 };
 
+constexpr int kNormThreads = 64;
+
+// The numbers of a chunk are rows of 16, one for each lane of its sum. A thread adds as many lanes as it loads at once.
+constexpr int lanes_of_thread(DType dtype) { return 16 / static_cast<int>(size_of(dtype)); }
+
+// How many chunks a block sums.
+constexpr int chunks_of_block(DType dtype) { return kNormThreads * lanes_of_thread(dtype) / kSumLanes; }
+
 namespace {
 
-__global__ void __launch_bounds__(kSumThreads) square_sum_kernel(const __grid_constant__ SumParams params) {
+// The sum of a chunk, for the first of the threads that share it. All threads of a warp call this.
+template <DType kDType>
+FUSEDOPT_DEVICE double square_sum_of_chunk(const void* data, int64_t begin, int length) {
+  using Number = std::conditional_t<kDType == DType::kFloat32, uint32_t, uint16_t>;
+  constexpr int kLanes = lanes_of_thread(kDType), kLoads = 8;
+  const int first = static_cast<int>(threadIdx.x) * kLanes % kSumLanes;
+  const Number* numbers = static_cast<const Number*>(data) + begin + first;
+  double sums[kLanes] = {};
+  // Zeros fill up the last row: their squares change no sum.
+  const auto add_rows = [&](const auto& load) {
+    for_each_loaded<kLoads>(0, static_cast<int>(divided_up(length, kSumLanes)), 1, load, [&](const Raw& raw, int, int) {
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums[lane] = with_square(sums[lane], kDType == DType::kFloat32    ? float_of(raw.words[lane])
+                                             : kDType == DType::kBFloat16 ? BFloat16::decode(raw.get<uint16_t>(lane))
+                                                                          : Float16::decode(raw.get<uint16_t>(lane)));
+      }
+    });
+  };
+  if (length == kReductionChunk && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+    add_rows([&](int row) {
+      Raw raw;
+      load_words<4>(numbers + row * kSumLanes, raw.words);
+      return raw;
+    });
+  } else {
+    rarely();
+    add_rows([&](int row) {
+      Raw raw;
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int at = row * kSumLanes + lane;
+        raw.set(lane, first + at < length ? numbers[at] : Number{});
+      }
+      return raw;
+    });
+  }
+#pragma unroll
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int lane = 0; lane < width; ++lane) sums[lane] = sums[2 * lane] + sums[2 * lane + 1];
+  }
+  return total_of_lanes<kSumLanes / kLanes>(sums[0]);
+}
+
+__global__ void __launch_bounds__(kNormThreads) square_sum_kernel(const __grid_constant__ SumParams params) {
   const SummedTensor& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
-  const int lane = static_cast<int>(threadIdx.x % kSumLanes);
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockChunks + threadIdx.x / kSumLanes;
-  const int64_t begin = chunk * kReductionChunk;
-  const int length = length_of_chunk(begin, tensor.numel);
-  double sum = 0.0;
-  with_numbers(tensor.data, tensor.dtype, [&](const auto& number) {
-    const auto load = [&](int i) { return number(begin + i); };
-    sum = lane_square_sum<8>(length, lane, load, [](float x, int) { return x; });
-  });
-  sum = total_of_lanes(sum);
-  if (lane == 0 && length > 0) params.sums[tensor.first_chunk + chunk] = sum;
+  const auto add = [&](auto constant) {
+    constexpr DType kDType = decltype(constant)::value;
+    const int thread = static_cast<int>(threadIdx.x) * lanes_of_thread(kDType);
+    const int64_t chunk =
+        static_cast<int64_t>(blockIdx.x - tensor.first_block) * chunks_of_block(kDType) + thread / kSumLanes;
+    const int64_t begin = chunk * kReductionChunk;
+    const int length = length_of_chunk(begin, tensor.numel);
+    const double sum = square_sum_of_chunk<kDType>(tensor.data, begin, length);
+    if (thread % kSumLanes == 0 && length > 0) params.sums[tensor.first_chunk + chunk] = sum;
+  };
+  if (tensor.dtype == DType::kFloat32) {
+    add(std::integral_constant<DType, DType::kFloat32>{});
+  } else if (tensor.dtype == DType::kBFloat16) {
+    add(std::integral_constant<DType, DType::kBFloat16>{});
+  } else {
+    add(std::integral_constant<DType, DType::kFloat16>{});
+  }
 }
 
 // Each block adds 2,048 numbers in pairs; their sums are added in the same way, and so on.

@@ -88,14 +88,13 @@ struct WeighedColumn {
 template <class Weight>
 FUSEDOPT_DEVICE void add_to_column(const NormalizedMatrix& m, int64_t begin, int count, float multiplier,
                                    const Weight& weight, double& sum, WeighedColumn& weighted) {
-  with_numbers(m.grad, m.formats.grad, [&](const auto& grad) {
+  with_numbers(m.grad, m.formats.grad(), [&](const auto& grad) {
     constexpr int kLoads = 8;
     static_assert(kLoads % kWeighedRows == 0);
     for_each_loaded<kLoads>(
         0, count, 1, [&](int row) { return grad(begin + row * m.cut.column_count); },
         [&](float g, int row, int k) {
-          const double x = static_cast<double>(g * multiplier);
-          sum = sum + x * x;
+          sum = with_square(sum, g * multiplier);
           weighted.add((g * multiplier) * weight(row), k);
         });
   });
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_kernel(const __grid_cons
     const int count = rows.count - done < kSlabRows ? rows.count - done : kSlabRows;
     const int64_t begin = (first + own) * columns;
     // The next rows, while these are worked on.
-    const int64_t row_bytes = columns * size_of(static_cast<DType>(m.formats.grad));
+    const int64_t row_bytes = columns * size_of(m.formats.grad());
     const int64_t end = rows.begin + (done + 2 * kSlabRows < rows.count ? done + 2 * kSlabRows : rows.count);
     prefetch(m.grad, (first + kSlabRows) * row_bytes, end * row_bytes);
     const int length = own < count ? columns : 0;

@@ -16,17 +16,19 @@ template <class Use>
 FUSEDOPT_DEVICE void with_weights(const NormalizedBuffers& tensor, const Use& use) {
   const auto with_master = [&](auto kind) {
     Formats formats = tensor.formats;
-    formats.master_format = static_cast<uint32_t>(kind());
+    formats.master_kind = static_cast<uint32_t>(kind());
     use([=, &tensor](int64_t i) {
       const Place place{i, {0, 4}, 1, false, false};  // a tile of one
+      Raw param, master;
       float w[kLane];
-      load_param(tensor.param, tensor.master, formats, place, w);
+      load_param<Formats, false>(tensor.param, tensor.master, formats, place, param, master);
+      decode_param(param, master, formats, w);
       return w[0];
     });
   };
-  switch (static_cast<Master>(tensor.formats.master_format)) {
+  switch (tensor.formats.master_format()) {
     case Master::kNone:
-      with_numbers(tensor.param, tensor.formats.param, use);
+      with_numbers(tensor.param, tensor.formats.param(), use);
       break;
     case Master::kKahan:
       with_master(std::integral_constant<Master, Master::kKahan>{});
@@ -58,8 +60,8 @@ FUSEDOPT_DEVICE double chunk_square_sum(const With& with, int length, const Load
 template <int kLoads, class Load, class Value>
 FUSEDOPT_DEVICE double chunk_sum_of_grads(const NormalizedBuffers& tensor, int length, const Load& load,
                                           const Value& value) {
-  return chunk_square_sum<kLoads>([&](const auto& use) { with_numbers(tensor.grad, tensor.formats.grad, use); }, length,
-                                  load, value);
+  return chunk_square_sum<kLoads>([&](const auto& use) { with_numbers(tensor.grad, tensor.formats.grad(), use); },
+                                  length, load, value);
 }
 
 // Of gradients times a multiplier.

@@ -17,24 +17,31 @@ namespace {
 // Calls use(number), where number(i) is element i. Each format has a loop of its own, whose loads do not wait for
 // branches.
 template <class Use>
-FUSEDOPT_DEVICE void with_numbers(const void* data, uint32_t dtype, const Use& use) {
+FUSEDOPT_DEVICE void with_numbers(const void* data, DType dtype, const Use& use) {
   const auto* codes = static_cast<const uint16_t*>(data);
-  if (static_cast<DType>(dtype) == DType::kFloat32) {
+  if (dtype == DType::kFloat32) {
     use([=](int64_t i) { return static_cast<const float*>(data)[i]; });
-  } else if (static_cast<DType>(dtype) == DType::kBFloat16) {
+  } else if (dtype == DType::kBFloat16) {
     use([=](int64_t i) { return BFloat16::decode(codes[i]); });
   } else {
     use([=](int64_t i) { return Float16::decode(codes[i]); });
   }
 }
 
-// The sum of 16 lanes' sums, in pairs; all lanes of the warp call this, and lane 0 of each half gets it.
+// The sum of the sums of kCount threads, in pairs; all lanes of the warp call this, and the first of those threads
+// gets it.
+template <int kCount = kSumLanes>
 FUSEDOPT_DEVICE double total_of_lanes(double sum) {
 #pragma unroll
-  for (int other = 1; other < kSumLanes; other *= 2) {
+  for (int other = 1; other < kCount; other *= 2) {
     sum = sum + __shfl_down_sync(0xFFFFFFFFu, sum, other);
   }
   return sum;
+}
+
+// sum + x x. The product is exact in double, so rounding once gives the same.
+FUSEDOPT_DEVICE double with_square(double sum, float x) {
+  return __fma_rn(static_cast<double>(x), static_cast<double>(x), sum);
 }
 
 // Calls use(load(i), i, k) for every `stride`th i from `first` on, in order, with kLoads loads under way at once; k
@@ -63,10 +70,8 @@ FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load&
 template <int kLoads, class Load, class Value>
 FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
   double sum = 0.0;
-  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i, int) {
-    const double x = static_cast<double>(value(loaded, i));
-    sum = sum + x * x;  // the product is exact
-  });
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load,
+                          [&](const auto& loaded, int i, int) { sum = with_square(sum, value(loaded, i)); });
   return sum;
 }
 

@@ -22,26 +22,53 @@ struct StepParams {
   DeviceTensor<Rule, kQuantized> tensors[kTensorsOfLaunch<Rule, kQuantized>];
 };
 
-// Normalizes a lane's gradients by the factors of their rows and columns.
+// How often `length` goes into `at`, which is less than length + kTile: as a rule without a division.
+FUSEDOPT_DEVICE int times_within_tile(int64_t at, int64_t length) {
+  if (at < length) return 0;
+  return length >= kTile ? 1 : static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(length));
+}
+
+// Loads the factors of the rows and columns of a lane's elements. Where the tile begins in its matrix is the same for
+// all lanes; from there it is less than a tile to any of them.
 template <class Tensor>
-FUSEDOPT_DEVICE void normalize_factored(const Tensor& tensor, const Moments& moments, const Place& place,
-                                        float multiplier, float (&g)[kLane]) {
+FUSEDOPT_DEVICE void load_factors(const Tensor& tensor, const Place& place, float (&rows)[kLane],
+                                  float (&columns)[kLane]) {
+  const int64_t width = tensor.column_count, height = tensor.row_count;
+  const int64_t tile_row = place.begin / width, tile_column = place.begin - tile_row * width;
+  const int64_t tile_matrix = tile_row / height;
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
-    const int64_t at = place.begin + place.runs[run];
-    int64_t row = at / tensor.column_count, column = at - row * tensor.column_count;
+    int64_t column = tile_column + place.runs[run];
+    const int down = times_within_tile(column, width);
+    column -= down * width;
+    int64_t row = tile_row - tile_matrix * height + down;  // of its matrix
+    const int matrices = times_within_tile(row, height);
+    row -= matrices * height;
+    const float* row_at = tensor.row_factors + tile_row + down;
+    const float* columns_at = tensor.column_factors + (tile_matrix + matrices) * width;
+    if (place.begin % 4 == 0 && width % 4 == 0) {  // a run stays in its row
+      if (!place.holds(run * 4)) continue;
+      const float row_factor = *row_at;
+      Raw four;
+      load_words<4>(columns_at + column, four.words);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        rows[run * 4 + j] = row_factor;
+        columns[run * 4 + j] = float_of(four.words[j]);
+      }
+      continue;
+    }
 #pragma unroll
     for (int j = run * 4; j < run * 4 + 4; ++j) {
       if (!place.holds(j)) continue;
-      const int64_t matrix = row / tensor.row_count;
-      const float columns = tensor.column_factors[matrix * tensor.column_count + column];
-      const float rows = tensor.row_factors[row];
-      g[j] = moments.is_clamped ? normalize<true>(g[j] * multiplier, rows, columns, moments)
-                                : normalize<false>(g[j] * multiplier, rows, columns, moments);
-      if (++column == tensor.column_count) {
-        column = 0;
-        ++row;
-      }
+      rows[j] = *row_at;
+      columns[j] = columns_at[column];
+      if (++column < width) continue;
+      column = 0;
+      ++row_at;
+      if (++row < height) continue;
+      row = 0;
+      columns_at += width;
     }
   }
 }
@@ -56,36 +83,63 @@ FUSEDOPT_DEVICE void for_each_state(const Use& use) {
   for_each_of(use, std::make_integer_sequence<int, Rule::kStates>{});
 }
 
-template <class Rule, bool kQuantized>
-FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const Derived<Rule>& derived,
-                               const Place& place, int64_t block) {
+// `first_block`: of codes, of the tile.
+template <class Rule, bool kQuantized, class TensorFormats>
+FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
+                               const Derived<Rule>& derived, const Place& place, int64_t first_block) {
   constexpr int kSlots = DeviceTensor<Rule, kQuantized>::kSlots;
-  const Formats formats = tensor.formats;
+  const auto has_codes = [&](int k) { return kQuantized && formats.state(k) == DType::kUInt8; };
+  const auto scales_of = [&](int k) { return tensor.scales[kQuantized ? k : 0] + first_block; };
+
+  // All loads, before anything waits for the first.
+  Raw raw_param, raw_master, raw_grad, raw_states[kSlots];
+  uint8_t scales[kSlots][2];
+  [[maybe_unused]] float rows[kLane], columns[kLane];
+  const auto load_all = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    load_param<TensorFormats, kWhole>(tensor.param, tensor.master, formats, place, raw_param, raw_master);
+    load<kWhole>(tensor.grad, formats.grad(), place, raw_grad);
+    for_each_state<Rule>([&](auto k) {
+      load<kWhole>(tensor.states[k], formats.state(k), place, raw_states[k]);
+      if (has_codes(k)) load_scales<kWhole>(scales_of(k), place, scales[k]);
+    });
+  };
+  if (place.is_whole) {
+    load_all(std::true_type{});
+  } else {
+    load_all(std::false_type{});
+  }
+  if constexpr (is_factored<Rule>()) load_factors(tensor, place, rows, columns);
+
   float p[kLane], g[kLane], s[kSlots][kLane];
-  load_param(tensor.param, tensor.master, formats, place, p);
-  load(tensor.grad, formats.grad, place, g);
+  decode_param(raw_param, raw_master, formats, p);
+  decode(raw_grad, formats.grad(), g);
   for_each_state<Rule>([&](auto k) {
-    const uint32_t dtype = formats.states >> (3 * k) & 7u;
-    if (kQuantized && static_cast<DType>(dtype) == DType::kUInt8) {
-      const uint8_t scale = place.holds(0) ? tensor.scales[kQuantized ? k : 0][block] : 0;
-      decode_codes<Rule::kSigned[k]>(tensor.states[k], scale, place, s[k]);
+    if (has_codes(k)) {
+      decode_codes<Rule::kSigned[k]>(raw_states[k], scales[k], s[k]);
     } else {
-      load(tensor.states[k], dtype, place, s[k]);
+      decode(raw_states[k], formats.state(k), s[k]);
     }
   });
 
   float multiplier = derived.grad_multiplier;
   if constexpr (kIsNormalizing<Rule>) {
     const Moments& moments = derived.hyper.moments;
-    if constexpr (is_factored<Rule>()) {
-      normalize_factored(tensor, moments, place, multiplier, g);
-    } else {
+    const auto normalize_all = [&](auto clamped) {
+      constexpr bool kClamped = decltype(clamped)::value;
 #pragma unroll
       for (int j = 0; j < kLane; ++j) {
-        const float second = s[Rule::kSecondMoment][j];
-        g[j] = moments.is_clamped ? normalize<true>(g[j] * multiplier, second, moments)
-                                  : normalize<false>(g[j] * multiplier, second, moments);
+        if constexpr (is_factored<Rule>()) {
+          g[j] = normalize<kClamped>(g[j] * multiplier, rows[j], columns[j], moments);
+        } else {
+          g[j] = normalize<kClamped>(g[j] * multiplier, s[Rule::kSecondMoment][j], moments);
+        }
       }
+    };
+    if (moments.is_clamped) {
+      normalize_all(std::true_type{});
+    } else {
+      normalize_all(std::false_type{});
     }
     multiplier = 1.0f;
   }
@@ -101,42 +155,46 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
     for (int k = 0; k < Rule::kStates; ++k) s[k][j] = state[k];
   }
 
-  uint32_t random[kLane];
+  uint32_t random[kLane] = {};
   for_each_state<Rule>([&](auto k) {
-    const uint32_t dtype = formats.states >> (3 * k) & 7u;
-    const bool rounds = formats.rounds_states >> k & 1u;
+    const bool rounds = formats.rounds_state(k);
     // States 2 k and 2 k + 1 share a stream.
-    const bool is_drawn = k % 2 == 1 && (formats.rounds_states << 1 >> k & 1u);
-    if (rounds && !is_drawn) draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
-    if (kQuantized && static_cast<DType>(dtype) == DType::kUInt8) {
-      store_codes<Rule::kSigned[k], k == Rule::kRooted>(tensor.states[k], tensor.scales[kQuantized ? k : 0] + block,
-                                                        rounds, place, s[k], roots, random, k & 1);
+    if (k % 2 == 0 && (rounds || (k + 1 < Rule::kStates && formats.rounds_state(k + 1)))) {
+      draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
+    }
+    if (has_codes(k)) {
+      store_codes<Rule::kSigned[k], k == Rule::kRooted>(tensor.states[k], scales_of(k), rounds, place, s[k], roots,
+                                                        random, k & 1);
     } else {
-      store(tensor.states[k], dtype, rounds, place, s[k], random, k & 1);
+      store(tensor.states[k], formats.state(k), rounds, place, s[k], random, k & 1);
     }
   });
-  if (formats.rounds_param) draw(derived.stream_keys[kParamStream], tensor.first_index, place, random);
+  if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], tensor.first_index, place, random);
   store_param(tensor.param, tensor.master, formats, place, p, random);
 }
 
-template <class Rule, bool kQuantized>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+template <class Rule, bool kQuantized, class TensorFormats>
+__global__ void __launch_bounds__(kThreads, TensorFormats::kResidentBlocks)
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
   if (derived.skips) return;
+  const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int64_t row_tiles = (tensor.row + kTile - 1) / kTile;
-  const int64_t tiles = tensor.numel / tensor.row * row_tiles;
-  int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
-  for (int i = 0; i < kTilesEach && tile < tiles; ++i, tile += kWarps) {
-    const int64_t row = tiles == row_tiles ? 0 : tile / row_tiles;
-    const int64_t column = (tile - row * row_tiles) * kTile;
-    const int64_t left = tensor.row - column;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
+  // Without codes, a tensor is one row.
+  const int64_t row_tiles = divided_up(tensor.row, kTile), row_blocks = divided_up(tensor.row, kBlock);
+  int64_t row = kQuantized ? tile / row_tiles : 0, row_tile = tile - row * row_tiles;
+#pragma unroll 1
+  for (int i = 0; i < kTilesEach && row * tensor.row + row_tile * kTile < tensor.numel; ++i) {
+    const int64_t column = row_tile * kTile, left = tensor.row - column;
     const Place place = place_of(lane, row * tensor.row + column, static_cast<int>(left < kTile ? left : kTile),
-                                 tensor.formats.is_aligned, !kQuantized && tensor.formats.is_split);
-    const int64_t row_blocks = (tensor.row + kBlock - 1) / kBlock;
-    step_tile<Rule, kQuantized>(tensor, derived, place, row * row_blocks + (column + place.runs[0]) / kBlock);
+                                 tensor.formats.is_aligned, formats.is_split());
+    step_tile(tensor, formats, derived, place, row * row_blocks + column / kBlock);
+    row_tile += kWarps;
+    if constexpr (kQuantized) {
+      for (; row_tile >= row_tiles; row_tile -= row_tiles) ++row;
+    }
   }
 }
 

@@ -25,6 +25,9 @@ class DeviceBackend(Protocol):
     def guard(self, device: torch.device) -> AbstractContextManager[int]:
         """Makes a device the current one for as long as it is entered; gives its current stream."""
 
+    def unusable(self, device: torch.device) -> str | None:
+        """Why it cannot step what is on a device, as a clause; None if it can."""
+
 
 @dataclass(frozen=True)
 class Scalars:
@@ -89,6 +92,8 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
+        if self._backend.unusable(params[0].device) is not None:
+            return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 

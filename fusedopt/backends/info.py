@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from .. import _core, backends
 from .._version import __version__
 from . import triton
-from .cuda import NOT_BUILT, kernels
+from .cuda import NOT_BUILT, decimal, kernels
+from .device import DeviceBackend
 
 
 def info() -> dict[str, Any]:
@@ -35,7 +33,10 @@ def info() -> dict[str, Any]:
         "cpu": _cpu(missing),
         "cuda": cuda,
         "triton": triton.installed_version() if triton.is_installed() else None,
-        "auto": {"cpu": _auto("cpu", False), "cuda": _auto("cuda", cuda["built"])},
+        "auto": {
+            "cpu": backends.first("auto", [torch.empty(0, dtype=torch.float32, device="cpu")]).name,
+            "cuda": _auto_on_cuda(cuda),
+        },
         "missing": missing,
     }
 
@@ -82,16 +83,15 @@ def _cuda(missing: list[str]) -> dict[str, Any]:
     except ImportError as error:
         missing.append(f"the CUDA kernels do not load: {error}")
     architectures = module.architectures.split(",") if module is not None and module.architectures else []
-    devices = []
+    devices, runs = [], []
     if torch.cuda.is_available() and torch.version.hip is None:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             devices.append({"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"})
-            if module is not None and not _runs(architectures, major, minor):
-                missing.append(
-                    f"cuda:{index} has compute capability {major}.{minor}, the kernels are built for "
-                    f"{', '.join(architectures)}; reinstall with FUSEDOPT_CUDA_ARCHITECTURES={major}{minor}"
-                )
+            reason = None if module is None else _unusable("cuda", torch.device("cuda", index))
+            runs.append(module is not None and reason is None)
+            if reason is not None:
+                missing.append(reason if reason.startswith("cuda:") else f"cuda:{index}: {reason}")
     elif torch.version.hip is not None:
         missing.append(
             "torch is built for ROCm: parameters on its devices are stepped by the Triton kernels, if it is installed"
@@ -100,40 +100,30 @@ def _cuda(missing: list[str]) -> dict[str, Any]:
         missing.append("torch is built without CUDA; for CUDA devices, install a build of torch with it")
     else:
         missing.append("torch finds no CUDA device; check nvidia-smi and the driver")
-    runs = [_runs(architectures, *map(int, device["capability"].split("."))) for device in devices]
     return {
         "built": module is not None,
-        "toolkit": _decimal(module.toolkit) if module is not None and module.toolkit else None,
+        "toolkit": decimal(module.toolkit) if module is not None and module.toolkit else None,
         "architectures": architectures,
-        "usable": module is not None and any(runs),
+        "usable": any(runs),
         "torch": torch.version.cuda,
         "driver": _driver() if devices else None,
         "devices": devices,
     }
 
 
-def _runs(architectures: list[str], major: int, minor: int) -> bool:
-    """Machine code runs on later devices of its generation; the last has PTX, which all later devices compile."""
-    numbers = [int(text) for text in architectures]
-    if not numbers:
-        return False
-    return 10 * major + minor >= numbers[-1] or any(n // 10 == major and n % 10 <= minor for n in numbers)
-
-
-def _decimal(version: int) -> str:
-    """CUDA writes 12.8 as 12080."""
-    return f"{version // 1000}.{version % 1000 // 10}"
+def _unusable(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot step what is on a device, without the warning of those who step there."""
+    return cast(DeviceBackend, backends.BACKENDS[name]).unusable(device)
 
 
 def _driver() -> str | None:
     version = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return None if version is None else _decimal(version())
+    return None if version is None else decimal(version())
 
 
-def _auto(kind: str, has_kernels: bool) -> str:
-    # Backends look at no more of a parameter. Where there are no kernels theirs is not asked: it would warn, once.
-    param = cast(Tensor, SimpleNamespace(device=torch.device(kind), dtype=torch.float32))
-    candidates = [b for b in backends.candidates("auto") if has_kernels or b.name != "cuda"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return next(backend.name for backend in candidates if backend.refusal(param) is None)
+def _auto_on_cuda(cuda: dict[str, Any]) -> str:
+    """The backend that steps what is on the first device; where there is none, on one that the kernels are for."""
+    if cuda["usable"] or (cuda["built"] and not cuda["devices"]):
+        return "cuda"
+    reason = _unusable("triton", torch.device("cuda", 0)) if cuda["devices"] else triton.missing()
+    return "triton" if reason is None else "eager"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from . import trial
 from .device import DeviceSession, Scalars, guard
 from .table import PARAM_DTYPES
 
@@ -80,11 +81,6 @@ class TritonSession(DeviceSession):
         self._mirrors: dict[torch.device, tuple[Any, Any, Any]] = {}
         self._defaults: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
-        if params and unreachable(params[0].device):
-            return [i for i, param in enumerate(params) if param.grad is not None]
-        return super().collect(group, params, state)
-
     def _plan(self, device: torch.device, table: _core.TensorTable) -> Any:
         rows, rules = table.rows(), tuple(group.rule for group in self._groups)
         if device not in self._plans or self._plans[device][0] != (rows, rules):
@@ -134,6 +130,9 @@ class TritonBackend:
 
     name = "triton"
 
+    def __init__(self) -> None:
+        self._verdicts = trial.Verdicts(self._unfit)
+
     def device_of(self, tensor: Tensor) -> torch.device:
         return tensor.device
 
@@ -143,7 +142,23 @@ class TritonBackend:
     def refusal(self, param: Tensor) -> str | None:
         if param.dtype not in PARAM_DTYPES:
             return f"its dtype is {param.dtype}"
-        return unreachable(param.device)
+        reason = unreachable(param.device)
+        if reason is None and (reason := self.unusable(param.device)) is not None:
+            trial.warn_unused(self.name, str(param.device), reason)
+        return reason
+
+    def unusable(self, device: torch.device) -> str | None:
+        reason = unreachable(device)
+        return reason if reason is not None or device.type == "cpu" else self._verdicts(device)
+
+    def _unfit(self, device: torch.device) -> str | None:
+        error = trial.launch_error(self, device)
+        if error is None:
+            return trial.first_difference(self, device)
+        return (
+            f"a first launch on {device} fails ({error}); install the triton that goes with this torch, and the C "
+            "compiler that it needs"
+        )
 
     def session(self) -> TritonSession:
         return TritonSession(self)

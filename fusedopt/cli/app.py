@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from . import info, kernels, schedule
+from . import check, info, kernels, schedule
 
 app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
 app.command("info")(info.show)
+app.command("check")(check.check)
 app.command("compile-kernels")(kernels.compile_kernels)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import fusedopt
 from fusedopt import _core, backends
-from fusedopt.backends import info
+from fusedopt.backends import cuda, info, trial
 
 # What steps CUDA parameters where there are no CUDA kernels. The triton of an old torch is too old.
 WITHOUT = "triton" if backends.triton.missing() is None else "eager"
@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A machine with CUDA devices, each a capability, and kernels, or none."""
     given: dict[str, Any] = {
         "devices": [(9, 0)],
-        "kernels": SimpleNamespace(toolkit=13000, architectures="80,90"),
+        "kernels": SimpleNamespace(toolkit=13000, architectures="80,90", driver_version=lambda: 13000),
     }
     names = {(9, 0): "H100", (7, 5): "T4"}
     monkeypatch.setattr(info, "kernels", lambda: given["kernels"])
@@ -58,7 +58,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(given["devices"]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(given["devices"]))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: given["devices"][i])
+    monkeypatch.setitem(backends.BACKENDS, "cuda", cuda.CudaBackend())
+    monkeypatch.setattr(cuda.CudaBackend, "_launch_error", lambda self, device: None)
+    monkeypatch.setattr(trial, "may_wait", lambda device: True)
+    monkeypatch.setattr(trial, "first_difference", lambda backend, device: None)
+    monkeypatch.setitem(backends.BACKENDS, "triton", SimpleNamespace(unusable=lambda device: backends.triton.missing()))
+
+    def capability(device: Any) -> tuple[int, int]:
+        return given["devices"][device.index if isinstance(device, torch.device) else device]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names.get(given["devices"][i], "some device"))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
     return given
@@ -87,16 +96,26 @@ def test_a_device_that_kernels_are_not_for(machine: dict[str, Any]) -> None:
     machine["devices"] = [(7, 5)]
     found = info.info()
     assert not found["cuda"]["usable"]
-    line = "cuda:0 has compute capability 7.5, the kernels are built for 80, 90; reinstall with "
+    line = "cuda:0 has compute capability 7.5, the kernels are built for 80, 90; reinstall fusedopt with "
     assert line + "FUSEDOPT_CUDA_ARCHITECTURES=75" in found["missing"]
+    assert found["auto"]["cuda"] == WITHOUT
+
+
+def test_a_driver_that_is_too_old(machine: dict[str, Any]) -> None:
+    machine["kernels"].driver_version = lambda: 12080
+    found = info.info()
+    assert not found["cuda"]["usable"]
+    assert found["auto"]["cuda"] == WITHOUT
+    assert any(line.startswith("cuda:0: the driver supports CUDA up to 12.8, ") for line in found["missing"])
 
 
 @pytest.mark.parametrize(
-    ("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 1), True)]
+    ("capability", "code"),
+    [((7, 5), ""), ((8, 0), "machine code"), ((8, 9), "machine code"), ((9, 0), "machine code"), ((12, 1), "PTX")],
 )
-def test_what_machine_code_runs_on(capability: tuple[int, int], runs: bool) -> None:
-    assert info._runs(["80", "90"], *capability) == runs
-    assert not info._runs([], *capability)
+def test_what_machine_code_runs_on(capability: tuple[int, int], code: str) -> None:
+    assert cuda.code_for("80,90", *capability) == code
+    assert cuda.code_for("", *capability) == ""
 
 
 def test_no_kernels_and_no_device(machine: dict[str, Any]) -> None:

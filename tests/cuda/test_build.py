@@ -89,6 +89,42 @@ def test_architectures(tmp_path: Path) -> None:
     assert "write compute capabilities as in 80,90 and choose from compute_" in said
 
 
+NVCC = """case "$*" in
+*--version*) echo "Cuda compilation tools, release 12.4, V12.4.1";;
+*--list-gpu-arch*) for known in 52 70 75 80 86 89 90; do echo compute_$known; done;;
+*) exec %s "$@";;
+esac"""
+
+
+SEVERAL = "75;80;90"
+SAID_BY_NVIDIA_SMI = {
+    "echo 8.6": "86",
+    "echo 9.0; echo 8.0; echo 9.0": "80;90",  # the last one also gets PTX
+    "echo 9.0; echo 12.0": SEVERAL,  # of which one is nothing that this nvcc knows: PTX of the last is for it
+    "echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2": SEVERAL,
+    "echo 'driver 9.0 does not answer'; exit 9": SEVERAL,
+    "echo 'No devices were found'": SEVERAL,
+    "echo '[N/A]'": SEVERAL,
+}
+
+
+@needs_nvcc
+def test_default_architectures_are_those_of_the_gpus_here(tmp_path: Path) -> None:
+    """By an nvcc that knows 9.0 at most. In one folder, because CMake finds out once what that compiler can do."""
+    nvcc = executable(tmp_path / "nvcc", NVCC % shutil.which("nvcc"))
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    asked = '[ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] || exit 9'
+    for script, expected in SAID_BY_NVIDIA_SMI.items():
+        executable(tools / "nvidia-smi", f"{asked}\n{script}")
+        status, said = configure(tmp_path, CUDACXX=nvcc, PATH=f"{tools}:{os.environ['PATH']}")
+        assert status == 0, said
+        assert f"built: ON for {expected} --" in said, script
+    if shutil.which("nvidia-smi") is None:
+        _, said = configure(tmp_path, CUDACXX=nvcc)
+        assert f"built: ON for {SEVERAL} --" in said
+
+
 def test_setup_passes_architectures_on(tmp_path: Path) -> None:
     """Quotes keep what has spaces together; an empty list replaces that of another build."""
     code = """

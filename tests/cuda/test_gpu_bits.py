@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, DTYPES, FORMATS, ODD_SIZES, SHAPES_2D, Case, format_kwargs
-from gpu import DRY, assert_device_agrees, gpu, params_on
-from matrices import FACTORED_SHAPES, FACTORED_VARIANTS, factored_formats, masters_of_all, rules_and_formats
+from gpu import DRY, UNUSUAL_GRADS, assert_device_agrees, gpu, params_on
+from matrices import (
+    FACTORED_SHAPES,
+    FACTORED_VARIANTS,
+    each_rule,
+    factored_formats,
+    masters_of_all,
+    rules_and_formats,
+)
 
 import fusedopt
 
@@ -17,6 +24,8 @@ pytestmark = gpu
 
 SIZES = [n for n in ODD_SIZES if not DRY or n < 2000]
 BLOCKED = [shape for shape in SHAPES_2D if not DRY or max(shape) < 2000]
+
+UNUSUAL = [(300,), (7, 65), (40, 64)] if DRY else [(300,), (7, 257), (700, 100), (3, 4, 400), (2, 9000)]
 
 
 def powers_of(kwargs: dict[str, Any]) -> str:
@@ -56,6 +65,33 @@ def test_factored_second_moments(variant: str, dtype: str, state_format: str) ->
         lambda device, backend: fusedopt.Adafactor(params_on(device, shapes, DTYPES[dtype]), **kwargs, backend=backend),
         4,
         powers_of="the decay of second moments",
+    )
+
+
+@pytest.mark.parametrize("grads", UNUSUAL_GRADS)
+@pytest.mark.parametrize("state_format", ["fp32", "8bit-stochastic"])
+@pytest.mark.parametrize(("case", "kwargs"), each_rule())
+def test_gradients_of_zeros_and_in_buckets(case: Case, kwargs: dict, state_format: str, grads: str) -> None:
+    kwargs = {**kwargs, **FORMATS[state_format], "max_grad_norm": 0.5}
+    assert_device_agrees(
+        lambda device, backend: case.ours(params_on(device, UNUSUAL, torch.bfloat16), **kwargs, backend=backend),
+        3,
+        powers_of=powers_of(kwargs),
+        grads=UNUSUAL_GRADS[grads],
+    )
+
+
+@pytest.mark.parametrize("grads", UNUSUAL_GRADS)
+@pytest.mark.parametrize("variant", FACTORED_VARIANTS)
+def test_factored_gradients_of_zeros_and_in_buckets(variant: str, grads: str) -> None:
+    kwargs = FACTORED_VARIANTS[variant]
+    assert_device_agrees(
+        lambda device, backend: fusedopt.Adafactor(
+            params_on(device, UNUSUAL, torch.float32), **kwargs, backend=backend
+        ),
+        3,
+        powers_of="the decay of second moments",
+        grads=UNUSUAL_GRADS[grads],
     )
 
 

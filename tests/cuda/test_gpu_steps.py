@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, assert_same_bits, assert_same_run, params_of, set_grads, train
-from gpu import DEVICE, DRY, assert_same_norm, gpu, needs_cuda, pair, params_on
+from gpu import DEVICE, DRY, UNUSUAL_GRADS, assert_same_norm, gpu, needs_cuda, pair, params_on
 
 from fusedopt import AdamW
 from fusedopt.backends import ParamStep
@@ -73,6 +73,23 @@ def test_a_step_waits_for_nothing(how: dict[str, Any]) -> None:
     assert_same_run(*runs)
     if "max_grad_norm" in how:
         assert_same_norm(*runs)
+
+
+@pytest.mark.parametrize("grads", UNUSUAL_GRADS)
+@pytest.mark.parametrize("how", [{}, {"state_dtype": "8bit", "min_quantized_numel": 1, "max_grad_norm": 0.5}], ids=str)
+def test_a_step_with_gradients_of_zeros_or_in_a_bucket_waits_for_nothing(how: dict[str, Any], grads: str) -> None:
+    runs = []
+    for device, backend in ((DEVICE, "cuda"), ("cpu", "cpu")):
+        optimizer = train(make(device, backend, torch.bfloat16, **how), 1, grads=UNUSUAL_GRADS[grads])
+        for step in range(1, 3):
+            UNUSUAL_GRADS[grads](params_of(optimizer), step)
+            if device == DEVICE:
+                with no_waiting():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        runs.append(optimizer)
+    assert_same_run(*runs)
 
 
 @needs_cuda
@@ -190,7 +207,7 @@ def test_more_elements_than_32_bits_count() -> None:
         if free < 30e9:
             rows = 2**31 // row + 64
         if free < 15e9:
-            pytest.skip("needs 15 GB of free memory on the device")
+            pytest.skip(f"needs 15 GB of free memory on the device, which has {free / 1e9:.1f} GB")
     param = torch.nn.Parameter(torch.zeros(rows, row, dtype=torch.bfloat16, device=DEVICE).normal_())
     optimizer = AdamW([param], state_dtype="8bit", min_quantized_numel=1, rounding="stochastic", backend="cuda")
     param.grad = torch.zeros_like(param).normal_()

@@ -202,6 +202,21 @@ def test_misaligned_vectors_are_caught(device: Device, kernel: str, size: int) -
     assert f"accesses {size} bytes at a misaligned address through __" in device.message()
 
 
+@pytest.mark.parametrize(
+    ("kernel", "accessed"),
+    [
+        ("misaligned_vector", "'const struct uint4'"),
+        ("misaligned_vector_store", "'struct uint2'"),
+        ("misaligned_number", "'const unsigned int'"),
+    ],
+)
+def test_misaligned_addresses_of_plain_accesses_are_caught(device: Device, kernel: str, accessed: str) -> None:
+    error = device.launch(kernel, 1, 2, _aligned(np.zeros(64, np.uint32)), _aligned(np.zeros(64, np.uint32)))
+    assert error == THROWN
+    said = rf"thread \([01],0,0\) \(warp 0, lane [01]\) accesses {accessed} at a misaligned address at \S*\.cuh:\d+\.$"
+    assert re.match(r"In block \(0,0,0\), " + said, device.message()), device.message()
+
+
 def test_shared_memory_is_poisoned_before_every_block(device: Device, order: int) -> None:
     output = device("reads_before_writing", 3, 8, [0], 3 * 8 * 6).reshape(-1, 6)
     assert (output == [0xFFFFFFFF, 0xFFFFFFFF, 0xFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF]).all()

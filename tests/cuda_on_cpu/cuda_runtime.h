@@ -1,5 +1,5 @@
 // CUDA on the CPU, for tests. With
-//   g++ -std=c++17 -x c++ -I tests/cuda_on_cpu -ffp-contract=off -fvisibility=hidden
+//   g++ -std=c++17 -x c++ -I tests/cuda_on_cpu -ffp-contract=off -fvisibility=hidden -fsanitize=alignment
 // kernel sources, and the code that launches them by cudaLaunchKernelEx, compile and run where there is no GPU. They
 // are the very files that nvcc compiles, so their bits can be compared with those of the CPU backend anywhere.
 //
@@ -9,12 +9,13 @@
 // waits where.
 //
 // Not here: <<<>>>, dynamic shared memory, half precision headers, cooperative groups, clusters, and threads that spin
-// until another thread writes. `alignas` must precede `__shared__`, or be __align__. A plain dereference of a
-// misaligned vector goes unseen except under -fsanitize=alignment; __ldg and the like always check.
+// until another thread writes. `alignas` must precede `__shared__`, or be __align__. Without
+// -fsanitize=alignment, a misaligned address goes unseen except by __ldg and the like, which always check.
 #pragma once
 
 #define CUDA_ON_CPU 1
 
+#include "alignment.h"
 #include "atomics.h"
 #include "block.h"
 #include "device_functions.h"

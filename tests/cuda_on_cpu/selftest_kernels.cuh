@@ -176,6 +176,18 @@ __global__ void misaligned_store(const unsigned* input, unsigned* output) {
   __stcs(reinterpret_cast<uint2*>(output + 2 * threadIdx.x + 1), make_uint2(input[0], input[0]));
 }
 
+// Without an intrinsic function. Whole vectors, members of them, and numbers.
+__global__ void misaligned_vector(const unsigned* input, unsigned* output) {
+  const uint4 loaded = *reinterpret_cast<const uint4*>(input + threadIdx.x);
+  output[threadIdx.x] = loaded.x + loaded.w;
+}
+__global__ void misaligned_vector_store(const unsigned* input, unsigned* output) {
+  *reinterpret_cast<uint2*>(output + 2 * threadIdx.x + 1) = make_uint2(input[0], input[0]);
+}
+__global__ void misaligned_number(const unsigned* input, unsigned* output) {
+  output[threadIdx.x] = *reinterpret_cast<const unsigned*>(reinterpret_cast<const char*>(input) + threadIdx.x);
+}
+
 template <class T>
 __device__ T* own_scratch() {
   __shared__ T values[8];

@@ -65,7 +65,7 @@ def test_a_compiled_step_knows_the_states(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         fusedopt.engine.compiled,
         "Gathered",
-        lambda sessions, groups, *rest: seen.append(groups) or Gathered(sessions, groups, *rest),
+        lambda sessions, groups, *rest, **more: seen.append(groups) or Gathered(sessions, groups, *rest, **more),
     )
     torch.compiler.reset()
     params = make_params([(3,), (2, 3, 4)], torch.float32)

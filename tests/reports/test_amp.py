@@ -20,7 +20,8 @@ def test_the_step_unscales_only_if_it_was_asked_to(case: Case) -> None:
     assert supports(new(max_grad_norm=1.0))
     if case.is_torchs and "fused" in case.theirs.__init__.__code__.co_varnames:
         assert not supports(case.theirs(make_params([(3, 4)], torch.float32), **case.kwargs))
-        assert supports(case.theirs(make_params([(3, 4)], torch.float32), **case.kwargs, fused=True))
+        if case.theirs is not torch.optim.Adagrad:  # torch's own, fused, does not say so before 2.7
+            assert supports(case.theirs(make_params([(3, 4)], torch.float32), **case.kwargs, fused=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
