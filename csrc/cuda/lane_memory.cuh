@@ -118,7 +118,6 @@ FUSEDOPT_DEVICE void load_numbers(const void* data, const Place& place, Raw& raw
   const Number* source = static_cast<const Number*>(data) + place.begin;
   constexpr int kRun = static_cast<int>(sizeof(Number));  // words of a run
   if constexpr (!kWhole) {
-    rarely();
 #pragma unroll
     for (int j = 0; j < kLane; ++j) raw.set(j, place.holds(j) ? source[place.offset(j)] : Number{});
     return;
@@ -158,6 +157,18 @@ FUSEDOPT_DEVICE void load(const void* data, DType dtype, const Place& place, Raw
       return load_numbers<uint16_t, kWhole>(data, place, raw);
     default:
       return load_numbers<uint8_t, kWhole>(data, place, raw);
+  }
+}
+
+// A single number, as the first of eight.
+FUSEDOPT_DEVICE void load_one(const void* data, DType dtype, int64_t i, Raw& raw) {
+  switch (size_of(dtype)) {
+    case 4:
+      return raw.set(0, static_cast<const uint32_t*>(data)[i]);
+    case 2:
+      return raw.set(0, static_cast<const uint16_t*>(data)[i]);
+    default:
+      return raw.set(0, static_cast<const uint8_t*>(data)[i]);
   }
 }
 

@@ -18,10 +18,10 @@ FUSEDOPT_DEVICE void with_weights(const NormalizedBuffers& tensor, const Use& us
     Formats formats = tensor.formats;
     formats.master_kind = static_cast<uint32_t>(kind());
     use([=, &tensor](int64_t i) {
-      const Place place{i, {0, 4}, 1, false, false};  // a tile of one
       Raw param, master;
+      load_one(tensor.param, formats.param(), i, param);
+      load_one(tensor.master, formats.master(), i, master);
       float w[kLane];
-      load_param<Formats, false>(tensor.param, tensor.master, formats, place, param, master);
       decode_param(param, master, formats, w);
       return w[0];
     });

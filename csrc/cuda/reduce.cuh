@@ -70,8 +70,10 @@ FUSEDOPT_DEVICE void for_each_loaded(int first, int end, int stride, const Load&
 template <int kLoads, class Load, class Value>
 FUSEDOPT_DEVICE double lane_square_sum(int length, int lane, const Load& load, const Value& value) {
   double sum = 0.0;
-  for_each_loaded<kLoads>(lane, length, kSumLanes, load,
-                          [&](const auto& loaded, int i, int) { sum = with_square(sum, value(loaded, i)); });
+  for_each_loaded<kLoads>(lane, length, kSumLanes, load, [&](const auto& loaded, int i, int) {
+    const double x = static_cast<double>(value(loaded, i));
+    sum = sum + x * x;  // with_square would be the same, but slab_kernel would spill
+  });
   return sum;
 }
 

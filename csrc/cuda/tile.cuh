@@ -107,6 +107,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   if (place.is_whole) {
     load_all(std::true_type{});
   } else {
+    rarely();
     load_all(std::false_type{});
   }
   if constexpr (is_factored<Rule>()) load_factors(tensor, place, rows, columns);

@@ -23,6 +23,8 @@ from cases import (
 from gpu import params_on
 from matrices import masters_of_all, rules_and_formats
 
+from fusedopt.reference.norm import square_sums
+
 pytestmark = pytest.mark.usefixtures("emulated")
 
 # Rows of whole blocks, ragged ones, of a multiple of a lane's elements that blocks do not divide; one block of threads
@@ -79,6 +81,35 @@ def test_norm(sizes: list[int]) -> None:
         found.append(optimizer)
     assert_same_bits(found[0].last_grad_norm, found[1].last_grad_norm)
     assert_same_run(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_of_the_norm(dtype: torch.dtype, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk in double, where the order of additions shows; the norm hides it, which is rounded to float32.
+
+    A gradient that begins beside a multiple of 16 bytes is loaded number by number.
+    """
+    sizes = [4096, 5, 20_000, 4097]
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in sizes]
+    for i, param in enumerate(params):
+        generator = torch.Generator().manual_seed(i)
+        numbers = torch.randn(sizes[i] + offset, generator=generator)
+        if dtype != torch.float32:  # of any size, or sums in double would be exact
+            numbers *= 2 ** torch.randint(-12, 12, numbers.shape, generator=generator)
+        param.grad = numbers.to(dtype)[offset:]
+    optimizer = CASES[0].ours(params, backend="cuda", max_grad_norm=1.0)
+    optimizer.step()
+    session = type(optimizer._sessions()["cuda"])
+    step_scaled, found = session.step_scaled, []
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.square_sums())
+        return step_scaled(self, *args, **kwargs)
+
+    monkeypatch.setattr(session, "step_scaled", recording)
+    optimizer.step()
+    assert_same_bits(*found, torch.cat([square_sums(param.grad) for param in params]))
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])

@@ -49,15 +49,16 @@ def opcodes(kernel: Any) -> Counter[str]:
 
 
 def test_kernels_of_every_rule() -> None:
-    rules = {name: len(states) for name, states in _core.rules().items()}
-    general = [kernel for kernel in steps() if kernel.formats is None]
-    # Dense and, where there are states, with codes.
-    assert len(general) == len(rules) + sum(count > 0 for count in rules.values())
+    rules = len(_core.rules())
+    general = Counter(kernel.rule for kernel in steps() if kernel.formats is None)
+    assert len(general) == rules
+    # Dense, and with codes; but SGD and Adafactor of matrices, without momentum, have no states to encode.
+    assert sorted(general.values()) == [1, 1] + [2] * (rules - 2)
     usual = Counter(kernel.rule for kernel in steps() if kernel.formats is not None)
-    assert set(usual) == {kernel.rule for kernel in general}
+    assert set(usual) == set(general)
     assert min(usual.values()) >= 1
     assert usual["Adam<0,0>"] == usual["Lion"] == 8
-    assert sum("prepare_kernel" in kernel.name for kernel in kernels()) == len(rules)
+    assert sum("prepare_kernel" in kernel.name for kernel in kernels()) == rules
 
 
 def test_registers_only() -> None:
