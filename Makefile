@@ -135,10 +135,10 @@ SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafac
 	storage/test_quantization.py engine/test_norm.py engine/test_tensors.py reports/test_threads.py \
 	reports/test_state_moved_away.py reports/test_versions.py)
 
-sanitize: $(SANITIZED)/.installed
+sanitize: $(SANITIZED)/.installed $(EMULATED)/.installed
 	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)
 
-sanitize-all: $(SANITIZED)/.installed
+sanitize-all: $(SANITIZED)/.installed $(EMULATED)/.installed
 	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
 ci: test lint sanitize docs
