@@ -46,7 +46,7 @@ $(EXTRAS:%=$(VENV)/.requirements-%): $(VENV)/.requirements-%: tools/requirements
 	$(PIP) --requirement $@.txt
 	@touch $@
 
-WHEEL := build/wheel/.built
+WHEEL := $(VENV)/wheel/.built
 $(WHEEL): $(SOURCES) | $(VENV)/.torch
 	rm -rf $(@D)
 	$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(@D) .

@@ -159,6 +159,12 @@ CASES = [
     ),
 ]
 
+# Not among them, because its states have other shapes than its parameters, and tests of their own. Where a kind of
+# fault is tried on every optimizer, it is one more; the class to compare with means nothing.
+ADAFACTOR = Case(
+    "adafactor", fusedopt.Adafactor, torch.optim.SGD, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
+)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # state_dtype, state_rounding and the like

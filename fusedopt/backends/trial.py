@@ -208,7 +208,7 @@ def _difference(backend: Tried, device: torch.device, dtype: torch.dtype, *, is_
         return said_by(error)
     theirs = _stepped(CpuSession(), _entries(torch.device("cpu"), dtype, is_quantized=is_quantized))
     for name, expected in theirs.items():
-        different = (bits(ours[name]) != bits(expected)).reshape(expected.numel(), -1).any(dim=1).sum().item()
+        different = differing(ours[name], expected).sum().item()
         if different:
             return f"{different} of {expected.numel()} elements of {name} differ"
     return None
@@ -228,6 +228,11 @@ def _stepped(session: Session, entries: list[ParamStep]) -> dict[str, Tensor]:
             for part, tensor in zip(("the codes of ", "the scales of ") if len(held) > 1 else ("",), held):
                 found[f"{part}state {k} of {of}"] = tensor.cpu()
     return found
+
+
+def differing(found: Tensor, expected: Tensor) -> Tensor:
+    """Which elements of two tensors of one shape and dtype have other bits: booleans in a row, on the CPU."""
+    return (bits(found) != bits(expected)).reshape(expected.numel(), -1).any(dim=1)
 
 
 def bits(tensor: Tensor) -> Tensor:

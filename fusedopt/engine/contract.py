@@ -36,6 +36,12 @@ class Contract(Optimizer):
 
     key: str  # what compiled steps call it
     _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
+    # Whether a gradient that is sparse may be taken for one with zeros: nothing moves where it has no number.
+    takes_sparse: ClassVar[bool] = False
+
+    # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
+    begins_in_first_step: ClassVar[bool] = False
+
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
 
@@ -73,10 +79,6 @@ class Contract(Optimizer):
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
         return None
 
-    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        """Why sparse gradients cannot be stepped, as a sentence; None if where they have no number it is 0."""
-        return "where a gradient has no number, moments would decay and move the parameter all the same"
-
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         """What a state begins with."""
         return 0.0
@@ -90,6 +92,14 @@ class Contract(Optimizer):
         return held
 
     # ---- what follows ----------------------------------------------------------------------------
+
+    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
+        """Why a group's gradients cannot be sparse, as a sentence; None if they can."""
+        if not self.takes_sparse:
+            return "where a gradient has no number, moments would decay and move the parameter all the same"
+        if group["weight_decay"] != 0:
+            return f"weight_decay={group['weight_decay']!r} would decay all of it, not what the gradient touches"
+        return None
 
     def states_of(self, group: dict[str, Any], param: Tensor) -> Sequence[StateSpec]:
         """The states that a parameter has."""

@@ -158,12 +158,11 @@ class Gathered:
         for held, rounding in zip(entry.states, settings.roundings):
             if len(held) != 1 or (held[0].dtype in masters.SIXTEEN_BIT and rounding != "nearest"):
                 return None
-        grad = entry.grad.detach()
+        grad = self._numbers(entry.grad, entry.param)
         tensors = [entry.param, *(held for (held,) in entry.states), *([] if entry.master is None else [entry.master])]
         if any(tensor.stride() != strides or not _is_plain_memory(tensor) for tensor in tensors):
             return None
-        if grad.layout != torch.strided or grad.stride() != strides or not _is_plain_memory(grad):
-            grad = self._gradient(grad, entry.param)
+        if grad.stride() != strides or not _is_plain_memory(grad):
             grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
         run = ((entry.param.numel(),), (1,))
         return replace(
@@ -179,7 +178,7 @@ class Gathered:
         return replace(
             entry,
             param=self._plain(entry.param),
-            grad=self._gradient(entry.grad, entry.param),
+            grad=self._numbers(entry.grad, entry.param).contiguous().resolve_neg().resolve_conj(),
             states=tuple(tuple(self._plain(tensor) for tensor in held) for held in entry.states),
             master=None if entry.master is None else self._plain(entry.master),
         )
@@ -194,12 +193,10 @@ class Gathered:
         return copy
 
     @staticmethod
-    def _gradient(grad: Tensor, param: Tensor) -> Tensor:
-        """The gradient as plain numbers in memory, in a dtype that goes with the parameter's."""
+    def _numbers(grad: Tensor, param: Tensor) -> Tensor:
+        """The gradient with a number for every element, in a dtype that goes with the parameter's."""
         grad = _dense(grad.detach())
-        if not keeps_own_precision(param) and grad.dtype not in DTYPES.values():
-            grad = grad.float()
-        return grad.contiguous().resolve_neg().resolve_conj()
+        return grad if keeps_own_precision(param) or grad.dtype in DTYPES.values() else grad.float()
 
     def square_sum(self, grads: Iterable[Tensor]) -> float:
         """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""

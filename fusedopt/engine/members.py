@@ -62,6 +62,22 @@ def repeats(param_groups: list[dict[str, Any]]) -> bool:
     return any(len(set(group["params"])) < len(group["params"]) for group in param_groups)
 
 
+def unstepped(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> set[Tensor]:
+    """The parameters that no step has been taken of."""
+    params = (param for group in param_groups for param in group["params"])
+    return {param for param in params if float(state.get(param, {}).get("step", 0)) == 0}
+
+
+def begin_anew(optimizer: Contract, listed: list[list[int]], new: set[Tensor]) -> None:
+    """Makes the states of those parameters in a round that are new what they were before their first step."""
+    for group, positions in zip(optimizer.param_groups, listed):
+        for param in (group["params"][position] for position in positions):
+            held = optimizer.state.get(param, {})
+            keys = [key for spec in optimizer.states_of(group, param) for key in spec.keys_in(held)]
+            for key in [*keys, "step"] if keys and param in new else ():
+                held[key].zero_()
+
+
 def check_param(optimizer: Contract, group_index: int, position: int, max_grad_norm: float | None) -> None:
     """Raises ValueError if a parameter that has a gradient cannot be stepped."""
     group = optimizer.param_groups[group_index]

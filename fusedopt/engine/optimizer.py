@@ -142,7 +142,7 @@ class FusedOptimizer(Contract):
             checked = self.checked_group({**self.defaults, **param_group})
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)
-        self._repeats = members.repeats(self.param_groups)
+        self._repeats = self._repeats or members.repeats(self.param_groups[-1:])
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -199,7 +199,10 @@ class FusedOptimizer(Contract):
         """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
         counts: Health = {}
         multiplier, norm = None, None
+        new = members.unstepped(self.param_groups, self.state) if self.begins_in_first_step else set()
         for number, listed in enumerate(members.rounds(self.param_groups)):
+            if number > 0:
+                members.begin_anew(self, listed, new)
             gathered = self._gather(listed)
             if number == 0:
                 firsts = ((group["params"][i] for i in places) for group, places in zip(self.param_groups, listed))

@@ -40,6 +40,7 @@ class Adagrad(FusedOptimizer):
     """
 
     STATES = (StateSpec("sum", is_signed=False),)
+    takes_sparse = True
     REFERENCES: ClassVar[dict[str, Reference]] = {"adagrad": adagrad}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adagrad": {}}
 
@@ -74,11 +75,6 @@ class Adagrad(FusedOptimizer):
 
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
-
-    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        if group["weight_decay"] == 0:
-            return None
-        return f"weight_decay={group['weight_decay']!r} would decay all of the parameter, not what the gradient touches"
 
     def rule(self, group: dict[str, Any]) -> str:
         return "adagrad"

@@ -40,6 +40,8 @@ class SGD(FusedOptimizer):
     """
 
     STATES = (StateSpec("momentum_buffer"),)
+    takes_sparse = True
+    begins_in_first_step = True
     REFERENCES: ClassVar[dict[str, Reference]] = {
         "sgd": sgd,
         "sgd_momentum": sgd,
@@ -80,11 +82,6 @@ class SGD(FusedOptimizer):
                 f"nesterov=True needs a momentum and no dampening, and here momentum={group['momentum']!r} and "
                 f"dampening={group['dampening']!r}; pass for example momentum=0.9, dampening=0"
             )
-
-    def sparse_refusal(self, group: dict[str, Any]) -> str | None:
-        if group["weight_decay"] == 0:
-            return None
-        return f"weight_decay={group['weight_decay']!r} would decay all of the parameter, not what the gradient touches"
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         return self.STATES if group["momentum"] else ()

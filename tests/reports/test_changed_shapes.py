@@ -6,26 +6,15 @@ Report: pytorch/pytorch#40769, where sizes happen to differ; where only their or
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import CASES, Case, assert_same_run, make_params, set_grads, train
+from cases import ADAFACTOR, CASES, Case, assert_same_run, make_params, set_grads, train
 
 import fusedopt
-from fusedopt.backends.table import bind_torch
 
+pytestmark = pytest.mark.usefixtures("exchange")
 
-@pytest.fixture(params=[True, False], ids=["table", "attributes"], autouse=True)
-def exchange(request: pytest.FixtureRequest) -> Iterator[None]:
-    bind_torch(exchange=request.param)
-    yield
-    bind_torch()
-
-
-ADAFACTOR = Case(
-    "adafactor", fusedopt.Adafactor, torch.optim.SGD, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
-)
 CLASSES = [*CASES, ADAFACTOR]
 
 

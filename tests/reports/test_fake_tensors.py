@@ -10,14 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import ADAFACTOR, CASES, Case
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fusedopt
 
-ADAFACTOR = Case(
-    "adafactor", fusedopt.Adafactor, torch.optim.SGD, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
-)
 CLASSES = [*CASES, ADAFACTOR]
 
 

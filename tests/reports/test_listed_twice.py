@@ -103,21 +103,41 @@ def test_adafactor_with_layouts() -> None:
     assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [("AdamW", {}), ("SGD", {"lr": 1e-2, "momentum": 0.9})])
+SGD_KWARGS = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("AdamW", {}), ("SGD", SGD_KWARGS), ("SGD", {"lr": 1e-2, "momentum": 0.9, "nesterov": True}), ("RMSprop", {})],
+)
 def test_torchs_result(name: str, kwargs: dict[str, Any]) -> None:
     runs = []
     for cls, more in ((getattr(torch.optim, name), {"foreach": False}), (getattr(fusedopt, name), {})):
-        optimizer = listed_twice(cls, weight_decay=0.0, **kwargs, **more)
-        # In the first step of all, torch's SGD finds no momentum yet for any of the listings and begins one for each;
-        # with a gradient of 0 it is 0 either way, and from then on all of them share it. Ours share it from the start.
-        for param in params_of(optimizer):
-            param.grad = torch.zeros_like(param)
-        optimizer.step()
-        optimizer.param_groups[0]["weight_decay"] = 0.1
-        runs.append(params_of(steps(optimizer, 4)))
+        runs.append(params_of(steps(listed_twice(cls, weight_decay=0.1, **kwargs, **more), 5)))
     for theirs, ours in zip(*runs):
         # torch computes the scalars in another order: a few units in the last place per step, of numbers up to 4
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"state_dtype": "8bit"}, {"master_weights": "kahan"}], ids=str)
+def test_torch_makes_some_states_in_the_first_step_for_each_listing(kwargs: dict[str, Any]) -> None:
+    """Momentum then begins with the gradient as often as the parameter is listed; masters go on."""
+    param = make_params([(64, 128)], torch.bfloat16)[0]
+    twin = torch.nn.Parameter(param.detach().clone())
+    optimizer, single = (
+        fusedopt.SGD(listings, **SGD_KWARGS, weight_decay=0.1, **kwargs) for listings in ([param, param], [twin])
+    )
+    for step in range(3):
+        for each in (param, twin):
+            set_grads([each], step)
+        optimizer.step()
+        single.step()
+        if step == 0:
+            for key, value in single.state[twin].items():
+                if key.startswith("momentum") or key == "step":
+                    value.zero_()
+        single.step()
+        assert torch.equal(param, twin)
 
 
 def test_torchs_warning() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,17 +15,10 @@ from cases import CASES, Case, assert_same_run, make_params, train
 from torch import Tensor
 
 import fusedopt
-from fusedopt.backends.table import bind_torch
+
+pytestmark = pytest.mark.usefixtures("exchange")
 
 SHAPES = [(64, 128), (70,), ()]
-
-
-@pytest.fixture(params=[True, False], ids=["table", "attributes"], autouse=True)
-def exchange(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors are read through DLPack's table, and by asking their Python objects, as with older torch."""
-    bind_torch(exchange=request.param)
-    yield
-    bind_torch()
 
 
 def made(case: Case, backend: str) -> fusedopt.FusedOptimizer:
@@ -36,13 +28,6 @@ def made(case: Case, backend: str) -> fusedopt.FusedOptimizer:
 
 def weak(optimizer: torch.optim.Optimizer) -> list[weakref.ref[Tensor]]:
     return [weakref.ref(value) for held in optimizer.state.values() for value in held.values()]
-
-
-@pytest.fixture(params=["cpu", "eager", "cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param in ("cuda", "triton"):
-        request.getfixturevalue({"cuda": "emulated", "triton": "interpreted"}[request.param])
-    return request.param
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)

@@ -6,7 +6,7 @@ past torch makes it a silent wrong gradient instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,26 +14,9 @@ import torch
 from cases import CASES, Case, make_params
 
 import fusedopt
-from fusedopt.backends.table import bind_torch
 
-BACKENDS = ["cpu", "eager", "cuda", "triton"]
 # Numbers of dimensions: torch keeps the sizes of up to five inside of a tensor, others elsewhere.
 SHAPES = [(), (5,), (64, 128), (2, 3, 4), (2, 1, 2, 2), (1, 2, 2, 1, 2), (1, 2, 1, 2, 1, 2), (0, 3)]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param in ("cuda", "triton"):
-        request.getfixturevalue({"cuda": "emulated", "triton": "interpreted"}[request.param])
-    return request.param
-
-
-@pytest.fixture(params=[True, False], ids=["table", "attributes"])
-def exchange(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Tensors are read through DLPack's table, and by asking their Python objects, as with older torch."""
-    bind_torch(exchange=request.param)
-    yield request.param
-    bind_torch()
 
 
 def differentiated_late(make: Callable[[Any], torch.optim.Optimizer]) -> None:
@@ -55,8 +38,9 @@ def test_a_graph_that_saved_a_parameter_cannot_be_differentiated_after_a_step(ca
             differentiated_late(make)
 
 
+@pytest.mark.usefixtures("exchange")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_parameter_that_is_stepped_counts_and_no_other(dtype: torch.dtype, backend: str, exchange: bool) -> None:
+def test_every_parameter_that_is_stepped_counts_and_no_other(dtype: torch.dtype, backend: str) -> None:
     if dtype == torch.float64 and backend != "eager":
         pytest.skip("the reference path steps it")
     params = make_params(SHAPES, dtype)
