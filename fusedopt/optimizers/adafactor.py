@@ -132,8 +132,8 @@ class Adafactor(FusedOptimizer):
                 raise ValueError(
                     f"{theirs}={given[theirs]!r} and {ours}={settings[ours]!r} are the same knob; pass one"
                 )
-        # Of parameters that will be asked for: the number of a step, and the RMS before it.
-        self._rms_before: dict[Tensor, tuple[Any, Tensor]] = {}
+        # Of groups that will be asked for, by index: the number of a step, and the first parameter's RMS before it.
+        self._rms_before: dict[int, tuple[Any, Tensor]] = {}
         settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
         super().__init__(params, settings, **options)
 
@@ -288,11 +288,11 @@ class Adafactor(FusedOptimizer):
 
     def _take_whole_step(self) -> None:
         rms = {}
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             param = group["params"][0] if group["params"] else None  # the only one that will be asked for
             if group["scale_parameter"] and self._is_reported(group) and param is not None and param.grad is not None:
                 # The step's number as it is, on a device perhaps, since to read it is to wait for it.
-                rms[param] = self.state.get(param, {}).get("step", 0) + 1, self._rms_of(group, param)
+                rms[index] = self.state.get(param, {}).get("step", 0) + 1, self._rms_of(group, param)
         self._rms_before = rms
         super()._take_whole_step()
 
@@ -314,8 +314,10 @@ class Adafactor(FusedOptimizer):
         if not knobs.scale_parameter:
             return relative_lr(knobs, step)
         param = next(p for p in param_group["params"] if self.state.get(p) is param_state)
-        number, rms = self._rms_before.get(param, (0, None))
-        if rms is None or number != step:  # that step was compiled or skipped, or is of a state dict
+        index = next(i for i, group in enumerate(self.param_groups) if group is param_group)
+        number, rms = self._rms_before.get(index, (0, None))
+        if rms is None or number != step or param is not param_group["params"][0]:
+            # That step was compiled or skipped, or is of a state dict.
             rms = self._rms_of(param_group, param)
         return scaled_lr(knobs, step, float(rms))
 
