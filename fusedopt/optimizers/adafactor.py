@@ -314,7 +314,7 @@ class Adafactor(FusedOptimizer):
         if not knobs.scale_parameter:
             return relative_lr(knobs, step)
         param = next(p for p in param_group["params"] if self.state.get(p) is param_state)
-        index = next(i for i, group in enumerate(self.param_groups) if group is param_group)
+        index = next((i for i, group in enumerate(self.param_groups) if group is param_group), -1)
         number, rms = self._rms_before.get(index, (0, None))
         if rms is None or number != step or param is not param_group["params"][0]:
             # That step was compiled or skipped, or is of a state dict.
