@@ -36,6 +36,17 @@ def test_a_transposed_parameter_is_refused(case: Case, state_dtype: str) -> None
     assert_same_run(optimizer, before)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_torchs], ids=lambda case: case.name)
+def test_torchs_optimizers_refuse_it_too(case: Case) -> None:
+    params = make_params([(64, 128)], torch.float32)
+    kwargs = {**case.kwargs, "momentum": 0.9} if case.name == "sgd" else case.kwargs
+    optimizer = train(case.build_theirs(params, kwargs), 2)
+    params[0].data = params[0].data.t().contiguous()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="size"):
+        train(optimizer, 1)
+
+
 def test_a_reshaped_parameter_whose_state_is_gone_begins_anew() -> None:
     (param,) = make_params([(64, 128)], torch.float32)
     optimizer = train(fusedopt.AdamW([param], state_dtype="8bit"), 2)

@@ -39,6 +39,23 @@ def test_nothing_keeps_what_was_cleared(case: Case, backend: str) -> None:
     assert all(tensor() is None for tensor in tensors)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_torchs], ids=lambda case: case.name)
+def test_a_step_after_clearing_is_a_first_one_as_torchs(case: Case) -> None:
+    # torch's Adagrad makes its state when it is constructed only, and has none to go on with.
+    for of in (case.ours, case.theirs) if case.theirs is not torch.optim.Adagrad else (case.ours,):
+        runs = []
+        for clears in (True, False):
+            params = make_params(SHAPES, torch.float32)
+            optimizer = train(of(params, **case.kwargs), 2)
+            if clears:
+                optimizer.state.clear()
+            else:
+                optimizer = of(params, **case.kwargs)
+            runs.append(train(optimizer, 1, first=2))
+        for param, twin in zip(*(run.param_groups[0]["params"] for run in runs)):
+            assert torch.equal(param, twin)
+
+
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_nothing_keeps_what_was_replaced_and_steps_go_on(case: Case, backend: str) -> None:
     optimizer = train(made(case, backend), 2)

@@ -32,6 +32,17 @@ def test_a_wrapped_parameter_is_refused(case: Case, backend: str) -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.SGD])
+def test_torchs_optimizers_call_its_operators(theirs: type[torch.optim.Optimizer]) -> None:
+    """That is what the sentence advises."""
+    param, plain = torch.nn.Parameter(two(1.0)), torch.nn.Parameter(torch.ones(64, 128))
+    for each, grad in ((param, two(2.0)), (plain, torch.full((64, 128), 2.0))):
+        each.grad = grad
+        theirs([each], lr=0.1).step()
+    assert torch.equal(param.a, plain)
+    assert torch.equal(param.b, plain)
+
+
 def test_a_wrapped_gradient_is_refused() -> None:
     param = torch.nn.Parameter(torch.ones(64, 128))
     optimizer = fusedopt.AdamW([param])
