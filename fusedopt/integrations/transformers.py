@@ -179,17 +179,16 @@ def _clips_in_step(trainer: Any) -> FusedOptimizer | None:
 
 def _norm_to_come(stepped: FusedOptimizer) -> Tensor:
     """A tensor that the next step writes its norm to: Trainer asks before the step, and reads after it."""
-    device = stepped.param_groups[0]["params"][0].device
+    device = next(param.device for group in stepped.param_groups for param in group["params"])
     norm = torch.full((), torch.nan, dtype=torch.float32, device=device)
 
     def fill(optimizer: Any, args: Any, kwargs: Any) -> None:
         handle.remove()
-        found_inf = getattr(optimizer, "found_inf", None)
-        if optimizer.last_grad_norm is not None:  # a skipped step leaves the norm of the one before it
-            last = optimizer.last_grad_norm.to(device)
-            norm.copy_(
-                last if found_inf is None else torch.where(found_inf.to(device) > 0, torch.nan, last).reshape(())
-            )
+        last, found_inf = optimizer.last_grad_norm, getattr(optimizer, "found_inf", None)
+        if last is not None and found_inf is not None:  # a step that is skipped leaves the norm of the one before it
+            last = torch.where(found_inf.to(last.device).reshape(()) > 0, torch.nan, last)
+        if last is not None:
+            norm.copy_(last)
 
     handle = stepped.register_step_post_hook(fill)
     return norm

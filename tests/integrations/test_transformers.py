@@ -387,3 +387,19 @@ def test_the_step_clips_what_has_been_accumulated(tmp_path: Path) -> None:
         norms.append(logged(made, "grad_norm"))
     # torch sums squares in float32.
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
+def test_a_step_that_gradscaler_skips_has_no_norm() -> None:
+    """The norm that is logged is of that step, not of the one before it."""
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.AdamW([{"params": []}, {"params": [param]}], max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    norms = []
+    for gradient in (1.0, torch.inf, 2.0):
+        scaler.scale((gradient * param).sum()).backward()
+        norms.append(ours._norm_to_come(optimizer))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert [float(norm) for norm in norms] == pytest.approx([2.0, torch.nan, 4.0], nan_ok=True)
+    assert not optimizer._optimizer_step_post_hooks  # nothing is left behind
