@@ -1,4 +1,5 @@
-"""FusedTrainer teaches a small BERT to find answers: which number does this name of HTML have, in that list?
+"""FusedTrainer teaches a small BERT to answer questions about a line of Python: what does it define, and what is its
+last argument? Answers are where in the line they are.
 
 Lion, whose state is one number for each weight, in 8 bits here.
 
@@ -6,52 +7,51 @@ python examples/question_answering.py [--steps N]
 """
 
 import argparse
-import html.entities
 import random
+import re
+from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 
 from fusedopt.integrations.transformers import FusedTrainer
 
-NAMES = sorted(html.entities.name2codepoint)[:120]
-ENTRIES = 4
-QUESTION, SEPARATOR, FIRST = 0, 1, 2
+LENGTH = 64
+NAME, ARGUMENT = 1, 2  # questions, as characters that no line has
 
 
-class Lists(Dataset):
-    """A name that is asked for, and a list of names and numbers, all as numbers of words; the answer is in the list."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        draw = random.Random(self.seed + i)
-        names = draw.sample(range(len(NAMES)), ENTRIES)
-        asked = draw.randrange(ENTRIES)
-        entries = [word for name in names for word in (FIRST + name, FIRST + len(NAMES) + name)]
-        words = [QUESTION, FIRST + names[asked], SEPARATOR, *entries]
-        answer = torch.tensor(words.index(FIRST + len(NAMES) + names[asked]))
-        return {"input_ids": torch.tensor(words), "start_positions": answer, "end_positions": answer}
+def load() -> tuple[list[dict], list[dict]]:
+    """Definitions in Python's library that fit, each with one of the questions."""
+    rows = []
+    for path in sorted(Path(argparse.__file__).parent.glob("*.py")):
+        for line in path.read_text(errors="replace").splitlines():
+            found = re.fullmatch(r"\s*(?:async )?def (\w+)\((?:.*, ?)?(\w+)(?:=[^,()]*)?\):", line)
+            if found and line.isascii() and len(line) < LENGTH:
+                question = NAME if len(rows) % 2 else ARGUMENT
+                start, end = (torch.tensor(place) for place in found.span(1 if question == NAME else 2))
+                ids = torch.zeros(LENGTH, dtype=torch.long)
+                ids[: len(line) + 1] = torch.tensor([question, *line.encode()])
+                rows.append(
+                    {"input_ids": ids, "attention_mask": ids > 0, "start_positions": start + 1, "end_positions": end}
+                )
+    random.Random(0).shuffle(rows)
+    return rows[256:], rows[:256]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
 
+    train, held_out = load()
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=FIRST + 2 * len(NAMES),
+        vocab_size=128,
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
-        max_position_embeddings=3 + 2 * ENTRIES,
+        max_position_embeddings=LENGTH,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -60,7 +60,7 @@ def main() -> None:
         "out/question_answering",
         optim="lion_8bit",
         max_steps=steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         learning_rate=3e-4,
         weight_decay=0.1,
         warmup_steps=20,
@@ -68,15 +68,15 @@ def main() -> None:
         report_to="none",
         use_cpu=True,
     )
-    trainer = FusedTrainer(model, args, train_dataset=Lists(64 * steps, 0), optimizer_options={"betas": (0.9, 0.99)})
+    trainer = FusedTrainer(model, args, train_dataset=train, optimizer_options={"betas": (0.9, 0.99)})
     trainer.train()
 
     model.eval()
-    questions = Lists(256, 1_000_000)
-    rows = [questions[i] for i in range(len(questions))]
+    batch = {key: torch.stack([row[key] for row in held_out]) for key in held_out[0]}
     with torch.no_grad():
-        found = model(input_ids=torch.stack([row["input_ids"] for row in rows])).start_logits.argmax(-1)
-    right = float((found == torch.stack([row["start_positions"] for row in rows])).float().mean())
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    starts, ends = found.start_logits.argmax(-1), found.end_logits.argmax(-1)
+    right = ((starts == batch["start_positions"]) & (ends == batch["end_positions"])).float().mean()
     made = trainer.optimizer.optimizer
     print(f"{type(made).__name__}, betas {made.defaults['betas']}, {made.defaults['state_dtype']} state")
     print(f"{right:.1%} of 256 questions are answered")
