@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from cases import assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -28,8 +27,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        x = x + self.scale * F.scaled_dot_product_attention(self.query(y), self.key(y), self.value(y), is_causal=True)
-        return x * self.frozen + self.down(F.gelu(self.up(x + self.mix.sum(0))))
+        x = x + self.scale * nn.functional.scaled_dot_product_attention(
+            self.query(y), self.key(y), self.value(y), is_causal=True
+        )
+        return x * self.frozen + self.down(nn.functional.gelu(self.up(x + self.mix.sum(0))))
 
 
 class Transformer(nn.Module):
@@ -69,7 +70,7 @@ def tokens(step: int, count: int = 2) -> Tensor:
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     logits = model(batch[:, :-1]).float()
-    return F.cross_entropy(logits.reshape(-1, TOKENS), batch[:, 1:].reshape(-1))
+    return nn.functional.cross_entropy(logits.reshape(-1, TOKENS), batch[:, 1:].reshape(-1))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:

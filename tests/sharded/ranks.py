@@ -30,7 +30,7 @@ _GROUP_TIMEOUT = timedelta(seconds=60)  # of a collective that not every rank ta
 _DEADLINE = 240.0  # seconds for one function
 
 
-class Failed(AssertionError):
+class RanksFailedError(AssertionError):
     """What the ranks said that failed."""
 
 
@@ -101,7 +101,7 @@ class Ranks:
         if not all(went_well for went_well, _ in answers):
             self.close()  # they may be anywhere
             told = [f"rank {rank}: {said}" for rank, (went_well, said) in enumerate(answers) if not went_well]
-            raise Failed("\n".join(told))
+            raise RanksFailedError("\n".join(told))
         return [answer for _, answer in answers]
 
     def _answers(self, connections: list[Any]) -> Iterator[tuple[bool, Any]]:
