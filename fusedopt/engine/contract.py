@@ -31,6 +31,9 @@ class Contract(Optimizer):
     REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
 
+    # What a name stands for elsewhere and not here: a warning to whoever makes an optimizer by it.
+    NOTES: ClassVar[dict[str, str]] = {}
+
     # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
     derives_on_device: ClassVar[bool] = True
 
@@ -46,6 +49,11 @@ class Contract(Optimizer):
     has_warned = False  # that nothing is quantized
 
     # ---- what a subclass answers -----------------------------------------------------------------
+
+    @classmethod
+    def implied(cls, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that one of the NAMES stands for; those that are given win over them."""
+        return cls.NAMES[name]
 
     def own_defaults(self) -> dict[str, Any]:
         """Entries of param groups that the constructor of a subclass's base does not know."""

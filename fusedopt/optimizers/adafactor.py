@@ -137,6 +137,12 @@ class Adafactor(FusedOptimizer):
         settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
         super().__init__(params, settings, **options)
 
+    @classmethod
+    def implied(cls, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        # As in transformers' Trainer, which always has an lr.
+        has_lr = given.get("lr") is not None and given.get("variant") != "torch"
+        return {"scale_parameter": False, "relative_step": False} if has_lr else {}
+
     def check_group(self, group: dict[str, Any]) -> None:
         variant = checks.one_of("variant", group["variant"], _VARIANTS)
         for name in ("scale_parameter", "relative_step", "warmup_init", "compat", "fold_conv"):
