@@ -20,11 +20,11 @@ TILES = tl.constexpr(4)  # of a program, one after the other
 
 
 @triton.jit
-def draw_for(row, derived, STREAM: tl.constexpr, place):
-    """The random bits of a tile's elements in a stream."""
-    begin, offsets, _ = place
+def draw_for(row, derived, STREAM: tl.constexpr, firsts):
+    """The random bits of a tile's elements in a stream; `firsts` are where its blocks begin."""
     key = tl.load(derived + words.KEYS + STREAM).to(tl.uint32, bitcast=True)
-    return draw(key, tl.load(row + words.FIRST_INDEX) + begin, offsets)
+    firsts = tl.load(row + words.FIRST_INDEX) + firsts
+    return draw(key, firsts[:, None], tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def step_tile(
     if WHOLE:
         offsets = order[:, None] * BLOCK + lanes
         place = (begin * BLOCK, offsets, offsets >= 0)
+        firsts = (begin + order) * BLOCK
         scales = (begin, order, order >= 0)
     else:
         block = begin + order
@@ -58,7 +59,8 @@ def step_tile(
         column = (block - row_of * row_blocks) * BLOCK
         exists = block < blocks
         mask = exists[:, None] & (column[:, None] + lanes < length)
-        place = (begin * 0, (row_of * length + column)[:, None] + lanes, mask)
+        firsts = row_of * length + column
+        place = (begin * 0, firsts[:, None] + lanes, mask)
         scales = (begin * 0, block, exists)
 
     p = load_param(row, FORMATS, place, WHOLE)
@@ -76,10 +78,10 @@ def step_tile(
     for k in tl.static_range(STATES):
         # States 2 k and 2 k + 1 share a stream, which is drawn for the first of them that is rounded stochastically.
         if ((FORMATS >> (25 + k)) & 1) == 1 and not (k % 2 == 1 and ((FORMATS >> (24 + k)) & 1) == 1):
-            random = draw_for(row, derived, k // 2, place)
+            random = draw_for(row, derived, k // 2, firsts)
         store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, WHOLE)
     if ((FORMATS >> 12) & 1) == 1:
-        random = draw_for(row, derived, 2, place)
+        random = draw_for(row, derived, 2, firsts)
     store_param(row, p, random, FORMATS, place, WHOLE)
 
 

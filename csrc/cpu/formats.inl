@@ -108,8 +108,8 @@ FUSEDOPT_FN void encode_run(const float* values, const float* roots, uint8_t* co
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
     const float size = float_of(bits_of(values[i]) & ~kSignBit);
-    const uint32_t bits = kHalfIndex < 0 ? kHalf : half_of(random[i], kHalfIndex) | 1u;
-    codes[i] = Square8<kSigned>::encode(values[i], kRoots ? roots[i] : root(size), scale, bits);
+    const float threshold = kHalfIndex < 0 ? kHalf : fraction_of(half_of(random[i], kHalfIndex));
+    codes[i] = Square8<kSigned>::encode(values[i], kRoots ? roots[i] : root(size), scale, threshold);
   }
 }
 
@@ -117,14 +117,10 @@ template <bool kSigned, int kHalfIndex, bool kRoots>
 FUSEDOPT_FN void encode_whole_block(const float* values, const float* roots, uint8_t* codes, const BlockScale& scale,
                                     const uint32_t* random) {
 #if defined(__AVX512BW__)
-  BitBlock halves{};
-  if constexpr (kHalfIndex >= 0) halves = load_block(random);
-  if constexpr (kHalfIndex == 0) {
-    for (Bits& bits : halves.at) bits = _mm512_srli_epi32(bits, 16);
-  }
   const Draw draw(kHalfIndex < 0 ? Rounding::kNearest : Rounding::kStochastic);
   const Bits encoded =
-      encode_block<kSigned, kRoots>(load_block(values), kRoots ? load_block(roots) : LaneBlock{}, scale, draw, halves);
+      encode_block<kSigned, kRoots>(load_block(values), kRoots ? load_block(roots) : LaneBlock{}, scale, draw,
+                                    kHalfIndex < 0 ? BitBlock{} : load_block(random), kHalfIndex);
   _mm512_storeu_si512(codes, encoded);
 #else
   encode_run<kSigned, kHalfIndex, kRoots>(values, roots, codes, kBlock, scale, random);

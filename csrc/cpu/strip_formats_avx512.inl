@@ -16,37 +16,34 @@ constexpr int kStrip = kBlock;  // elements
 
 // ---- random bits -------------------------------------------------------------------------------
 
-// fmix of storage/random.h for vectors of consecutive elements, one vector after the other.
+// The bits of consecutive strips, by storage/random.h. Strips that begin in the middle of a run end in the next one.
 struct Stream {
-  Bits counter;
-  FUSEDOPT_FN Stream(uint32_t key, uint32_t lo) {
-    const Bits lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    counter = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_add_epi32(lane, all(lo)), all(kGolden)), all(key));
-  }
-  FUSEDOPT_FN Bits next() {
-    Bits h = counter;
-    counter = _mm512_add_epi32(counter, all(kGolden * kVector));
-    h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 16)), all(0x85EBCA6Bu));
-    h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 13)), all(0xC2B2AE35u));
-    return h;
-  }
+  uint32_t key, run, within, hash;  // of the first element of the next strip
+  FUSEDOPT_FN Stream(uint32_t stream_key, uint32_t lo)
+      : key(stream_key), run(lo / kRun), within(lo % kRun), hash(run_hash(run, key)) {}
   FUSEDOPT_FN BitBlock next_block() {
+    const Bits lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Bits weyl = _mm512_mullo_epi32(lane, all(kGolden));
+    const Bits first = _mm512_add_epi32(all(hash + within * kGolden), weyl);
     BitBlock block;
-    for (Bits& bits : block.at) bits = next();
+    for (int j = 0; j < kVectors; ++j) {
+      block.at[j] = _mm512_add_epi32(first, all(static_cast<uint32_t>(kVector * j) * kGolden));
+    }
+    const uint32_t next_hash = run_hash(++run, key);
+    if (__builtin_expect(within != 0, false)) {
+      const Bits change = all(next_hash - hash - kRun * kGolden);
+      for (int j = 0; j < kVectors; ++j) {
+        const Bits place = _mm512_add_epi32(lane, all(static_cast<uint32_t>(kVector * j) + within));
+        const __mmask16 is_next = _mm512_cmpge_epi32_mask(place, all(kRun));
+        block.at[j] = _mm512_mask_add_epi32(block.at[j], is_next, block.at[j], change);
+      }
+    }
+    hash = next_hash;
     return block;
   }
 };
-// The last operation of the finalizer, which leaves the upper half as it is. The lower half comes with other bits above
-// it.
-FUSEDOPT_FN Bits half_of(Bits h, int k) {
-  const Bits upper = _mm512_srli_epi32(h, 16);
-  return (k & 1) ? _mm512_xor_si512(h, upper) : upper;
-}
-FUSEDOPT_FN BitBlock halves_of(const BitBlock& h, int k) {
-  BitBlock halves;
-  for (int j = 0; j < kVectors; ++j) halves.at[j] = half_of(h.at[j], k);
-  return halves;
-}
+// The lower half comes with other bits above it.
+FUSEDOPT_FN Bits half_of(Bits h, int k) { return (k & 1) ? h : _mm512_srli_epi32(h, 16); }
 
 // ---- parameters and gradients ------------------------------------------------------------------
 
@@ -260,7 +257,7 @@ struct BlockState {
       _mm512_storeu_si512(codes + i, _mm512_setzero_si512());
       return;
     }
-    _mm512_storeu_si512(codes + i, encode_block<kSigned, kRoots>(x, roots, scale, draw, halves_of(random, k)));
+    _mm512_storeu_si512(codes + i, encode_block<kSigned, kRoots>(x, roots, scale, draw, random, k));
   }
 };
 

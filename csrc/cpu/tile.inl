@@ -47,11 +47,11 @@ FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool has_blocks, int64_t a
 void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
   for (int done = 0; done < n;) {
     const uint32_t lo = static_cast<uint32_t>(index);
-    const uint32_t key = key_at(stream_key, static_cast<uint32_t>(index >> 32));
-    const uint64_t until_wrap = (uint64_t{1} << 32) - lo;  // then the key changes
-    const int count = until_wrap < static_cast<uint64_t>(n - done) ? static_cast<int>(until_wrap) : n - done;
+    const uint32_t first = random_bits(lo, key_at(stream_key, static_cast<uint32_t>(index >> 32)));
+    const int left = static_cast<int>(kRun - lo % kRun);  // of the run
+    const int count = left < n - done ? left : n - done;
 #pragma GCC ivdep
-    for (int i = 0; i < count; ++i) random[done + i] = random_bits(lo + static_cast<uint32_t>(i), key);
+    for (int i = 0; i < count; ++i) random[done + i] = first + static_cast<uint32_t>(i) * kGolden;
     done += count;
     index += static_cast<uint64_t>(count);
   }

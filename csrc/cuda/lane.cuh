@@ -67,9 +67,11 @@ FUSEDOPT_DEVICE void draw(uint32_t stream_key, int64_t first_index, const Place&
     rarely();
     key = key_at(stream_key, hi);
   }
-  if (lo <= 0xFFFFFFFFu - (kTile - 1)) {
+  if (lo % kLane == 0 && lo <= 0xFFFFFFFFu - (kTile - 1)) {  // what a lane has side by side is of one run of the hash
+    random[0] = random_bits(lo + static_cast<uint32_t>(place.runs[0]), key);
+    random[4] = place.is_split ? random_bits(lo + static_cast<uint32_t>(place.runs[1]), key) : random[0] + 4 * kGolden;
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) random[j] = random_bits(lo + static_cast<uint32_t>(place.offset(j)), key);
+    for (int j = 0; j < kLane; ++j) random[j] = random[j / 4 * 4] + static_cast<uint32_t>(j % 4) * kGolden;
     return;
   }
   rarely();
@@ -153,8 +155,6 @@ FUSEDOPT_DEVICE void store_codes(void* codes, uint8_t* scales, bool rounds, cons
                                  const float (&roots)[kLane], const uint32_t (&random)[kLane], int half) {
   uint32_t largest[2];
   largest_of_blocks(x, place, largest);
-  // R of storage/blockwise8.h, chosen without a branch.
-  const uint32_t drawn = rounds ? 0xFFFFu : 0u, fixed = rounds ? 1u : kHalf;
   Raw encoded{};
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
@@ -165,8 +165,8 @@ FUSEDOPT_DEVICE void store_codes(void* codes, uint8_t* scales, bool rounds, cons
 #pragma unroll
       for (int j = run * 4; j < run * 4 + 4; ++j) {
         const float rooted = kRoots ? roots[j] : root(float_of(bits_of(x[j]) & ~kSignBit));
-        const uint32_t bits = (half_of(random[j], half) & drawn) | fixed;
-        encoded.set(j, Square8<kSigned>::encode(x[j], rooted, scale, bits));
+        const float threshold = rounds ? fraction_of(half_of(random[j], half)) : kHalf;
+        encoded.set(j, Square8<kSigned>::encode(x[j], rooted, scale, threshold));
       }
     }
     if (place.runs[run] % kBlock == 0 && (place.is_whole || place.holds(run * 4))) {

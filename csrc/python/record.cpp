@@ -59,7 +59,7 @@ bool is_master_dtype(Master master, DType dtype) {
     case Master::kSplit24:
       return dtype == DType::kInt8;
     case Master::kSplit32:
-      return dtype == DType::kInt16;
+      return dtype == DType::kInt16 || dtype == DType::kBFloat16;
     case Master::kFloat32:
       return dtype == DType::kFloat32;
     case Master::kNone:
@@ -144,6 +144,8 @@ bool Record::describe_master(const ParamGroup& group, PyObject* object, const Te
   if (!read_beside(param, object, master_, view) || !same_shape(view, param)) return false;
   if (!is_master_dtype(group.master, view.dtype)) return false;
   desc.master = buffer_of(view);
+  // Kept as bfloat16 for the sake of collectives, which send no int16; what it holds are integers.
+  if (group.master == Master::kSplit32) desc.master.dtype = DType::kInt16;
   desc.master_format = group.master;
   return true;
 }

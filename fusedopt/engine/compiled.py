@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends import GroupStep, Scaling, candidates, new_sessions
 from ..storage.state import StateSpec
 from .contract import Contract
-from .gather import Gathered, Member, let_go
+from .gather import Gathered, Listed, Member, let_go
 
 
 class _Column(NamedTuple):
@@ -134,7 +134,8 @@ def _step(
                     state = {**{key: next(tensors_held) for key in _words(keys)}, "step": step}
                     member = Member(i, position, parts[i, layout], position)
                     gathered.add(member, param, grad, state, candidates(backends[i]))
-            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), grads)
+            listed: Iterable[Listed] = (({}, param, grad) for param, grad in zip(params, grads))
+            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), listed)
             gathered.write_back()
         finally:
             let_go(sessions)

@@ -129,6 +129,7 @@ class Contract(Optimizer):
         checks.one_of("backend", group["backend"], backends.names())
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        checks.process_group("grad_norm_group", group["grad_norm_group"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
         return {

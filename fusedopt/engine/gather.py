@@ -13,11 +13,13 @@ from torch import Tensor
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health
-from ..reference.norm import pairwise_sum, square_sums
+from ..reference.norm import CHUNK, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
+from .collectives import Agreement, Spread
+from .contract import Contract
 
 # Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
 _CLIP_EPS = 1e-6
@@ -41,6 +43,15 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
+def _nothing() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
+def _chunks_of(grad: Tensor) -> int:
+    """How many chunks the sum of squares of a gradient is taken in."""
+    return -(-grad.numel() * (2 if grad.is_complex() else 1) // CHUNK)
+
+
 def _base(tensor: Tensor) -> Tensor:
     """The same numbers as a Tensor, apart from autograd's graph."""
     tensor = tensor.detach()
@@ -50,6 +61,22 @@ def _base(tensor: Tensor) -> Tensor:
 def _is_plain_memory(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are what its memory holds, aligned to their size."""
     return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+# A param group, a parameter of it, and its gradient.
+Listed = tuple[dict[str, Any], Tensor, Tensor]
+
+
+class Ranks(NamedTuple):
+    """Other processes that step the same parameters, or other parts of them."""
+
+    agreement: Agreement
+    optimizer: Contract
+    spread: Spread
+
+    def total(self, sums: dict[tuple[Any, Any], float], found_inf: float) -> tuple[float, float]:
+        """See Agreement.total."""
+        return self.agreement.total(self.optimizer, self.spread, sums, found_inf)
 
 
 class Member(NamedTuple):
@@ -80,6 +107,7 @@ class Gathered:
         takes_sums: bool,
     ) -> None:
         self._takes_sums = takes_sums
+        self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
         self.positions = positions
@@ -132,7 +160,7 @@ class Gathered:
             group=member.part,
             position=member.entry,
             param=local,
-            grad=sharding.local(grad),
+            grad=sharding.local_grad(grad, param),
             states=tuple(tuple(sharding.local(held[key]) for key in spec.keys_in(held)) for spec in settings.states),
             step=held["step"],
             master=None if kind is None else sharding.local(held[masters.KEYS[kind]]),
@@ -198,24 +226,45 @@ class Gathered:
         grad = _dense(grad.detach())
         return grad if keeps_own_precision(param) or grad.dtype in DTYPES.values() else grad.float()
 
-    def square_sum(self, grads: Iterable[Tensor]) -> float:
-        """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
+    def _chunk_sums(self, grads: list[Tensor]) -> list[Tensor]:
+        """The sums of squares of local gradients, in list order, before any multiplier: one tensor, or one of each."""
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
-            sums = active[0].square_sums()
-        else:  # list order runs across backends: the reference takes them all
-            parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
-            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
-        return float(pairwise_sum(sums).item())
+            return [active[0].square_sums()]
+        # List order runs across backends: the reference takes them all.
+        return [square_sums(_dense(grad)).cpu() for grad in grads]
+
+    def square_sum(self, listed: Iterable[Listed]) -> float:
+        """The sum of squares of gradients that are all here."""
+        sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
+        return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
+
+    def square_sums_by_place(self, spread: Spread, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
+        """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
+        grads: list[Tensor] = []
+        places: list[tuple[Any, Any] | None] = []
+        for group, param, grad in listed:
+            grads.append(sharding.local_grad(grad, param))
+            mesh = param.device_mesh if sharding.is_dtensor(param) else None  # type: ignore[attr-defined]
+            counts = mesh is None or spread.counts_here(param)
+            places.append((mesh, group["grad_norm_group"]) if counts else None)
+        parts = self._chunk_sums(grads)
+        if len(parts) == 1:
+            parts = list(torch.split(parts[0], [_chunks_of(grad) for grad in grads]))
+        found: dict[tuple[Any, Any], list[Tensor]] = {}
+        for place, part in zip(places, parts):
+            if place is not None:
+                found.setdefault(place, []).append(part)
+        return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, grads: Iterable[Tensor], *, counts_health: bool = False
+        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
         Args:
             scaling: What gradients are multiplied by.
-            grads: All of them, in list order.
+            listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
 
         Returns:
@@ -227,24 +276,33 @@ class Gathered:
                 return {}, None
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
-        if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
+        is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
+        if is_on_one and (self.ranks is None or (scaling.max_grad_norm is None and scaling.found_inf is None)):
             # This waits for nothing.
-            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)
+            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
             return self._by_member(counted), norm
-        multiplier, norm = self.multiplier(scaling, grads)
+        multiplier, norm = self.multiplier(scaling, listed)
         return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
 
-    def multiplier(self, scaling: Scaling, grads: Iterable[Tensor]) -> tuple[float | None, Tensor | None]:
-        """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices.
+    def multiplier(self, scaling: Scaling, listed: Iterable[Listed]) -> tuple[float | None, Tensor | None]:
+        """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices, and ranks.
 
         None, and nothing is to be stepped, if gradients were found not to be finite.
         """
-        if scaling.found_inf is not None and scaling.found_inf.item():
+        found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
+        square_sum = 0.0
+        if self.ranks is not None and (scaling.max_grad_norm is not None or scaling.found_inf is not None):
+            clips = scaling.max_grad_norm is not None
+            sums = self.square_sums_by_place(self.ranks.spread, listed) if clips else {}
+            square_sum, found_inf = self.ranks.total(sums, found_inf)
+        if found_inf:
             return None, None
         multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
         if scaling.max_grad_norm is None:
             return multiplier, None
-        multiplier, norm = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
+        if self.ranks is None:
+            square_sum = self.square_sum(listed)
+        multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
         return multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:

@@ -45,7 +45,7 @@ def wrapper_refusal(param: Tensor, grad: Tensor) -> str | None:
     return None
 
 
-def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
+def refusal(param: Tensor) -> str | None:
     """Why a DTensor parameter cannot be stepped, as a sentence; None if it can or is a plain tensor."""
     if not is_dtensor(param):
         return None
@@ -54,8 +54,6 @@ def refusal(param: Tensor, max_grad_norm: float | None) -> str | None:
     for placement in param.placements:  # type: ignore[attr-defined]
         if not isinstance(placement, Replicate) and placement != Shard(0):
             return f"its DTensor placement is {placement!r}; only Shard(0) and Replicate() are supported"
-    if max_grad_norm is not None:
-        return f"it is a DTensor and max_grad_norm={max_grad_norm!r}; clip with torch.nn.utils.clip_grad_norm_ instead"
     return None
 
 
@@ -69,6 +67,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.wait() if module is not None and isinstance(tensor, module.AsyncCollectiveTensor) else tensor
 
 
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """The part of a gradient that goes with what is held here of its parameter.
+
+    Autograd may leave the gradient of a DTensor in other placements, unsummed ones among them: it is brought into the
+    parameter's, as torch's optimizers do, which all ranks of the mesh take part in.
+    """
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
 def first_index(param: Tensor) -> int:
     """The row-major index, in the global tensor, of the first element held here."""
     if not is_dtensor(param):
@@ -78,6 +87,13 @@ def first_index(param: Tensor) -> int:
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     _, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
     return offset[0] * param.shape[1:].numel() if offset else 0
+
+
+def with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as numbers of another dtype of that size."""
+    if not is_dtensor(tensor):
+        return tensor.view(dtype)
+    return like_param(local(tensor).view(dtype), tensor, tensor.shape)
 
 
 def like_param(tensor: Tensor, param: Tensor, shape: torch.Size) -> Tensor:

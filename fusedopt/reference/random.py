@@ -42,6 +42,8 @@ def random_bits(
     index = torch.arange(first_index, first_index + shape.numel(), dtype=torch.int64, device=device)
     high = index >> 32
     keys = torch.where(high == 0, key, _fmix(key ^ high))
-    bits = _fmix(((index & _MASK) * _GOLDEN + keys) & _MASK)
+    low = index & _MASK
+    # One hash for each aligned run of 64 elements, and a Weyl sequence within it.
+    bits = (_fmix(((low >> 6) * _GOLDEN + keys) & _MASK) + (low & 63) * _GOLDEN) & _MASK
     half = bits & 0xFFFF if state % 2 else bits >> 16
     return half.to(torch.int32).reshape(shape)

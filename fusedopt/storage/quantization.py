@@ -9,14 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.arithmetic import root
-
 BLOCK = 64
 
 _MAGNITUDE = 0x7FFFFFFF
 _TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
-_HALF = 0x8000
-_ROOT_TWO = 0x3504F3  # the fraction bits of the square root of 2
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:
@@ -44,15 +40,12 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
 
     exponent = ((largest.long() + ceiling) >> 23).clamp(min=32)
     scale = exponent - shift
-    to_units = _float_of((269 + shift - exponent) << 23)
-    twice = 127 + 254 - scale
-    root_units = _float_of(((twice >> 1) << 23) + (twice & 1) * _ROOT_TWO)
-
-    size = torch.where(is_plain, blocks, 0.0).abs()
-    units = (size * to_units).long()
-    q = (root(size) * root_units).long()
-    r = torch.full_like(q, _HALF) if bits is None else _blocked(bits).long() | 1
-    q = q + (units - (r >> 1) > q * ((q << 15) + r))
+    # The definition. In float64 all of it is exact but for the root, and that is exact once it is cut to an integer.
+    size = torch.where(is_plain, blocks, 0.0).double().abs()
+    steps = size * _float_of((254 - scale) << 23).double()
+    q = steps.sqrt().floor()
+    threshold = 0.5 if bits is None else ((_blocked(bits).long() >> 1) | 1) * 2.0**-15
+    q = (q + (steps - q * q > threshold * (2.0 * q + 1.0))).long()
     # Unsigned, a variance never becomes zero while its mean is alive.
     changed, to = ((q != 0) & (code < 0), q | 0x80) if is_signed else ((q == 0) & (size != 0), torch.ones_like(q))
     q = torch.where(is_plain, torch.where(changed, to, q), 0)
