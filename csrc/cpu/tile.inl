@@ -7,7 +7,7 @@
 #include "cpu/health.inl"
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
-#include "cpu/strips_avx512.inl"
+#include "cpu/strips.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -115,7 +115,7 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
 template <class Rule>
 void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
   if (health == nullptr) {
     const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
     begin += taken;
