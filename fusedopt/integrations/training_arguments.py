@@ -45,7 +45,7 @@ def choose(
     elif given["max_grad_norm"] is not None and _sees_parts(args):
         raise ValueError(
             f"max_grad_norm={given['max_grad_norm']!r} in the step would clip each part of a sharded gradient by "
-            "itself under DeepSpeed and FSDP1; leave it to the training's arguments, or use FSDP2"
+            "itself under DeepSpeed and FSDP1; leave it to the training's arguments, which clip before the step"
         )
     cls, arguments = resolved(name, given)
     cls([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **arguments)  # raises what Trainer would
@@ -53,11 +53,11 @@ def choose(
 
 
 def _sees_parts(args: Any) -> bool:
-    """Whether steps see parts of gradients without knowing of the others."""
+    """Whether steps see parts of gradients that do not say so: DeepSpeed's and FSDP1's. FSDP2's are DTensors."""
     if getattr(args, "deepspeed", None):
         return True
-    config = getattr(args, "fsdp_config", None) or {}
-    return bool(getattr(args, "fsdp", None)) and int(config.get("version", 2)) == 1
+    version = int((getattr(args, "fsdp_config", None) or {}).get("version", 2))  # Trainer's default
+    return bool(getattr(args, "fsdp", None)) and version == 1
 
 
 def _from_arguments(cls: type[FusedOptimizer], args: Any) -> dict[str, Any]:

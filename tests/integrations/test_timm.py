@@ -82,5 +82,6 @@ def test_layer_decay_and_steps(registry: Any) -> None:
 def test_the_default_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory.default_registry, "_optimizers", dict(factory.default_registry._optimizers))
     register()
-    optimizer = peer("timm.optim").create_optimizer_v2(network(), opt="compiledlion", lr=1e-4, weight_decay=0.1)
-    assert type(optimizer) is fusedopt.Lion
+    create_optimizer_v2, model = peer("timm.optim").create_optimizer_v2, network()
+    optimizer = create_optimizer_v2(model, opt="compiledadamw8bit", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    assert type(optimizer) is fusedopt.AdamW

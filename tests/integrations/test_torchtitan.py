@@ -12,6 +12,7 @@ from trainers import same
 
 import fusedopt
 from fusedopt.integrations import torchtitan as ours
+from fusedopt.integrations.torchtitan import config
 
 peer("torchtitan.components.optimizer")
 
@@ -29,9 +30,9 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 
 def test_ours_steps_and_resumes_from_its_flat_state() -> None:
-    config = ours.config(lr=1e-2)
+    made = config(lr=1e-2)
     model = network()
-    container = config.build(model_parts=[model])
+    container = made.build(model_parts=[model])
     assert isinstance(container, ours.OptimizersContainer)
     (optimizer,) = container
     assert type(optimizer) is fusedopt.AdamW
@@ -49,7 +50,7 @@ def test_ours_steps_and_resumes_from_its_flat_state() -> None:
     train(model, container, range(3, 6))
     resumed = network()
     resumed.load_state_dict(weights)
-    again = config.build(model_parts=[resumed])
+    again = made.build(model_parts=[resumed])
     again.load_state_dict(saved)
     train(resumed, again, range(3, 6))
     assert same(model, resumed)
@@ -58,10 +59,12 @@ def test_ours_steps_and_resumes_from_its_flat_state() -> None:
 def test_torchtitans_schedule_sets_the_lr() -> None:
     from torchtitan.components.optimizer import LRSchedulersContainer
 
+    optimizer = config("adamw_8bit", lr=8e-4)
+    assert optimizer.param_groups[0].optimizer_name == "adamw_8bit"
     model = network()
-    container = ours.config("lion", lr=1e-2).build(model_parts=[model])
-    config = LRSchedulersContainer.Config(warmup_steps=2, decay_ratio=None, decay_type="linear")
-    schedulers = config.build(optimizers=container, training_steps=6)
+    container = config("lion", lr=1e-2).build(model_parts=[model])
+    schedule = LRSchedulersContainer.Config(warmup_steps=2, decay_ratio=None, decay_type="linear")
+    schedulers = schedule.build(optimizers=container, training_steps=6)
     lrs = []
     for step in range(6):
         lrs.append(next(iter(container)).param_groups[0]["lr"])
@@ -82,6 +85,6 @@ def test_names_of_torchtitan_stay_its_own() -> None:
     made = ours.OptimizersContainer.Config(param_groups=groups).build(model_parts=[network()])
     assert [type(optimizer) for optimizer in made] == [fusedopt.AdamW, torch.optim.AdamW]
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 would clip again what torchtitan has clipped"):
-        ours.config(max_grad_norm=1.0)
+        config(max_grad_norm=1.0)
     with pytest.raises(NotImplementedError, match="Optimizer adamv not added"):
-        ours.config("adamv").build(model_parts=[network()])
+        config("adamv").build(model_parts=[network()])

@@ -10,7 +10,7 @@ from cases import peer
 from trainers import LENGTH, LR, STEPS, VOCABULARY, gpt2, logged, same
 
 import fusedopt
-from fusedopt.integrations import transformers as ours
+from fusedopt.integrations.transformers import disable, enable, optimizer
 
 trl = peer("trl")
 datasets = peer("datasets")
@@ -33,13 +33,22 @@ def sft(folder: Path, by: str = "argument", resume: Any = None, **changes: Any) 
     args = trl.SFTConfig(
         **{"output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": LR},
         **{"logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_length": LENGTH},
-        **{"bf16": False, "gradient_checkpointing": False, "optim": "adamw_8bit", "lr_scheduler_type": "linear"},
+        **{"bf16": False, "gradient_checkpointing": False, "lr_scheduler_type": "linear"},
         **{"save_strategy": "steps", "save_steps": STEPS // 2, **changes},
+        optim="adamw_8bit" if by == "table" else "sgd",
     )
-    way = {"optimizer_cls_and_kwargs": ours.optimizer(args)} if by == "argument" else {}
-    made = trl.SFTTrainer(
-        gpt2(), args, train_dataset=datasets.Dataset.from_dict({"text": text}), processing_class=tokenizer(), **way
-    )
+    settings = {"processing_class": tokenizer()}
+    dataset = datasets.Dataset.from_dict({"text": text})
+    if by == "table":
+        made = trl.SFTTrainer(gpt2(), args, train_dataset=dataset, **settings)
+    else:
+        made = trl.SFTTrainer(
+            gpt2(),
+            args,
+            train_dataset=dataset,
+            optimizer_cls_and_kwargs=optimizer(args, "adamw_8bit"),
+            **settings,
+        )
     made.train(resume_from_checkpoint=resume)
     return made
 
@@ -48,16 +57,16 @@ def sft(folder: Path, by: str = "argument", resume: Any = None, **changes: Any) 
 def test_sft(by: str, tmp_path: Path) -> None:
     """The class, the lr of each step, a falling loss, and a resume that is never having stopped."""
     if by == "table":
-        ours.enable()
+        enable()
     try:
         whole = sft(tmp_path, by)
         resumed = sft(tmp_path, by, str(tmp_path / f"checkpoint-{STEPS // 2}"))
     finally:
-        ours.disable()
-    optimizer = whole.optimizer.optimizer
-    assert type(optimizer) is fusedopt.AdamW
-    assert any("exp_avg_codes" in state for state in optimizer.state.values())
-    assert optimizer.last_grad_norm > 0
+        disable()
+    made = whole.optimizer.optimizer
+    assert type(made) is fusedopt.AdamW
+    assert any("exp_avg_codes" in state for state in made.state.values())
+    assert made.last_grad_norm > 0
     assert logged(whole, "learning_rate") == [LR * max(0.0, (STEPS - s) / STEPS) for s in range(STEPS)]
     losses = logged(whole, "loss")
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
