@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Scaling, Session, new_sessions
-from ..backends.base import REFERENCES, Health
+from ..backends.base import ASKING, REFERENCES, Health
 from . import checkpoint, compiled, members, reports
-from .collectives import Agreement
+from .collectives import Agreement, shard_sums
 from .contract import Contract
 from .gather import Gathered, Ranks, let_go
 from .options import note_own_defaults, spell_out
@@ -74,6 +74,7 @@ class FusedOptimizer(Contract):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         REFERENCES.update(cls.REFERENCES)
+        ASKING.update(cls.ASKING)
         if "NAMES" in cls.__dict__:
             CLASSES.update(dict.fromkeys(cls.NAMES, cls))
         if "__init__" in cls.__dict__:
@@ -190,12 +191,12 @@ class FusedOptimizer(Contract):
             return
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
-        spread = self._agreement().spread(self)
-        if spread is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+        meshes = self._agreement().meshes(self)
+        if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
         try:
             take = self._step_in_rounds if self._repeats else self._step_at_once
-            counts, norm = take(scaling, None if spread is None else Ranks(self._agreement(), self, spread))
+            counts, norm = take(scaling, None if meshes is None else Ranks(self._agreement(), self, meshes))
             if norm is not None:
                 self.last_grad_norm = norm
             if self._health is not None:
@@ -260,7 +261,8 @@ class FusedOptimizer(Contract):
             left = gathered.collect(self.param_groups, self.state)
         for member in left:
             param = self.param_groups[member.group]["params"][member.position]
-            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
+            spread = shard_sums(self, self.param_groups[member.group], param)
+            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group), spread)
         return gathered
 
     def _init_group(
