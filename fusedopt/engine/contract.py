@@ -191,6 +191,10 @@ class Contract(Optimizer):
         """See FusedOptimizer; the name is torch.compile's."""
         raise NotImplementedError
 
+    def _agreement(self) -> Any:
+        """What it has told other ranks (collectives.Agreement), for as long as the optimizer lives."""
+        raise NotImplementedError
+
     def _sessions(self) -> dict[str, backends.Session]:
         """One of every backend, for as long as the optimizer lives."""
         raise NotImplementedError

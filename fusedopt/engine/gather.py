@@ -16,6 +16,7 @@ from ..backends.base import Health, Spread
 from ..reference.norm import CHUNK, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
+from ..storage.placement import Place
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
@@ -147,8 +148,19 @@ class Gathered:
         held: dict[str, Tensor],
         candidates: Sequence[backends.Backend],
         spread: Spread | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Hands a checked parameter to the first backend that takes it."""
+        """Hands a checked parameter to the first backend that takes it.
+
+        Args:
+            member: Its place in the lists.
+            param: The parameter, or what is held here of it.
+            grad: Its gradient.
+            held: Its state.
+            candidates: Backends, the best first.
+            spread: Where the rest of it is, if its rule takes sums over all of it.
+            place: Where `param` is in the whole, if it does not know that itself.
+        """
         local = sharding.local(param)
         if local is not param:
             self._wrappers.append(param)
@@ -166,7 +178,7 @@ class Gathered:
             step=held["step"],
             master=None if kind is None else sharding.local(held[masters.KEYS[kind]]),
             spread=spread,
-            **sharding.place(param)._asdict(),
+            **(place or sharding.place(param))._asdict(),
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:

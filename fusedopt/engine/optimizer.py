@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import Scaling, Session, new_sessions
 from ..backends.base import ASKING, REFERENCES, Health
-from . import checkpoint, compiled, members, reports
+from . import checkpoint, compiled, members, reports, sharding
 from .collectives import Agreement, shard_sums
 from .contract import Contract
 from .gather import Gathered, Ranks, let_go
@@ -276,8 +276,9 @@ class FusedOptimizer(Contract):
         """Appends a group's tensors to the lists, making missing state.
 
         Returns:
-            Each parameter's layout, a colon, and the keys of what it appended to `states`, joined by commas;
-            parameters by semicolons. One string, because torch.compile takes what this returns for a constant.
+            Of each parameter, joined by colons: its layout; the keys of what it appended to `states`, joined by
+            commas; its position if it is a DTensor. Parameters are joined by semicolons. One string, because
+            torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -296,7 +297,8 @@ class FusedOptimizer(Contract):
             grads.append(param.grad)
             held = self.state[param]
             own = checkpoint.state_keys(self, group, param, held)
-            keys.append(self.layout_of(group, param) + ":" + ",".join(own))
+            where = str(position) if sharding.is_dtensor(param) else ""
+            keys.append(":".join((self.layout_of(group, param), ",".join(own), where)))
             states.extend(held[key] for key in own)
             steps.append(held["step"])
         return ";".join(keys)
