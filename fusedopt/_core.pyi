@@ -43,6 +43,7 @@ class TensorTable:
         rounding: int,
         master: int,
         master_key: str,
+        skips_blocks: bool = ...,
         param_group: int = ...,
         positions: list[int] = ...,
     ) -> None: ...
@@ -58,6 +59,8 @@ class TensorTable:
         master: Tensor | None,
         step: Tensor,
         first_index: int,
+        segment: int = ...,
+        segment_stride: int = ...,
     ) -> bool: ...
     def count_versions(self) -> None: ...
     def batch(self, *, grad_multipliers: list[float]) -> int: ...

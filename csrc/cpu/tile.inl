@@ -3,11 +3,14 @@
 // rules add here, they do not multiply.
 #pragma once
 
+#include <optional>
+
 #include "cpu/formats.inl"
 #include "cpu/health.inl"
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
 #include "cpu/strips.inl"
+#include "cpu/undo.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -57,6 +60,19 @@ void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
   }
 }
 
+// The random bits of n elements of a tensor from `at` on.
+void draw(const TensorDesc& tensor, uint32_t stream_key, int64_t at, int n, uint32_t* random) {
+  if (tensor.segment == 0) return draw(stream_key, static_cast<uint64_t>(tensor.first_index + at), n, random);
+  for (int done = 0; done < n;) {
+    const int64_t number = (at + done) / tensor.segment, place = at + done - number * tensor.segment;
+    const int64_t left = tensor.segment - place;
+    const int count = left < n - done ? static_cast<int>(left) : n - done;
+    const int64_t index = tensor.first_index + number * tensor.segment_stride + place;
+    draw(stream_key, static_cast<uint64_t>(index), count, random + done);
+    done += count;
+  }
+}
+
 template <class Rule, bool kHasBlocks>
 void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
@@ -69,9 +85,10 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
 
   const int64_t end = begin + length;
   for (int64_t at = begin; at < end;) {
-    const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
     const int n = tile_length(tensor, kHasBlocks, at, end);
 
+    std::optional<Undo> undo;
+    if (tensor.skips_blocks) undo.emplace(tensor, Rule::kStates, at, n);
     float* p = load_param(tensor, at, n, param_tile, spare);
     const float* g = load(tensor.grad, at, n, grad_tile);
     float* s[kSlots<Rule>];
@@ -93,17 +110,26 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
     }
 
+    if (undo) {
+      undo->judge(p);
+      for (int k = 0; k < Rule::kStates; ++k) undo->judge(s[k]);
+    }
+
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
       const Buffer& state = tensor.states[k];
       if (state.rounding == Rounding::kStochastic && stream_held != k / 2) {
         stream_held = k / 2;
-        draw(context.stream_keys[stream_held], index, n, random);
+        draw(tensor, context.stream_keys[stream_held], at, n, random);
       }
       store_state(state, tensor.row, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, random, k & 1);
     }
-    if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
+    if (draws_for_param) draw(tensor, context.stream_keys[kParamStream], at, n, random);
     store_param(tensor, at, n, p, spare, random);
+    if (undo) {
+      const int64_t skipped = undo->put_back();
+      if (health != nullptr) health->skipped += skipped;
+    }
     if (health != nullptr) {
       count_stalled(before, load_param(tensor, at, n, param_tile, spare), g, n, *health);
       for (int k = 0; k < Rule::kStates; ++k) count_codes(tensor.states[k], tensor.row, at, n, *health);
@@ -116,7 +142,7 @@ template <class Rule>
 void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
 #if defined(__AVX2__)
-  if (health == nullptr) {
+  if (health == nullptr && !tensor.skips_blocks) {
     const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
     begin += taken;
     length -= taken;

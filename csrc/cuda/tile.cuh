@@ -83,10 +83,11 @@ FUSEDOPT_DEVICE void for_each_state(const Use& use) {
   for_each_of(use, std::make_integer_sequence<int, Rule::kStates>{});
 }
 
-// `first_block`: of codes, of the tile.
+// `first_block`: of codes, of the tile. `first_index`: of the tensor's first element, as seen from the tile's row.
 template <class Rule, bool kQuantized, class TensorFormats>
 FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
-                               const Derived<Rule>& derived, const Place& place, int64_t first_block) {
+                               const Derived<Rule>& derived, const Place& place, int64_t first_block,
+                               int64_t first_index) {
   constexpr int kSlots = DeviceTensor<Rule, kQuantized>::kSlots;
   const auto has_codes = [&](int k) { return kQuantized && formats.state(k) == DType::kUInt8; };
   const auto scales_of = [&](int k) { return tensor.scales[kQuantized ? k : 0] + first_block; };
@@ -161,7 +162,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
     const bool rounds = formats.rounds_state(k);
     // States 2 k and 2 k + 1 share a stream.
     if (k % 2 == 0 && (rounds || (k + 1 < Rule::kStates && formats.rounds_state(k + 1)))) {
-      draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
+      draw(derived.stream_keys[k / 2], first_index, place, random);
     }
     if (has_codes(k)) {
       store_codes<Rule::kSigned[k], k == Rule::kRooted>(tensor.states[k], scales_of(k), rounds, place, s[k], roots,
@@ -170,7 +171,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
       store(tensor.states[k], formats.state(k), rounds, place, s[k], random, k & 1);
     }
   });
-  if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], tensor.first_index, place, random);
+  if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], first_index, place, random);
   store_param(tensor.param, tensor.master, formats, place, p, random);
 }
 
@@ -191,7 +192,9 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::kResidentBlocks)
     const int64_t column = row_tile * kTile, left = tensor.row - column;
     const Place place = place_of(lane, row * tensor.row + column, static_cast<int>(left < kTile ? left : kTile),
                                  tensor.formats.is_aligned, formats.is_split());
-    step_tile(tensor, formats, derived, place, row * row_blocks + column / kBlock);
+    int64_t first_index = tensor.first_index;
+    if constexpr (kQuantized) first_index += row * tensor.row_gap;
+    step_tile(tensor, formats, derived, place, row * row_blocks + column / kBlock, first_index);
     row_tile += kWarps;
     if constexpr (kQuantized) {
       for (; row_tile >= row_tiles; row_tile -= row_tiles) ++row;

@@ -19,6 +19,11 @@
 
 namespace fusedopt {
 
+// Where the elements of a shard are in the global tensor (core/tensors.h).
+struct GlobalPlace {
+  int64_t first_index = 0, segment = 0, segment_stride = 0;
+};
+
 class TensorTable {
  public:
   explicit TensorTable(Device device) : device_(device) {}
@@ -32,7 +37,7 @@ class TensorTable {
   // parameters are listed, for sums in list order; no positions if it has all of the param group.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                  const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                 int param_group, const std::vector<int64_t>& positions);
+                 bool skips_blocks, int param_group, const std::vector<int64_t>& positions);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
@@ -42,7 +47,8 @@ class TensorTable {
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
-           pybind11::handle master, pybind11::handle step, int64_t first_index);
+           pybind11::handle master, pybind11::handle step, int64_t first_index, int64_t segment,
+           int64_t segment_stride);
 
   // Tells autograd that the parameters have been written. `step` does so itself.
   void count_versions() { versions_.count(); }
@@ -64,7 +70,7 @@ class TensorTable {
   size_t size() const { return lists_.tensors.size(); }
 
  private:
-  bool take(int group, int64_t position, const ParamObjects& objects, int64_t first_index, Record& record);
+  bool take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place, Record& record);
   void list_groups(const std::vector<double>& grad_multipliers);
   void sort();
 

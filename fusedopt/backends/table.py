@@ -44,6 +44,7 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             rounding=ROUNDING_CODES[group.rounding],
             master=MASTER_CODES[group.master],
             master_key=group.master_key,
+            skips_blocks=group.skips_blocks,
             param_group=group.param_group,
             positions=places or [],
         )
@@ -51,6 +52,8 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
 
 def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:
     """Adds one parameter; False if it does not fit."""
+    if entry.indices is not None or entry.spread is not None:
+        return False
     return table.add(
         group=entry.group,
         position=entry.position,
@@ -60,4 +63,6 @@ def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:
         master=entry.master,
         step=entry.step,
         first_index=entry.first_index,
+        segment=entry.segment,
+        segment_stride=entry.segment_stride,
     )

@@ -14,12 +14,14 @@ from ..backends import GroupStep
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
+NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is not finite
+
 
 class Contract(Optimizer):
     """An optimizer as members, checkpoints, reports and compiled steps see it.
 
     A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
-    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
+    (REFERENCES; ASKING, if it takes sums over a parameter that may be sharded), and under which NAMES `create_optimizer` makes it, with which options. It answers two
     questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
     lr among them. One whose states hang on a parameter's shape has `layouts`, too.
 
@@ -29,6 +31,7 @@ class Contract(Optimizer):
 
     STATES: ClassVar[tuple[StateSpec, ...]] = ()
     REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
+    ASKING: ClassVar[dict[str, backends.base.AskingReference]] = {}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # What a name stands for elsewhere and not here: a warning to whoever makes an optimizer by it.
@@ -42,8 +45,14 @@ class Contract(Optimizer):
     # Whether a gradient that is sparse may be taken for one with zeros: nothing moves where it has no number.
     takes_sparse: ClassVar[bool] = False
 
+    # Whether rules take sums over a whole parameter: steps of shards then meet other ranks.
+    takes_sums: ClassVar[bool] = False
+
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
+
+    # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
+    why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
@@ -82,6 +91,10 @@ class Contract(Optimizer):
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
         """Which of its group's layouts a parameter has, by its global shape."""
         return ""
+
+    def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
+        """The dimension that counts the rows of a parameter's matrices, of those that take sums over them."""
+        return None
 
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
@@ -127,6 +140,18 @@ class Contract(Optimizer):
             )
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
+        reason = self.why_no_block_is_skipped
+        if checks.one_of("nonfinite", group["nonfinite"], NONFINITE) == "skip_block" and reason is not None:
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
+                "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
+            )
+        chosen = backends.candidates(group["backend"])
+        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
+                "it; use backend='auto', which leaves such groups to a backend that has"
+            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         checks.process_group("grad_norm_group", group["grad_norm_group"])
@@ -157,6 +182,7 @@ class Contract(Optimizer):
             maximize=group["maximize"],
             rounding=masters.rounding_of(group),
             master=group["master_weights"],
+            skips_blocks=group["nonfinite"] == "skip_block",
             layout=layout,
             param_group=index,
             lr=lr,
@@ -189,6 +215,10 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _agreement(self) -> Any:
+        """What it has told other ranks (collectives.Agreement), for as long as the optimizer lives."""
         raise NotImplementedError
 
     def _sessions(self) -> dict[str, backends.Session]:

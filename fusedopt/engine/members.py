@@ -182,7 +182,9 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         if first is not None:
             _begin(tensor, first)
         is_step = slot.key == "step"
-        optimizer.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        optimizer.state[param][slot.key] = (
+            tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
+        )
     if wanted:
         reports.warn_if_nothing_is_quantized(optimizer)
     return bool(wanted)
