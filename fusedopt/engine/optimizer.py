@@ -258,7 +258,13 @@ class FusedOptimizer(Contract):
         """
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
-        gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
+        gathered = Gathered(
+            self._sessions(),
+            groups,
+            positions,
+            takes_sums=max_grad_norm is not None,
+            sums_over_shards=self.takes_sums,
+        )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
