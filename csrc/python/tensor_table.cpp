@@ -110,6 +110,40 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
   return missed;
 }
 
+std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<int64_t>& positions,
+                                                 const py::list& params, const py::list& grads, const py::list& states,
+                                                 const std::vector<std::array<int64_t, 3>>& places) {
+  const size_t count = positions.size();
+  if (params.size() != count || grads.size() != count || states.size() != count || places.size() != count) {
+    throw py::value_error("lists of shards must have one length");
+  }
+  const ParamGroup& settings = groups_.at(group);
+  if (records_.size() < groups_.size()) records_.resize(groups_.size());
+  std::vector<Record>& records = records_[group];
+  std::vector<int64_t> missed;
+  constexpr size_t kAhead = 8;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t position = positions[i];
+    const size_t ahead = i + kAhead < count ? static_cast<size_t>(positions[i + kAhead]) : records.size();
+    if (ahead < records.size()) records[ahead].prefetch(settings.states.size());
+    if (records.size() <= static_cast<size_t>(position)) records.resize(static_cast<size_t>(position) + 1);
+    ParamObjects objects;
+    objects.param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+    objects.grad = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i));
+    const GlobalPlace place{places[i][0], places[i][1], places[i][2]};
+    if (objects.find(settings, PyList_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i))) &&
+        take(group, position, objects, place, records[static_cast<size_t>(position)])) {
+      is_sorted_ = false;
+    } else {
+      missed.push_back(position);
+    }
+  }
+  for (const py::handle list : {py::handle(params), py::handle(grads), py::handle(states)}) {
+    alive_.push_back(py::reinterpret_borrow<py::object>(list));
+  }
+  return missed;
+}
+
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
                       py::handle master, py::handle step, int64_t first_index, int64_t segment,
                       int64_t segment_stride) {

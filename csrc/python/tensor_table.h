@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <map>
 #include <string>
 #include <vector>
@@ -43,6 +44,12 @@ class TensorTable {
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
   // those that have a gradient and do not fit, for the caller to look at more closely.
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
+
+  // The same of shards, of which what is held here is given: parameters, gradients, dicts of their state, and places in
+  // the global tensors. Returns which of `positions`, in their group, do not fit.
+  std::vector<int64_t> collect_shards(int group, const std::vector<int64_t>& positions, const pybind11::list& params,
+                                      const pybind11::list& grads, const pybind11::list& states,
+                                      const std::vector<std::array<int64_t, 3>>& places);
 
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -119,6 +119,21 @@ class ParamStep:
     spread: Spread | None = None  # where the rest of it is, if its rule takes sums over all of it
 
 
+@dataclass
+class Shards:
+    """What is held here of parameters of a group, one after the other.
+
+    `positions` are their places among the parameters of their GroupStep, `states` their states by name, `places` as
+    ParamStep's first_index, segment and segment_stride.
+    """
+
+    positions: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+
+
 class Session(Protocol):
     """One backend's part in an optimizer's steps: begin, collect and add, square_sums, step.
 
@@ -130,6 +145,9 @@ class Session(Protocol):
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         """Takes what it can of a group as it lies; returns the positions left with a gradient."""
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        """Takes what it can of a group's shards as they lie; returns the positions left."""
 
     def add(self, entry: ParamStep) -> bool:
         """Takes one parameter whose tensors are plain, contiguous and of one shape; False if it cannot."""

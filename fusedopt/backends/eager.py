@@ -17,7 +17,7 @@ from ..storage import quantization, skipping
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
-from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep
+from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 _PARAM_STREAM = 4  # after the four states that a rule has at most
@@ -169,6 +169,9 @@ class EagerSession:
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        return shards.positions
 
     def add(self, entry: ParamStep) -> bool:
         self._entries.append(entry)

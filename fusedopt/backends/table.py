@@ -8,7 +8,7 @@ import torch
 
 from .. import _core
 from ..storage.state import DTYPES
-from .base import GroupStep, ParamStep
+from .base import GroupStep, ParamStep, Shards
 
 # What the core calls these by (csrc/core/tensors.h).
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in enumerate(_core.dtypes)}
@@ -48,6 +48,18 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             param_group=group.param_group,
             positions=places or [],
         )
+
+
+def add_shards(table: _core.TensorTable, group: int, shards: Shards) -> list[int]:
+    """Adds shards; the positions of those that do not fit."""
+    return table.collect_shards(
+        group=group,
+        positions=shards.positions,
+        params=shards.params,
+        grads=shards.grads,
+        states=shards.states,
+        places=shards.places,
+    )
 
 
 def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:

@@ -176,6 +176,7 @@ class Agreement:
     def __init__(self) -> None:
         self._key: object = None
         self._hashes: dict[Any, float] = {}
+        self._meshes: Meshes | None = None
 
     def meshes(self, optimizer: Contract) -> Meshes | None:
         """Where the numbers of a step are; None if they are all here. Raises if the ranks disagree on the step.
@@ -185,9 +186,15 @@ class Agreement:
         if _distributed() is None:
             return None
         groups = optimizer.param_groups
-        key = [(tuple(map(repr, map(group.get, _AGREED))), tuple(map(id, group["params"]))) for group in groups]
+        # Where the parameters are the same, so are their meshes.
+        key = [
+            (*map(repr, map(group.get, _AGREED)), id(group["grad_norm_group"]), *map(id, group["params"]))
+            for group in groups
+        ]
         if key == self._key and not self._hashes and not any(group["grad_norm_group"] for group in groups):
             return None
+        if key == self._key and self._meshes is not None:
+            return self._meshes
         meshes = Meshes(groups)
         if key != self._key:
             refuse_flat_shards(groups)
@@ -202,7 +209,8 @@ class Agreement:
                 self._check(meshes, mesh, row.over(groups_of(mesh)), settings)
                 self._hashes[mesh] = hashed
             self._key = key
-        return meshes or None
+        self._meshes = meshes if meshes else None
+        return self._meshes
 
     def total(
         self, optimizer: Contract, meshes: Meshes, sums: dict[tuple[Any, Any], float], found_inf: float

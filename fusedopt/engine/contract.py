@@ -20,10 +20,10 @@ NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is
 class Contract(Optimizer):
     """An optimizer as members, checkpoints, reports and compiled steps see it.
 
-    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
-    (REFERENCES; ASKING, if it takes sums over a parameter that may be sharded), and under which NAMES `create_optimizer` makes it, with which options. It answers two
-    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
-    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
+    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch (REFERENCES; and
+    ASKING, if it takes sums over a parameter that may be sharded), and under which NAMES `create_optimizer` makes it,
+    with which options. It answers two questions about a param group: `rule`, which of them steps it, and `hyper`, its
+    hyperparameters by name, lr among them. One whose states hang on a parameter's shape has `layouts`, too.
 
     Attributes:
         last_grad_norm: See `FusedOptimizer`.

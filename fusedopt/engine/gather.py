@@ -97,6 +97,7 @@ class Gathered:
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
         takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
+        sums_over_shards: Whether rules take sums over whole parameters.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
+        sums_over_shards: bool = False,
     ) -> None:
         self._takes_sums = takes_sums
+        self._sums_over_shards = sums_over_shards
         self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
@@ -137,8 +140,25 @@ class Gathered:
             if positions is not None and len(positions) < len(params):
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
-            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
+            missed = session.collect(part, params, state)
+            if missed and not self._sums_over_shards:
+                missed = self._collect_shards(session, part, params, missed, state)
+            left += [self.member(part, entry) for entry in missed]
         return sorted(left)
+
+    def _collect_shards(
+        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
+    ) -> list[int]:
+        """Hands over the shards among those parameters; what is left of them all."""
+        shards, wrappers, others = sharding.as_they_lie(params, missed, state)
+        if not wrappers:
+            return missed
+        left = session.collect_shards(part, shards)
+        if left:
+            held = set(left)
+            wrappers = [wrapper for entry, wrapper in zip(shards.positions, wrappers) if entry not in held]
+        self._wrappers += wrappers
+        return sorted(others + left)
 
     def add(
         self,

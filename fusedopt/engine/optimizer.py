@@ -51,7 +51,8 @@ class FusedOptimizer(Contract):
         nonfinite: What becomes of weights whose step would leave inf, NaN or a number of 3.36e38 or more in them or
             in their states: "propagate", as in torch, or "skip_block", which leaves them as they were, states included;
             `health_report` counts them. With an 8-bit state, which such a number spoils for all of its block of 64,
-            the block is left; else the single weight. Not in Adafactor. See docs/options.md.
+            the block is left; else the single weight. Not in optimizers that take means over a parameter. See
+            docs/options.md.
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`. Of DTensors it is that of the
@@ -257,7 +258,13 @@ class FusedOptimizer(Contract):
         """
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
-        gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
+        gathered = Gathered(
+            self._sessions(),
+            groups,
+            positions,
+            takes_sums=max_grad_norm is not None,
+            sums_over_shards=self.takes_sums,
+        )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered

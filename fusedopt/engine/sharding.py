@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..backends import Shards
 from ..storage import placement
 from ..storage.allocation import is_plain
 from ..storage.placement import Place
@@ -79,6 +80,45 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     return local(grad)
 
 
+def as_they_lie(
+    params: list[Any], entries: list[int], state: dict[Tensor, Any]
+) -> tuple[Shards, list[Tensor], list[int]]:
+    """What is held here of DTensors, their gradients and states, in memory as it is.
+
+    Looked at anew in every step, in few microseconds for each.
+
+    Args:
+        params: Of a GroupStep.
+        entries: Which of them to look at; all have gradients.
+        state: The optimizer's.
+
+    Returns:
+        What is held, of which DTensors, and the entries that need a closer look.
+    """
+    kind = sys.modules["torch.distributed.tensor"].DTensor if "torch.distributed.tensor" in sys.modules else None
+    shards, wrappers, others = Shards(), [], []
+    for entry in entries:
+        param = params[entry]
+        grad, held = param.grad, None
+        if kind is not None and type(param) is kind and type(grad) is kind:
+            held, spec, other = state.get(param), param._spec, grad._spec
+        if held is None or (other is not spec and (other.placements != spec.placements or other.mesh != spec.mesh)):
+            others.append(entry)
+            continue
+        place = placement.of_spec(spec)
+        local, local_grad = param._local_tensor, grad._local_tensor
+        if place is None or type(local) is not Tensor or type(local_grad) is not Tensor:
+            others.append(entry)
+            continue
+        shards.positions.append(entry)
+        shards.params.append(local)
+        shards.grads.append(local_grad)
+        shards.states.append({k: value._local_tensor if type(value) is kind else value for k, value in held.items()})
+        shards.places.append(place[:3])
+        wrappers.append(param)
+    return shards, wrappers, others
+
+
 def place(param: Tensor) -> Place:
     """Where what is held here of a parameter is in the whole."""
     return placement.of(param) if is_dtensor(param) else placement.WHOLE
@@ -113,7 +153,7 @@ def placements_like(param: Tensor, dims: tuple[int, ...] | None = None) -> tuple
 
 
 def like_param(tensor: Tensor, param: Tensor, shape: torch.Size, dims: tuple[int, ...] | None = None) -> Tensor:
-    """A local state tensor, placed as its parameter is; `shape` is that of the whole, `dims` as in `placements_like`."""
+    """A local state tensor, placed as its parameter is; `shape` is of the whole, `dims` as in `placements_like`."""
     if not is_dtensor(param):
         return tensor
     from torch.distributed.tensor import DTensor

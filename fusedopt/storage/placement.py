@@ -42,6 +42,27 @@ def of(param: Any) -> Place:
     return _place_of(param.shape, tuple(mesh.shape), tuple(mesh.get_coordinate()), param.placements)
 
 
+# Of the specs that DTensors carry, by their ids, with the spec itself: one that has its id later is another.
+_of_specs: dict[int, tuple[Any, Place | None]] = {}
+
+
+def of_spec(spec: Any) -> Place | None:
+    """The place of what is held here of DTensors of a spec, remembered for it; None if it is not a regular one."""
+    found = _of_specs.get(id(spec))
+    if found is not None and found[0] is spec:
+        return found[1]
+    place = None
+    if all(p.is_replicate() or hasattr(p, "_split_tensor") for p in spec.placements):
+        mesh = spec.mesh
+        place = _place_of(spec.shape, tuple(mesh.shape), tuple(mesh.get_coordinate()), spec.placements)
+    if place is not None and place.indices is not None:
+        place = None
+    if len(_of_specs) >= 1 << 16:
+        _of_specs.clear()
+    _of_specs[id(spec)] = (spec, place)
+    return place
+
+
 def why_blocks_are_cut(param: Any, scales_shape: torch.Size, block: int) -> str:
     """Why blocks of a DTensor's rows would not lie in one shard each, as a clause; empty if they do.
 

@@ -105,6 +105,7 @@ def test_operator_declares_what_it_mutates() -> None:
             "roundings": ["nearest,nearest"],
             "seed": [0],
             "maximize": [False],
+            "skips_blocks": [False],
             "rounding": ["nearest"],
             "master": [""],
             "backends": ["auto"],

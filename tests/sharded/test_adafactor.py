@@ -60,7 +60,7 @@ def _equals_one_process(rank: int, world: int, variants: list[str]) -> None:
             assert ours.actual_lrs() == pytest.approx(theirs.actual_lrs(), rel=1e-9)
 
 
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_shards_give_what_one_process_gives(ranks: Ranks, world: int) -> None:
     ranks(world, _equals_one_process, variants=["momentum", "torch"])
 

@@ -57,7 +57,7 @@ def _same_bits(rank: int, world: int, name: str) -> None:
         assert torch.equal(runs[0].last_grad_norm, runs[1].last_grad_norm)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["8bit", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("clipped", "sums"))])
 def test_compiled_steps_have_the_same_bits(ranks: Ranks, name: str) -> None:
     ranks(2, _same_bits, name=name)
 

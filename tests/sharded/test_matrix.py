@@ -185,7 +185,7 @@ def documented() -> dict[tuple[str, str, str], str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_the_table_says(ranks: Ranks, layout: str) -> None:
-    """The optimizers with the most states and with none, and the one that takes sums, in the formats that differ most."""
+    """An optimizer of two states and one of one, and the one that takes sums, in the formats that differ most."""
     names, formats = ["AdamW", "SGD", "Adafactor"], ["fp32", "masters"]
     found = results(ranks, layout, names, formats)
     expected = documented()
