@@ -73,6 +73,7 @@ def step_tile(
         offsets = order[:, None] * BLOCK + lanes
         place = (begin * BLOCK, offsets, offsets >= 0)
         firsts = (begin + order) * BLOCK
+        drawn = firsts
         scales = (begin, order, order >= 0)
     else:
         block = begin + order
@@ -81,6 +82,7 @@ def step_tile(
         exists = block < blocks
         mask = exists[:, None] & (column[:, None] + lanes < length)
         firsts = row_of * length + column
+        drawn = firsts + row_of * tl.load(row + words.ROW_GAP)
         place = (begin * 0, firsts[:, None] + lanes, mask)
         scales = (begin * 0, block, exists)
 
@@ -103,10 +105,10 @@ def step_tile(
     for k in tl.static_range(STATES):
         # States 2 k and 2 k + 1 share a stream, which is drawn for the first of them that is rounded stochastically.
         if ((FORMATS >> (25 + k)) & 1) == 1 and not (k % 2 == 1 and ((FORMATS >> (24 + k)) & 1) == 1):
-            random = draw_for(row, derived, k // 2, firsts)
+            random = draw_for(row, derived, k // 2, drawn)
         store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, STORES_WHOLE)
     if ((FORMATS >> 12) & 1) == 1:
-        random = draw_for(row, derived, 2, firsts)
+        random = draw_for(row, derived, 2, drawn)
     store_param(row, p, random, FORMATS, place, STORES_WHOLE)
 
 

@@ -105,9 +105,12 @@ struct TensorDesc {
   int64_t numel = 0;                          // elements held here
   int64_t row = 0;                            // blocks of codes do not cross multiples of this many elements
   int64_t first_index = 0;                    // index of the first of them in the global tensor, for random bits
-  int32_t group = 0;                          // which GroupDesc steps it
-  bool skips_blocks = false;  // leaves as it was what a step would make inf, NaN or too large for a block
-  int64_t position = 0;       // within its group: reductions go in list order
+  // A shard of columns is a segment of each row: elements that follow each other in the global tensor, too.
+  int64_t segment = 0;         // how many that are; 0 if all do
+  int64_t segment_stride = 0;  // from where one begins in the global tensor to where the next does
+  int32_t group = 0;           // which GroupDesc steps it
+  bool skips_blocks = false;   // leaves as it was what a step would make inf, NaN or too large for a block
+  int64_t position = 0;        // within its group: reductions go in list order
 };
 
 }  // namespace fusedopt

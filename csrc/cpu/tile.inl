@@ -69,6 +69,19 @@ void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
   }
 }
 
+// The random bits of n elements of a tensor from `at` on.
+void draw(const TensorDesc& tensor, uint32_t stream_key, int64_t at, int n, uint32_t* random) {
+  if (tensor.segment == 0) return draw(stream_key, static_cast<uint64_t>(tensor.first_index + at), n, random);
+  for (int done = 0; done < n;) {
+    const int64_t number = (at + done) / tensor.segment, place = at + done - number * tensor.segment;
+    const int64_t left = tensor.segment - place;
+    const int count = left < n - done ? static_cast<int>(left) : n - done;
+    const int64_t index = tensor.first_index + number * tensor.segment_stride + place;
+    draw(stream_key, static_cast<uint64_t>(index), count, random + done);
+    done += count;
+  }
+}
+
 // kSkips: tensor.skips_blocks, a constant because keeping bytes in this loop costs memory-bound steps a tenth of their
 // time.
 template <class Rule, bool kHasBlocks, bool kSkips = false>
@@ -85,7 +98,6 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
 
   const int64_t end = begin + length;
   for (int64_t at = begin; at < end;) {
-    const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
     const int n = tile_length(tensor, ends_with_rows, at, end);
 
     [[maybe_unused]] std::conditional_t<kSkips, std::optional<Undo>, char> undo{};
@@ -121,11 +133,11 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       const Buffer& state = tensor.states[k];
       if (state.rounding == Rounding::kStochastic && stream_held != k / 2) {
         stream_held = k / 2;
-        draw(context.stream_keys[stream_held], index, n, random);
+        draw(tensor, context.stream_keys[stream_held], at, n, random);
       }
       store_state(state, tensor.row, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, random, k & 1);
     }
-    if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
+    if (draws_for_param) draw(tensor, context.stream_keys[kParamStream], at, n, random);
     store_param(tensor, at, n, p, spare, random);
     if constexpr (kSkips) {
       const int64_t skipped = undo->put_back();

@@ -21,7 +21,8 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
   }
   filled.master = tensor.master.data;
   filled.numel = tensor.numel;
-  filled.row = kQuantized ? tensor.row : tensor.numel;
+  filled.row = !kQuantized ? tensor.numel : tensor.segment != 0 ? tensor.segment : tensor.row;
+  if constexpr (kQuantized) filled.row_gap = tensor.segment == 0 ? 0 : tensor.segment_stride - tensor.segment;
   filled.first_index = tensor.first_index;
   filled.formats = formats_of(tensor, Rule::kStates, filled.row);
   if constexpr (is_factored<Rule>()) {

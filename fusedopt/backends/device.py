@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling
+from .base import GroupStep, Health, ParamStep, Scaling, Shards
 from .eager import count_health, step_param, weights
-from .table import add_entry, add_groups
+from .table import add_entry, add_groups, add_shards
 
 
 class DeviceBackend(Protocol):
@@ -60,6 +60,7 @@ class DeviceSession:
         # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
         self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any]]] = {}
         self._added: list[ParamStep] = []
+        self._shards: list[tuple[int, Shards, set[int]]] = []
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ class DeviceSession:
         self._begun.clear()
         self._collected.clear()
         self._added.clear()
+        self._shards.clear()
         for table in self._tables.values():
             table.clear()
 
@@ -101,6 +103,15 @@ class DeviceSession:
 
     def _leaves(self, group: int) -> bool:
         return self._groups[group].skips_blocks and not self.skips_blocks
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        if not shards.params or self._leaves(group):
+            return shards.positions
+        if self._backend.unusable(shards.params[0].device) is not None:
+            return shards.positions
+        left = add_shards(self._table(shards.params[0]), group, shards)
+        self._shards.append((group, shards, set(left)))
+        return left
 
     def add(self, entry: ParamStep) -> bool:
         if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
@@ -181,6 +192,14 @@ class DeviceSession:
                         master=master if isinstance(master, Tensor) else None,
                     )
                 )
+        for index, shards, left in self._shards:
+            group = self._groups[index]
+            for position, param, grad, held in zip(shards.positions, shards.params, shards.grads, shards.states):
+                if position in left:
+                    continue
+                states = tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states)
+                master = held.get(group.master_key) if group.master_key else None
+                entries.append(ParamStep(index, position, param.detach(), grad, states, held["step"], master))
         return entries
 
 

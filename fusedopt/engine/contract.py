@@ -20,10 +20,10 @@ NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is
 class Contract(Optimizer):
     """An optimizer as members, checkpoints, reports and compiled steps see it.
 
-    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
-    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
-    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
-    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
+    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch (REFERENCES; and
+    ASKING, if it takes sums over a parameter that may be sharded), and under which NAMES `create_optimizer` makes it,
+    with which options. It answers two questions about a param group: `rule`, which of them steps it, and `hyper`, its
+    hyperparameters by name, lr among them. One whose states hang on a parameter's shape has `layouts`, too.
 
     Attributes:
         last_grad_norm: See `FusedOptimizer`.
@@ -31,7 +31,11 @@ class Contract(Optimizer):
 
     STATES: ClassVar[tuple[StateSpec, ...]] = ()
     REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
+    ASKING: ClassVar[dict[str, backends.base.AskingReference]] = {}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    # What a name stands for elsewhere and not here: a warning to whoever makes an optimizer by it.
+    NOTES: ClassVar[dict[str, str]] = {}
 
     # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
     derives_on_device: ClassVar[bool] = True
@@ -40,6 +44,9 @@ class Contract(Optimizer):
     _lock: threading.RLock  # steps and loading come one after the other, whatever threads they are called in
     # Whether a gradient that is sparse may be taken for one with zeros: nothing moves where it has no number.
     takes_sparse: ClassVar[bool] = False
+
+    # Whether rules take sums over a whole parameter: steps of shards then meet other ranks.
+    takes_sums: ClassVar[bool] = False
 
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
@@ -51,6 +58,11 @@ class Contract(Optimizer):
     has_warned = False  # that nothing is quantized
 
     # ---- what a subclass answers -----------------------------------------------------------------
+
+    @classmethod
+    def implied(cls, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that one of the NAMES stands for; those that are given win over them."""
+        return cls.NAMES[name]
 
     def own_defaults(self) -> dict[str, Any]:
         """Entries of param groups that the constructor of a subclass's base does not know."""
@@ -79,6 +91,10 @@ class Contract(Optimizer):
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
         """Which of its group's layouts a parameter has, by its global shape."""
         return ""
+
+    def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
+        """The dimension that counts the rows of a parameter's matrices, of those that take sums over them."""
+        return None
 
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
@@ -138,6 +154,7 @@ class Contract(Optimizer):
             )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        checks.process_group("grad_norm_group", group["grad_norm_group"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
         return {
@@ -198,6 +215,10 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _agreement(self) -> Any:
+        """What it has told other ranks (collectives.Agreement), for as long as the optimizer lives."""
         raise NotImplementedError
 
     def _sessions(self) -> dict[str, backends.Session]:

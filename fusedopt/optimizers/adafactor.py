@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.base import Reference
+from ..backends.base import AskingReference, Reference
 from ..engine import sharding
+from ..engine.collectives import shard_sums
 from ..engine.fp32 import full_precision
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
-from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector, relative_lr, scaled_lr
+from ..reference.adafactor import (
+    Knobs,
+    actual_lr,
+    adafactor_matrix,
+    adafactor_vector,
+    asking_matrix,
+    asking_vector,
+    relative_lr,
+    scaled_lr,
+)
 from ..storage.state import StateSpec
 
 if TYPE_CHECKING:
@@ -90,6 +100,13 @@ class Adafactor(FusedOptimizer):
         "adafactor_momentum_vector": adafactor_vector,
     }
     why_no_block_is_skipped = "one such number spoils means over its row, its column and the parameter"
+    ASKING: ClassVar[dict[str, AskingReference]] = {
+        "adafactor_matrix": asking_matrix,
+        "adafactor_vector": asking_vector,
+        "adafactor_momentum_matrix": asking_matrix,
+        "adafactor_momentum_vector": asking_vector,
+    }
+    takes_sums = True
     derives_on_device = False  # which lr it has decides what else it may have
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
@@ -137,6 +154,12 @@ class Adafactor(FusedOptimizer):
         self._rms_before: dict[int, tuple[Any, Tensor]] = {}
         settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
         super().__init__(params, settings, **options)
+
+    @classmethod
+    def implied(cls, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        # As in transformers' Trainer, which always has an lr.
+        has_lr = given.get("lr") is not None and given.get("variant") != "torch"
+        return {"scale_parameter": False, "relative_step": False} if has_lr else {}
 
     def check_group(self, group: dict[str, Any]) -> None:
         variant = checks.one_of("variant", group["variant"], _VARIANTS)
@@ -202,14 +225,21 @@ class Adafactor(FusedOptimizer):
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
         return "matrix" if param.ndim > 1 else "vector"
 
+    def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
+        if param.dim() < 2:
+            return None
+        return 0 if group["fold_conv"] else param.dim() - 2
+
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         if param.is_complex():
             return f"its dtype is {param.dtype}, for which Adafactor is not defined; step its real view instead"
-        if sharding.is_sharded(param):
-            return (
-                "it is a sharded DTensor, and Adafactor's means over rows, columns and the whole would need "
-                "communication, which does not exist yet; use Replicate(), or another optimizer for it"
-            )
+        if group["fold_conv"] and param.dim() > 2 and sharding.is_dtensor(param):
+            cut = [p.dim for p in param.placements if not p.is_replicate()]  # type: ignore[attr-defined]
+            if any(dim != 0 for dim in cut):
+                return (
+                    f"it is a DTensor sharded along dimension {max(cut)}, which fold_conv=True folds into the columns; "
+                    "shard it along dimension 0, or use fold_conv=False"
+                )
         return None
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +303,12 @@ class Adafactor(FusedOptimizer):
             step = int(self.state.get(param, {}).get("step", 0))
             if step > 0 and param.numel() > 0:
                 weights = full_precision(self, group, param)
+                knobs = Knobs(**self.hyper(group))
+                if sharding.is_sharded(param):
+                    return scaled_lr(knobs, step, float(self._rms_of(group, param)))
                 rows = self.state[param].get(_ROW.name)
                 shape = (-1,) if rows is None else (-1, rows.shape[-1], self.state[param][_COL.name].shape[-1])
-                return actual_lr(Knobs(**self.hyper(group)), step, weights.reshape(shape))
+                return actual_lr(knobs, step, weights.reshape(shape))
         return None
 
     # ---- as the AdafactorSchedule of transformers asks -----------------------------------------------
@@ -299,6 +332,9 @@ class Adafactor(FusedOptimizer):
 
     def _rms_of(self, group: dict[str, Any], param: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(full_precision(self, group, param), dtype=torch.float64)
+        sums = shard_sums(self, group, param)
+        if sums is not None:
+            norm = sums.sums([(sums, "all", norm * norm)])[0].sqrt()
         return norm / param.numel() ** 0.5
 
     @torch.no_grad()

@@ -38,7 +38,12 @@ class Lion(FusedOptimizer):
 
     STATES = (StateSpec("exp_avg"),)
     REFERENCES: ClassVar[dict[str, Reference]] = {"lion": lion}
-    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"lion": {}, "lion_32bit": {}, "lion_8bit": {"state_dtype": "8bit"}}
+    # transformers' Trainer gives Lion the betas of Adam, so two of the names mean those.
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {
+        "lion": {},
+        "lion_32bit": {"betas": (0.9, 0.999)},
+        "lion_8bit": {"betas": (0.9, 0.999), "state_dtype": "8bit"},
+    }
 
     def __init__(
         self,

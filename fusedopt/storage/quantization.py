@@ -1,7 +1,7 @@
 """8-bit blockwise states in plain torch: the truth for csrc/storage/blockwise8.h, which explains the format.
 
 A parameter is seen as (first dimension, rest); blocks of 64 elements run along a row, the last of a row may
-be short. Codes have the parameter's shape, scales the shape (first dimension, blocks of a row).
+be short. Codes have the parameter's shape, scales the shape (first dimension, blocks of a row). A vector is one row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:
-    """The shape of the scales of a parameter, or of the shard of one, of at least two dimensions."""
-    return torch.Size([shape[0], -(-shape[1:].numel() // BLOCK)])
+    """The shape of the scales of a parameter, or of the shard of one, of at least one dimension."""
+    return torch.Size([*shape[: _row_dim(shape)], -(-shape[_row_dim(shape) :].numel() // BLOCK)])
+
+
+def _row_dim(shape: torch.Size) -> int:
+    """The dimension that rows begin with: a vector is one row."""
+    return min(1, len(shape) - 1)
 
 
 def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Stores numbers in 8 bits.
 
     Args:
-        values: float32 tensor of at least two dimensions.
+        values: float32 tensor of at least one dimension.
         is_signed: Whether there are negative ones.
         bits: int32 tensor of the same shape, 16 random bits each, to round stochastically; None rounds to
             nearest.
@@ -50,14 +55,14 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
     changed, to = ((q != 0) & (code < 0), q | 0x80) if is_signed else ((q == 0) & (size != 0), torch.ones_like(q))
     q = torch.where(is_plain, torch.where(changed, to, q), 0)
     scale = torch.where(is_plain, scale, torch.where(largest > 0, 255, 0))
-    return unblocked(q.to(torch.uint8), values.shape), scale.squeeze(-1).to(torch.uint8)
+    return unblocked(q.to(torch.uint8), values.shape), scale.to(torch.uint8).reshape(scales_shape(values.shape))
 
 
 def decode(codes: Tensor, scales: Tensor, *, is_signed: bool) -> Tensor:
     """The float32 numbers that `encode` stored, of the shape of the codes."""
     blocks = blocked(codes).int()
     q = (blocks & 0x7F if is_signed else blocks).float()
-    sizes = (q * q) * _float_of(scales.long() << 23).unsqueeze(-1)
+    sizes = (q * q) * _float_of(scales.long() << 23).reshape(*blocks.shape[:2], 1)
     if is_signed:
         sizes = (sizes.view(torch.int32) | ((blocks & 0x80) << 24)).view(torch.float32)
     return unblocked(sizes, codes.shape)
@@ -65,15 +70,17 @@ def decode(codes: Tensor, scales: Tensor, *, is_signed: bool) -> Tensor:
 
 def blocked(values: Tensor) -> Tensor:
     """A parameter's numbers as (rows, blocks, BLOCK), short blocks filled up with zeros."""
-    blocks = scales_shape(values.shape)
-    rows = values.reshape(values.shape[0], values.shape[1:].numel())
-    missing = blocks[1] * BLOCK - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, missing)).reshape(*blocks, BLOCK)
+    shape = values.shape
+    row_dim = _row_dim(shape)
+    rows = values.reshape(shape[:row_dim].numel(), shape[row_dim:].numel())
+    blocks = -(-rows.shape[1] // BLOCK)
+    padded = torch.nn.functional.pad(rows, (0, blocks * BLOCK - rows.shape[1]))
+    return padded.reshape(rows.shape[0], blocks, BLOCK)
 
 
 def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
     """The inverse, of a parameter's shape."""
-    return blocks.flatten(1)[:, : shape[1:].numel()].reshape(shape)
+    return blocks.flatten(1)[:, : shape[_row_dim(shape) :].numel()].reshape(shape)
 
 
 def _float_of(bits: Tensor) -> Tensor:

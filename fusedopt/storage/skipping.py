@@ -60,6 +60,6 @@ class Stored:
         for held, copy in self.numbers:
             held[where] = copy[where]
         for held, copy in self.scales:
-            blocks = blocked(where).any(dim=-1)
+            blocks = blocked(where).any(dim=-1).reshape(held.shape)
             held[blocks] = copy[blocks]
         return int(where.sum())
