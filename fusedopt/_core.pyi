@@ -43,6 +43,7 @@ class TensorTable:
         rounding: int,
         master: int,
         master_key: str,
+        skips_blocks: bool = ...,
         param_group: int = ...,
         positions: list[int] = ...,
     ) -> None: ...

@@ -73,6 +73,7 @@ struct HealthCounts {
   int64_t codes = 0;             // 8-bit codes written
   int64_t saturated_codes = 0;   // of them, at the end of their range
   int64_t nonfinite_blocks = 0;  // blocks of codes that hold inf or NaN
+  int64_t skipped = 0;           // elements that were left as they were (skips_blocks)
 };
 
 // All of them by name.
@@ -87,6 +88,7 @@ constexpr HealthCount kHealthCounts[] = {
     {"codes", &HealthCounts::codes},
     {"saturated_codes", &HealthCounts::saturated_codes},
     {"nonfinite_blocks", &HealthCounts::nonfinite_blocks},
+    {"skipped", &HealthCounts::skipped},
 };
 static_assert(sizeof(kHealthCounts) / sizeof(HealthCount) == sizeof(HealthCounts) / sizeof(int64_t));
 
@@ -104,7 +106,8 @@ struct TensorDesc {
   int64_t row = 0;                            // blocks of codes do not cross multiples of this many elements
   int64_t first_index = 0;                    // index of the first of them in the global tensor, for random bits
   int32_t group = 0;                          // which GroupDesc steps it
-  int64_t position = 0;                       // within its group: reductions go in list order
+  bool skips_blocks = false;  // leaves as it was what a step would make inf, NaN or too large for a block
+  int64_t position = 0;       // within its group: reductions go in list order
 };
 
 }  // namespace fusedopt

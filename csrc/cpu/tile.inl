@@ -3,11 +3,14 @@
 // rules add here, they do not multiply.
 #pragma once
 
+#include <optional>
+
 #include "cpu/formats.inl"
 #include "cpu/health.inl"
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
-#include "cpu/strips_avx512.inl"
+#include "cpu/strips.inl"
+#include "cpu/undo.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -72,6 +75,8 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
     const int n = tile_length(tensor, kHasBlocks, at, end);
 
+    std::optional<Undo> undo;
+    if (tensor.skips_blocks) undo.emplace(tensor, Rule::kStates, at, n);
     float* p = load_param(tensor, at, n, param_tile, spare);
     const float* g = load(tensor.grad, at, n, grad_tile);
     float* s[kSlots<Rule>];
@@ -93,6 +98,11 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
     }
 
+    if (undo) {
+      undo->judge(p);
+      for (int k = 0; k < Rule::kStates; ++k) undo->judge(s[k]);
+    }
+
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
       const Buffer& state = tensor.states[k];
@@ -104,6 +114,10 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     }
     if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
     store_param(tensor, at, n, p, spare, random);
+    if (undo) {
+      const int64_t skipped = undo->put_back();
+      if (health != nullptr) health->skipped += skipped;
+    }
     if (health != nullptr) {
       count_stalled(before, load_param(tensor, at, n, param_tile, spare), g, n, *health);
       for (int k = 0; k < Rule::kStates; ++k) count_codes(tensor.states[k], tensor.row, at, n, *health);
@@ -115,8 +129,8 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
 template <class Rule>
 void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
-#if defined(__AVX512BW__)
-  if (health == nullptr) {
+#if defined(__AVX2__)
+  if (health == nullptr && !tensor.skips_blocks) {
     const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
     begin += taken;
     length -= taken;

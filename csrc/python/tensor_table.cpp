@@ -18,7 +18,7 @@ void write_row(const TensorDesc& tensor, int64_t* row) {
   const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); };
   int64_t formats = static_cast<int64_t>(tensor.param.dtype) | static_cast<int64_t>(tensor.grad.dtype) << 3 |
                     static_cast<int64_t>(tensor.master.dtype) << 6 | static_cast<int64_t>(tensor.master_format) << 9 |
-                    static_cast<int64_t>(tensor.param.rounding) << 12;
+                    static_cast<int64_t>(tensor.param.rounding) << 12 | static_cast<int64_t>(tensor.skips_blocks) << 29;
   *row++ = address(tensor.param.data);
   *row++ = address(tensor.grad.data);
   *row++ = address(tensor.master.data);
@@ -52,8 +52,9 @@ void TensorTable::clear() {
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                             const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                            int param_group, const std::vector<int64_t>& positions) {
-  groups_.emplace_back(rule, config, seed, roundings, rounding, master, master_key, param_group, positions);
+                            bool skips_blocks, int param_group, const std::vector<int64_t>& positions) {
+  groups_.emplace_back(rule, config, seed, roundings, rounding, master, master_key, skips_blocks, param_group,
+                       positions);
   if (!positions.empty()) is_sorted_ = false;
 }
 
@@ -66,6 +67,7 @@ bool TensorTable::take(int group, int64_t position, const ParamObjects& objects,
   desc.first_index = first_index;
   desc.group = group;
   desc.position = position;
+  desc.skips_blocks = groups_[group].skips_blocks;
   versions_.add(objects.param, record.implementation());
   return true;
 }

@@ -32,7 +32,7 @@ class TensorTable {
   // parameters are listed, for sums in list order; no positions if it has all of the param group.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                  const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                 int param_group, const std::vector<int64_t>& positions);
+                 bool skips_blocks, int param_group, const std::vector<int64_t>& positions);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of

@@ -38,6 +38,7 @@ class GroupStep:
         maximize: Whether the gradient is negated.
         rounding: How 16-bit parameters are rounded.
         master: What they keep beside them: None, or one of masters.KEYS.
+        skips_blocks: Whether weights stay as they were whose step would not be finite (storage/skipping.py).
         layout: Name of the layout; empty if all parameters have the same.
         param_group: Index of the param group.
         lr: The learning rate, where it is a tensor on the parameters' device; `hyper` has 1 in its place.
@@ -51,6 +52,7 @@ class GroupStep:
     maximize: bool
     rounding: str = "nearest"
     master: str | None = None
+    skips_blocks: bool = False
     layout: str = ""
     param_group: int = 0
     lr: Tensor | None = None
@@ -128,6 +130,7 @@ class Backend(Protocol):
     """A way to take steps on some kind of tensors."""
 
     name: str
+    skips_blocks: bool  # whether it steps groups that ask for it (GroupStep)
 
     def refusal(self, param: Tensor) -> str | None:
         """Why it cannot step this parameter, as a clause; None if it can."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _core
 from .base import GroupStep, Health, ParamStep, Scaling
-from .eager import count_health, weights
+from .eager import count_health, step_param, weights
 from .table import add_entry, add_groups
 
 
@@ -48,6 +48,8 @@ class Scalars:
 
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
+
+    skips_blocks: ClassVar[bool] = False  # whether its kernels can; groups that ask for it are left to others if not
 
     def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
@@ -92,13 +94,16 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self._backend.unusable(params[0].device) is not None:
+        if self._leaves(group) or self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
+    def _leaves(self, group: int) -> bool:
+        return self._groups[group].skips_blocks and not self.skips_blocks
+
     def add(self, entry: ParamStep) -> bool:
-        if not add_entry(self._table(entry.param), entry):
+        if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True
@@ -128,13 +133,17 @@ class DeviceSession:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
         entries = self._entries() if counts_health else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
+        shadows = [_copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
         norm = None
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
-        health = {
-            (entry.group, entry.position): count_health(self._groups[entry.group], entry, held)
-            for entry, held in zip(entries, before)
-        }
+        health = {}
+        for entry, held, shadow in zip(entries, before, shadows):
+            group = self._groups[entry.group]
+            skipped = 0
+            if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
+                skipped = step_param(group, shadow, _multiplier(grad_multipliers[entry.group], scaling, norm))
+            health[entry.group, entry.position] = count_health(group, entry, held, skipped)
         return health, norm
 
     def _launch(
@@ -173,6 +182,26 @@ class DeviceSession:
                     )
                 )
         return entries
+
+
+def _copy(entry: ParamStep) -> ParamStep:
+    """The same parameter, in tensors of its own."""
+    return replace(
+        entry,
+        param=entry.param.clone(),
+        states=tuple(tuple(part.clone() for part in held) for held in entry.states),
+        step=entry.step.clone(),
+        master=None if entry.master is None else entry.master.clone(),
+    )
+
+
+def _multiplier(sign: float, scaling: Scaling, norm: Tensor | None) -> float:
+    """What gradients were multiplied by, nearly: the norm is rounded, which no number's being finite hangs on."""
+    multiplier = sign if scaling.grad_scale is None else sign / float(scaling.grad_scale.item())
+    if norm is None or scaling.max_grad_norm is None:
+        return multiplier
+    coefficient = scaling.max_grad_norm / (float(norm.item()) + 1e-6)
+    return multiplier * (1.0 if coefficient > 1.0 else coefficient)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..reference.arithmetic import rounded
 from ..reference.dense import round_stochastic
 from ..reference.norm import square_sums
 from ..reference.random import random_bits
-from ..storage import quantization
+from ..storage import quantization, skipping
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
@@ -22,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 _PARAM_STREAM = 4  # after the four states that a rule has at most
 
 
-def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> None:
-    """Steps one parameter in place: decode, reference, encode."""
+def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> int:
+    """Steps one parameter in place: decode, reference, encode. Returns how many weights it left as they were."""
     step = int(entry.step.item()) + 1
 
     def bits(rounding: str, state: int, stored: torch.dtype) -> Tensor | None:
@@ -39,10 +39,15 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
     told: dict[str, Any] = {"dtype": entry.param.dtype} if group.layout else {}
     hyper = group.hyper if group.lr is None else {**group.hyper, "lr": float(group.lr.item())}
     results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+    stored = skipping.Stored.of(entry.param, entry.master, entry.states) if group.skips_blocks else None
     for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
         _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
     _write_weights(group, entry, results[0], bits(group.rounding, _PARAM_STREAM, entry.param.dtype))
     entry.step.add_(1)
+    if stored is None:
+        return 0
+    is_complex = entry.param.is_complex()
+    return stored.put_back(skipping.spoilt(results, has_blocks=stored.has_blocks, is_complex=is_complex))
 
 
 def _real(x: Tensor) -> Tensor:
@@ -87,13 +92,14 @@ def _write(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
     _real(target).copy_(value)
 
 
-def count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:
-    """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it."""
+def count_health(group: GroupStep, entry: ParamStep, before: Tensor, skipped: int) -> dict[str, int]:
+    """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it, `skipped` how many it left."""
     grad = _numbers(entry.grad, entry.param)
     unmoved = _same_bits(before, weights(group, entry)) & (grad != 0)
     counts = dict.fromkeys(HEALTH_COUNTS, 0)
     counts["stalled"] += int(unmoved.sum())
     counts["nonfinite_grads"] += int((~grad.isfinite()).sum())
+    counts["skipped"] += skipped
     for spec, held in zip(group.states, entry.states):
         if len(held) == 2:
             top = 0x7F if spec.is_signed else 0xFF
@@ -137,9 +143,9 @@ class EagerSession:
         for entry in self._entries:
             group = self._groups[entry.group]
             before = weights(group, entry).clone() if counts_health else None
-            step_param(group, entry, grad_multipliers[entry.group])
+            skipped = step_param(group, entry, grad_multipliers[entry.group])
             if before is not None:
-                health[entry.group, entry.position] = count_health(group, entry, before)
+                health[entry.group, entry.position] = count_health(group, entry, before, skipped)
         self._entries = []
         return health
 
@@ -148,6 +154,7 @@ class EagerBackend:
     """See Backend."""
 
     name = "eager"
+    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.dtype not in DTYPES:

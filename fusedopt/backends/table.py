@@ -44,6 +44,7 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             rounding=ROUNDING_CODES[group.rounding],
             master=MASTER_CODES[group.master],
             master_key=group.master_key,
+            skips_blocks=group.skips_blocks,
             param_group=group.param_group,
             positions=places or [],
         )

@@ -67,6 +67,7 @@ _COLUMNS = {
     "maximize": _Column("bool"),
     "rounding": _Column("str"),
     "master": _Column("str", lambda master: master or "", lambda text: text or None),
+    "skips_blocks": _Column("bool"),
     "layout": _Column("str"),
     "param_group": _Column("int"),
 }

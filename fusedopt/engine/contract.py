@@ -14,6 +14,8 @@ from ..backends import GroupStep
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
+NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is not finite
+
 
 class Contract(Optimizer):
     """An optimizer as members, checkpoints, reports and compiled steps see it.
@@ -41,6 +43,9 @@ class Contract(Optimizer):
 
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
+
+    # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
+    why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
@@ -119,6 +124,18 @@ class Contract(Optimizer):
             )
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
+        reason = self.why_no_block_is_skipped
+        if checks.one_of("nonfinite", group["nonfinite"], NONFINITE) == "skip_block" and reason is not None:
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
+                "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
+            )
+        chosen = backends.candidates(group["backend"])
+        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
+                "it; use backend='auto', which leaves such groups to a backend that has"
+            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
@@ -148,6 +165,7 @@ class Contract(Optimizer):
             maximize=group["maximize"],
             rounding=masters.rounding_of(group),
             master=group["master_weights"],
+            skips_blocks=group["nonfinite"] == "skip_block",
             layout=layout,
             param_group=index,
             lr=lr,

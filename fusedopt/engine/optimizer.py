@@ -44,6 +44,10 @@ class FusedOptimizer(Contract):
         master_weights: What 16-bit parameters keep beside them so that small updates are not lost: "kahan" (2
             bytes), "split24" (1 byte), "split32" (2 bytes, exactly a float32 run), "float32" (4 bytes); None
             keeps nothing. float16 parameters take "float32" only. Others ignore it: they need none.
+        nonfinite: What becomes of weights whose step would leave inf, NaN or a number of 3.36e38 or more in them or
+            in their states: "propagate", as in torch, or "skip_block", which leaves them as they were, states included;
+            `health_report` counts them. With an 8-bit state, which such a number spoils for all of its block of 64,
+            the block is left; else the single weight. Not in Adafactor. See docs/options.md.
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`.
@@ -89,6 +93,7 @@ class FusedOptimizer(Contract):
         min_quantized_numel: int = 4096,
         rounding: str | None = None,
         master_weights: str | None = None,
+        nonfinite: str = "propagate",
         seed: int = 0,
         max_grad_norm: float | None = None,
         backend: str = "auto",
@@ -114,6 +119,7 @@ class FusedOptimizer(Contract):
             "min_quantized_numel": min_quantized_numel,
             "rounding": rounding,
             "master_weights": master_weights,
+            "nonfinite": nonfinite,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "backend": backend,

@@ -89,6 +89,7 @@ class Adafactor(FusedOptimizer):
         "adafactor_momentum_matrix": adafactor_matrix,
         "adafactor_momentum_vector": adafactor_vector,
     }
+    why_no_block_is_skipped = "one such number spoils means over its row, its column and the parameter"
     derives_on_device = False  # which lr it has decides what else it may have
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 64
 
 _MAGNITUDE = 0x7FFFFFFF
-_TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
+TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:
@@ -33,10 +33,10 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
         Codes of the same shape and their scales, both uint8.
     """
     shift, ceiling = (13, 0x3FBFF) if is_signed else (15, 0x1FEFF)
-    blocks = _blocked(values)
+    blocks = blocked(values)
     code = blocks.view(torch.int32)
     largest = (code & _MAGNITUDE).amax(dim=-1, keepdim=True)
-    is_plain = (largest > 0) & (largest < _TOO_LARGE)
+    is_plain = (largest > 0) & (largest < TOO_LARGE)
 
     exponent = ((largest.long() + ceiling) >> 23).clamp(min=32)
     scale = exponent - shift
@@ -44,34 +44,35 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
     size = torch.where(is_plain, blocks, 0.0).double().abs()
     steps = size * _float_of((254 - scale) << 23).double()
     q = steps.sqrt().floor()
-    threshold = 0.5 if bits is None else ((_blocked(bits).long() >> 1) | 1) * 2.0**-15
+    threshold = 0.5 if bits is None else ((blocked(bits).long() >> 1) | 1) * 2.0**-15
     q = (q + (steps - q * q > threshold * (2.0 * q + 1.0))).long()
     # Unsigned, a variance never becomes zero while its mean is alive.
     changed, to = ((q != 0) & (code < 0), q | 0x80) if is_signed else ((q == 0) & (size != 0), torch.ones_like(q))
     q = torch.where(is_plain, torch.where(changed, to, q), 0)
     scale = torch.where(is_plain, scale, torch.where(largest > 0, 255, 0))
-    return _unblocked(q.to(torch.uint8), values.shape), scale.squeeze(-1).to(torch.uint8)
+    return unblocked(q.to(torch.uint8), values.shape), scale.squeeze(-1).to(torch.uint8)
 
 
 def decode(codes: Tensor, scales: Tensor, *, is_signed: bool) -> Tensor:
     """The float32 numbers that `encode` stored, of the shape of the codes."""
-    blocks = _blocked(codes).int()
+    blocks = blocked(codes).int()
     q = (blocks & 0x7F if is_signed else blocks).float()
     sizes = (q * q) * _float_of(scales.long() << 23).unsqueeze(-1)
     if is_signed:
         sizes = (sizes.view(torch.int32) | ((blocks & 0x80) << 24)).view(torch.float32)
-    return _unblocked(sizes, codes.shape)
+    return unblocked(sizes, codes.shape)
 
 
-def _blocked(values: Tensor) -> Tensor:
-    """(rows, blocks, BLOCK), short blocks filled up with zeros."""
+def blocked(values: Tensor) -> Tensor:
+    """A parameter's numbers as (rows, blocks, BLOCK), short blocks filled up with zeros."""
     blocks = scales_shape(values.shape)
     rows = values.reshape(values.shape[0], values.shape[1:].numel())
     missing = blocks[1] * BLOCK - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)).reshape(*blocks, BLOCK)
 
 
-def _unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
+def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse, of a parameter's shape."""
     return blocks.flatten(1)[:, : shape[1:].numel()].reshape(shape)
 
 

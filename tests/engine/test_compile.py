@@ -105,6 +105,7 @@ def test_operator_declares_what_it_mutates() -> None:
             "roundings": ["nearest,nearest"],
             "seed": [0],
             "maximize": [False],
+            "skips_blocks": [False],
             "rounding": ["nearest"],
             "master": [""],
             "backends": ["auto"],
@@ -142,3 +143,12 @@ def test_what_compiled_steps_keep_lives_with_their_optimizer() -> None:
             assert len(sessions["cpu"]) == 0  # it holds no gradient
         assert optimizer.__dict__["_session_cache"] is sessions
     assert_same_run(*optimizers)
+
+
+def test_the_operator_takes_all_of_a_groups_settings() -> None:
+    from dataclasses import fields
+
+    from fusedopt.backends import GroupStep
+    from fusedopt.engine.compiled import _COLUMNS
+
+    assert {field.name for field in fields(GroupStep)} == {*_COLUMNS, "hyper", "lr"}
