@@ -90,6 +90,7 @@ class Adafactor(FusedOptimizer):
         "adafactor_momentum_vector": adafactor_vector,
     }
     derives_on_device = False  # which lr it has decides what else it may have
+    USUAL_LR = (1e-8, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
     def __init__(

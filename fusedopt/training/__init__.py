@@ -10,7 +10,21 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 """
 
 from .changes import ABSENT, Change, Diff
+from .findings import Finding, Findings
 from .presets import Preset, find_preset, preset, presets
 from .recipe import Recipe
+from .validate import validate
 
-__all__ = ["ABSENT", "Change", "Diff", "Preset", "Recipe", "find_preset", "preset", "presets"]
+__all__ = [
+    "ABSENT",
+    "Change",
+    "Diff",
+    "Finding",
+    "Findings",
+    "Preset",
+    "Recipe",
+    "find_preset",
+    "preset",
+    "presets",
+    "validate",
+]

@@ -88,6 +88,9 @@ class Diff:
         return "\n".join(map(str, self.changes)) or "no difference"
 
 
+NOTHING = Diff()
+
+
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's dict with options and schedule key by key: {"options.state_dtype": "8bit"}."""
     result: dict[str, Any] = {}

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .. import checks
-from ..engine.optimizer import CLASSES, FusedOptimizer
+from ..engine.optimizer import FusedOptimizer
 from ..groups import param_groups
 from ..optimizers.names import create_optimizer, refusal
 from ..schedules import Schedule, get_adafactor_schedule, get_scheduler, scheduler_names
 from ..schedules.lengths import length
 from ..schedules.names import named_schedule
 from ..storage.state import DTYPES
-from . import arguments, files
+from . import arguments, fields, files
 from .changes import Diff, flat, nested
 
 if TYPE_CHECKING:
@@ -32,9 +28,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 LABELS = ("task", "notes")  # what changes no number
-# Of an optimizer's arguments, those that are fields of a recipe; all others are in `options`.
-OWN_FIELDS = ("lr", "betas", "eps", "weight_decay")
-_SET_BY_FIELDS = (*OWN_FIELDS, "params", "max_grad_norm")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -122,19 +115,19 @@ class Recipe:
     seed: int = 42
 
     def __new__(cls, *_: Any, **given: Any) -> Recipe:
-        _check_names(cls, given)
+        fields.check_names(cls, given)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        values = _typed(vars(self))
+        values = fields.typed(type(self), vars(self))
         reason = refusal(values["optimizer"])
         if reason is not None:
             raise ValueError(reason)
-        _fill(values)
-        _check_options(values["optimizer"], values["options"])
+        fields.fill(values)
+        fields.check_options(values["optimizer"], values["options"])
         values["warmup"] = length("warmup", values["warmup"])
-        values["schedule"] = _given(files.plain(values["schedule"]))
-        _check_schedule(values["schedule"], values["warmup"])
+        values["schedule"] = fields.given(files.plain(values["schedule"]))
+        fields.check_schedule(values["schedule"], values["warmup"])
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -185,7 +178,7 @@ class Recipe:
         Returns:
             The changed recipe.
         """
-        _check_names(type(self), changes)
+        fields.check_names(type(self), changes)
         if changes.get("optimizer", self.optimizer) != self.optimizer:
             changes = {**dict.fromkeys(("betas", "eps")), "options": {}, **changes}
         return dataclasses.replace(self, **changes)
@@ -195,7 +188,7 @@ class Recipe:
     @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """The arguments of the optimizer's class."""
-        own = {name: getattr(self, name) for name in OWN_FIELDS if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in fields.OWN_FIELDS if getattr(self, name) is not None}
         return {"seed": self.seed, **self.options, **own, "max_grad_norm": self.max_grad_norm}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -295,13 +288,13 @@ class Recipe:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a recipe is a mapping of fields, and this is a {type(values).__name__}; write key: value")
-        fields = dict(values)
-        if "version" not in fields:
+        given = dict(values)
+        if "version" not in given:
             raise ValueError(f"version is missing, which says how to read the rest; add version: {VERSION}")
-        version = fields.pop("version")
+        version = given.pop("version")
         if version != VERSION:
             raise ValueError(f"version={version!r} is not known here; this fusedopt reads version {VERSION}")
-        return cls(**fields)
+        return cls(**given)
 
     def save(self, path: str | Path) -> None:
         """Writes a file: YAML, TOML or JSON, by the name's suffix.
@@ -349,130 +342,3 @@ class Recipe:
     def from_training_arguments(cls, args: TrainingArguments, **overrides: Any) -> Recipe:
         """See `training.arguments.recipe_fields`."""
         return cls(**{**arguments.recipe_fields(args), **overrides})
-
-
-# ---- checks ------------------------------------------------------------------------------------------
-
-# What others call a field.
-_ALIASES = {
-    "learning_rate": "lr",
-    "max_lr": "lr",
-    "optim": "optimizer",
-    "optim_args": "options",
-    "lr_scheduler_type": "schedule",
-    "scheduler": "schedule",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "num_warmup_steps": "warmup",
-    "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "num_training_steps": "steps",
-    "batch_size": "per_device_train_batch_size",
-    "clip_grad_norm": "max_grad_norm",
-    "bf16": "precision",
-    "fp16": "precision",
-    "adam_beta1": "betas",
-    "adam_beta2": "betas",
-    "adam_epsilon": "eps",
-    "activation_checkpointing": "gradient_checkpointing",
-    "torch_compile": "compile",
-}
-
-
-def _check_names(cls: type, given: Mapping[str, Any]) -> None:
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in names:
-            near = f"; it is called {_ALIASES[key]!r} here" if key in _ALIASES else checks.closest(str(key), names)
-            instead = "" if near else f"; there are {', '.join(names)}"
-            raise TypeError(f"{key}={given[key]!r} is no field of a recipe{near}{instead}")
-
-
-@functools.cache
-def _adapter() -> Any:
-    from pydantic import ConfigDict, TypeAdapter, with_config
-    from typing_extensions import TypedDict
-
-    hints = get_type_hints(Recipe)
-    hints = {f.name: hints[f.name] for f in dataclasses.fields(Recipe)}
-    shape = TypedDict("shape", hints)  # type: ignore[misc]
-    return TypeAdapter(with_config(ConfigDict(strict=True))(shape))
-
-
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields in their types. Raises a TypeError, or a ValueError for a word that is not known."""
-    plain = {name: checks.plain(value) for name, value in values.items()}
-    for name in ("betas", "eps", "no_decay"):  # files have lists
-        plain[name] = tuple(plain[name]) if isinstance(plain[name], list) else plain[name]
-    files.needed("pydantic")
-    from pydantic import ValidationError
-
-    try:
-        return _adapter().validate_python(plain)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        wanted = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-        kind = ValueError if first["type"] == "literal_error" else TypeError
-        raise kind(f"{name}={values[name]!r} does not fit; pass {wanted}") from None
-
-
-def _fill(values: dict[str, Any]) -> None:
-    """Fills in the optimizer's defaults. Raises a ValueError for a field that it does not have."""
-    cls = CLASSES[values["optimizer"]]
-    parameters = inspect.signature(cls).parameters
-    given = {name: values[name] for name in OWN_FIELDS if values[name] is not None}
-    implied = cls.implied(values["optimizer"], given)
-    for name in OWN_FIELDS:
-        if name not in parameters:
-            if values[name] is not None:
-                raise ValueError(
-                    f"{name}={values[name]!r} means nothing to {values['optimizer']!r}, which takes "
-                    f"{', '.join(parameters)}; leave it out, or put what you mean into options"
-                )
-        elif values[name] is None:
-            default = implied.get(name, parameters[name].default)
-            is_plain = isinstance(default, (int, float)) or name == "betas"  # a pair of eps has a default of its own
-            values[name] = default if is_plain and default is not inspect.Parameter.empty else None
-    if values["betas"] is not None:
-        values["betas"] = tuple(float(beta) for beta in values["betas"])
-    for name in ("lr", "weight_decay"):
-        values[name] = None if values[name] is None else float(values[name])
-
-
-def _given(schedule: Any) -> Any:
-    """A schedule without parameters that are None, which is their default wherever they may be."""
-    if isinstance(schedule, dict):
-        return {key: _given(value) for key, value in schedule.items() if value is not None}
-    return [_given(part) for part in schedule] if isinstance(schedule, list) else schedule
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    for key in options:
-        if key in _SET_BY_FIELDS:
-            raise ValueError(f"options.{key}={options[key]!r} has a field of its own; write {key} at the top level")
-    checks.known_keywords(CLASSES[name], options)
-
-
-def _check_schedule(schedule: dict[str, Any], warmup: int | float) -> None:
-    name = schedule.get("name")
-    if not isinstance(name, str):
-        raise ValueError(f"schedule={schedule!r} has no name; there are {', '.join(scheduler_names())}")
-    if name not in scheduler_names():
-        Schedule.from_dict(schedule)  # raises for a name that is no building block either
-        if warmup:
-            raise ValueError(f"warmup={warmup!r} is for a named schedule; {name!r} has its own, so leave it out")
-        return
-    for key, instead in (("num_warmup_steps", "warmup"), ("num_training_steps", "steps")):
-        if key in schedule:
-            raise ValueError(f"schedule.{key}={schedule[key]!r} has a field of its own; write it as {instead}")
-    if name == "constant" and warmup:
-        raise ValueError(f"warmup={warmup!r} means nothing to 'constant'; use 'constant_with_warmup', or leave it out")
-    # Any numbers will do to find parameters that are unknown or out of range.
-    named_schedule(name, 0 if name != "constant" else None, 10**9, {k: v for k, v in schedule.items() if k != "name"})
-
-
-def weights_dtype_of(model: nn.Module) -> torch.dtype | None:
-    """What the parameters that a model trains are kept in; None if they differ, or there are none."""
-    dtypes = {param.dtype for param in model.parameters() if param.requires_grad}
-    return dtypes.pop() if len(dtypes) == 1 else None
