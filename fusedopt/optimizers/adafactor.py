@@ -108,6 +108,7 @@ class Adafactor(FusedOptimizer):
     }
     takes_sums = True
     derives_on_device = False  # which lr it has decides what else it may have
+    USUAL_LR = (1e-8, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
     def __init__(
