@@ -79,7 +79,7 @@ def test_the_text_has_an_end() -> None:
     assert len(report.nonfinite) == 1500
     lines = str(report).splitlines()
     assert len(lines) == 20
-    assert lines[10].split("  ")[0] == "parameter 0 of group 0"
+    assert lines[11].split("  ")[0] == "parameter 0 of group 0"
     assert lines[-1] == "and 1,492 more parameters, in `nonfinite` of the report"
 
 
