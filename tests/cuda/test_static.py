@@ -115,6 +115,7 @@ def test_nothing_is_contracted() -> None:
             allowed |= {"fma.rn.f64", "rcp.approx.ftz.f64"}
         if "step_kernel" in name:
             allowed |= {"fma.rn.f32", "rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"}
+            allowed |= {"sqrt.approx.ftz.f32", "add.rm.f32"}  # codes are proposed and cut to integers (codes.cuh)
         if re.search(r"sum_kernel|slab_kernel|vector_kernel", name):
             allowed |= {"fma.rn.f64"}
         assert found <= allowed, (name, found - allowed)
