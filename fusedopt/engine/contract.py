@@ -37,6 +37,13 @@ class Contract(Optimizer):
     # What a name stands for elsewhere and not here: a warning to whoever makes an optimizer by it.
     NOTES: ClassVar[dict[str, str]] = {}
 
+    # What validation goes by: learning rates that are usual, and a sentence for whoever is above; the largest weight
+    # decay that is; and the RMS of an update over the learning rate, None where it depends on the gradients' size.
+    USUAL_LR: ClassVar[tuple[float, float]] = (1e-8, 1e-2)
+    USUAL_LR_NOTE: ClassVar[str] = ""
+    USUAL_WEIGHT_DECAY: ClassVar[float] = 0.1
+    UPDATE_RMS: ClassVar[float | None] = 1.0
+
     # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
     derives_on_device: ClassVar[bool] = True
 

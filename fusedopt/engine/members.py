@@ -152,10 +152,14 @@ def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None
 def only_wants_state(optimizer: Contract) -> bool:
     """Whether a step is asked for as torch.distributed.checkpoint does to have state: the first, lr and gradients 0.
 
-    A step that counted would leave `step` at 1 in an optimizer that has seen no gradient.
+    A step that counted would leave `step` at 1 in an optimizer that has seen no gradient. torch asks with a learning
+    rate of 0 on the CPU; one on another device is not waited for.
     """
-    lrs = (group["lr"] for group in optimizer.param_groups)
-    if any(optimizer.state.values()) or any(lr is None or float(lr) != 0.0 for lr in lrs):
+
+    def is_zero(lr: Any) -> bool:
+        return lr is not None and (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+    if any(optimizer.state.values()) or not all(is_zero(group["lr"]) for group in optimizer.param_groups):
         return False
     has_grads = any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
     return has_grads and not collectives.any_nonzero(optimizer.param_groups)

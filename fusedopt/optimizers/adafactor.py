@@ -108,6 +108,7 @@ class Adafactor(FusedOptimizer):
     }
     takes_sums = True
     derives_on_device = False  # which lr it has decides what else it may have
+    USUAL_LR = (1e-8, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
     def __init__(
@@ -214,8 +215,7 @@ class Adafactor(FusedOptimizer):
     # ---- states ----------------------------------------------------------------------------------
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
-        layouts = self.layouts(group).values()
-        return list(dict.fromkeys(spec for specs in layouts for spec in specs))
+        return list(dict.fromkeys(spec for specs in self.layouts(group).values() for spec in specs))
 
     def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
         first = () if group["beta1"] is None else (_FIRST,)
@@ -398,38 +398,3 @@ def _check_lr(group: dict[str, Any]) -> None:
             "warmup_init=True with relative_step=False has no learning rate to warm up; pass relative_step=True, or "
             "warmup_init=False and a scheduler"
         )
-
-
-# ---- presets -----------------------------------------------------------------------------------------
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "t5": {"scale_parameter": True, "relative_step": True, "warmup_init": True},
-    "external_lr": {
-        "lr": 1e-3,
-        "clip_threshold": 1.0,
-        "decay_rate": -0.8,
-        "weight_decay": 0.0,
-        "scale_parameter": False,
-        "relative_step": False,
-        "warmup_init": False,
-    },
-}
-
-
-def recommended_adafactor(params: Any, preset: str = "t5", **overrides: Any) -> Adafactor:
-    """Makes an Adafactor with settings that are known to work.
-
-    Args:
-        params: Parameters, (name, parameter) pairs, or dicts of param groups.
-        preset: "t5", the relative learning rate with its warm-up, scaled by the parameters, as T5 is fine-tuned; or
-            "external_lr", a plain learning rate of 1e-3, which a scheduler may drive.
-        **overrides: Arguments of `Adafactor` that win over the preset's.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        ValueError: The preset is unknown, or an override does not go with it.
-        TypeError: A keyword is unknown.
-    """
-    return Adafactor(params, **{**_PRESETS[checks.one_of("preset", preset, _PRESETS)], **overrides})
