@@ -24,6 +24,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 SHAPES = [(5, 128), (3, 100)]
 RULES = [case for case in CASES if case.ours.why_no_block_is_skipped is None]
 SPOILT = ((0, 70), (2, 99))  # places in each parameter
+KERNELS_OF_DEVICES = {"triton": "interpreted", "cuda": "emulated"}  # and the fixtures that make them usable here
 PATHS = ["eager", *_core.available_isas(), "triton", "cuda"]
 
 
@@ -68,11 +69,11 @@ def test_every_path_skips_the_same(
     kwargs = {**case.variants[-1], **FORMATS[name]}
     dtype = kwargs.pop("dtype", torch.float32)
     expected = stepped(case, "eager", dtype, **kwargs)
-    backend = "cpu" if path in _core.available_isas() else "auto" if path == "cuda" else path
+    backend = "cpu" if path in _core.available_isas() else path
     if backend == "cpu":
         monkeypatch.setenv("FUSEDOPT_CPU_ISA", path)
-    else:  # CUDA's kernels do not have it, and leave such groups to others
-        request.getfixturevalue({"triton": "interpreted", "cuda": "emulated"}[path])
+    else:
+        request.getfixturevalue(KERNELS_OF_DEVICES[path])
     assert_same_run(stepped(case, backend, dtype, **kwargs), expected)
 
 
@@ -117,11 +118,11 @@ def test_what_is_spoilt_stays_and_the_rest_is_stepped(name: str, backend: str, v
         assert not torch.equal(plain[where], held[where]) or held.shape != (5, 128)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize(("kwargs", "each"), [({}, 1), (EIGHT_BIT, 64)], ids=["fp32", "8bit"])
 def test_health_counts_them(kwargs: dict, each: int, backend: str, request: pytest.FixtureRequest) -> None:
-    if backend == "triton":
-        request.getfixturevalue("interpreted")
+    if backend in KERNELS_OF_DEVICES:
+        request.getfixturevalue(KERNELS_OF_DEVICES[backend])
     params = make_params([(5, 128)], torch.float32)
     optimizer = fusedopt.AdamW(params, **kwargs, nonfinite="skip_block", backend=backend)
     optimizer.record_health()
@@ -154,5 +155,3 @@ def test_refusals_are_sentences() -> None:
         fusedopt.AdamW(params, nonfinite="skip")
     with pytest.raises(ValueError, match="nonfinite='skip_block' is not possible in Adafactor: one such number"):
         fusedopt.Adafactor(params, nonfinite="skip_block")
-    with pytest.raises(ValueError, match="not possible with backend='cuda'"):
-        fusedopt.AdamW(params, nonfinite="skip_block", backend="cuda")
