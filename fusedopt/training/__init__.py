@@ -11,6 +11,7 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 
 from .changes import ABSENT, Change, Diff
 from .estimate import Estimate, estimate
+from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
 from .presets import Preset, find_preset, preset, presets
 from .recipe import Recipe
@@ -22,8 +23,11 @@ __all__ = [
     "Change",
     "Diff",
     "Estimate",
+    "Evaluation",
+    "Evaluator",
     "Finding",
     "Findings",
+    "Metric",
     "Preset",
     "Recipe",
     "Recommendation",
