@@ -10,31 +10,43 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 """
 
 from .changes import ABSENT, Change, Diff
+from .compare import compare, load_comparison
+from .comparison import Comparison, Trial
 from .estimate import Estimate, estimate
 from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
+from .intervals import Interval
+from .loops import Progress
 from .presets import Preset, find_preset, preset, presets
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
+from .records import read_run
 from .validate import validate
 
 __all__ = [
     "ABSENT",
     "Change",
+    "Comparison",
     "Diff",
     "Estimate",
     "Evaluation",
     "Evaluator",
     "Finding",
     "Findings",
+    "Interval",
     "Metric",
     "Preset",
+    "Progress",
     "Recipe",
     "Recommendation",
+    "Trial",
+    "compare",
     "estimate",
     "find_preset",
+    "load_comparison",
     "preset",
     "presets",
+    "read_run",
     "recommend",
     "validate",
 ]

@@ -61,6 +61,11 @@ class Metric:
             raise ValueError(f"{self.name}={value!r} has no logarithm; use log=False, or leave out what is not above 0")
         return sign * math.log(value) / math.log(self.scale)
 
+    @property
+    def worst(self) -> float:
+        """What a training that failed has: infinity, on the bad side."""
+        return math.inf if self.direction == "minimize" else -math.inf
+
     def shown(self, value: float | None) -> str:
         """A value with its unit."""
         if value is None:
