@@ -154,7 +154,7 @@ def named(candidates: Candidates) -> dict[str, Recipe]:
         recipes = dict(candidates)
     else:
         for each in candidates:
-            name, recipe = _named(each)
+            name, recipe = named_recipe(each)
             if name in recipes:
                 name = next(f"{name}-{i}" for i in range(2, 10**6) if f"{name}-{i}" not in recipes)
             recipes[name] = recipe
@@ -173,7 +173,8 @@ def named(candidates: Candidates) -> dict[str, Recipe]:
     return recipes
 
 
-def _named(each: Recipe | str | Path) -> tuple[str, Recipe]:
+def named_recipe(each: Recipe | str | Path) -> tuple[str, Recipe]:
+    """A recipe, a file of one or a preset's name: what it is called, and the recipe."""
     if isinstance(each, Recipe):
         return each.optimizer, each
     path = Path(each)

@@ -56,7 +56,7 @@ class Outcome:
     """What came of one training.
 
     Attributes:
-        status: "finished", "diverged" (a loss that is not finite) or "out of memory".
+        status: "finished", "diverged" (a loss that is not finite), "out of memory", or "stopped early" by who asked.
         step: The last step.
         metrics: By name; of what is scored infinite, on the bad side, if it did not finish.
         reason: Why it did not finish.
@@ -107,7 +107,7 @@ def follow(
     until: int | None = None,
     scored: Sequence[Metric] = (Metric("loss"),),
     on_record: Callable[[dict[str, Any]], None] | None = None,
-    values_at: Callable[[int, Callable[[str], float]], bool] | None = None,
+    stops_at: Callable[[int, Callable[[str], float]], bool] | None = None,
 ) -> Outcome:
     """Runs a loop, writes its run file and measures it.
 
@@ -126,7 +126,7 @@ def follow(
         until: The step to stop at; the budget by default.
         scored: The metrics that must be there at the end.
         on_record: Called with each record.
-        values_at: Called with each step and a function from a metric's name to its value so far; ends the training by
+        stops_at: Called with each step and a function from a metric's name to its value so far; ends the training by
             returning True.
 
     Returns:
@@ -172,11 +172,13 @@ def follow(
                 records.add(record)
                 if on_record is not None:
                     on_record(record)
-                stops = values_at is not None and values_at(record["step"], records.value)
+                stops = stops_at is not None and stops_at(record["step"], records.value)
                 own += time.perf_counter() - now
                 if not math.isfinite(record.get("loss", 0.0)):
                     status, reason = "diverged", f"the loss is {record['loss']} at step {record['step']}"
                     break
+                if stops:
+                    status, reason = "stopped early", f"it was not among the best at step {record['step']}"
                 if stops or budget > until <= record["step"]:
                     break
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -184,8 +186,7 @@ def follow(
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()
-    stopped = records.last is not None and values_at is not None and records.last < until
-    if status == "finished" and not stopped:
+    if status == "finished":
         records.check_end()
     took = time.perf_counter() - begun - own
     last = records.last or 0
@@ -201,7 +202,7 @@ def follow(
     for name in records.names:
         metrics[name] = records.value(name)
     for metric in scored:
-        if status != "finished":
+        if status not in ("finished", "stopped early"):
             metrics[metric.name] = metric.worst
         elif metric.name not in metrics:
             there = ", ".join(map(repr, metrics))
