@@ -9,9 +9,12 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 ```
 """
 
+from .anomalies import Anomaly, Detector, Limits
 from .changes import ABSENT, Change, Diff
 from .estimate import Estimate, estimate
 from .findings import Finding, Findings
+from .monitor import Monitor, StopTraining, TrainingWarning
+from .monitor_runs import Run, read_run
 from .presets import Preset, find_preset, preset, presets
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
@@ -19,18 +22,26 @@ from .validate import validate
 
 __all__ = [
     "ABSENT",
+    "Anomaly",
     "Change",
+    "Detector",
     "Diff",
     "Estimate",
     "Finding",
     "Findings",
+    "Limits",
+    "Monitor",
     "Preset",
     "Recipe",
     "Recommendation",
+    "Run",
+    "StopTraining",
+    "TrainingWarning",
     "estimate",
     "find_preset",
     "preset",
     "presets",
+    "read_run",
     "recommend",
     "validate",
 ]
