@@ -154,8 +154,10 @@ class DeviceSession:
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
         lrs = [_lr_on(group.lr, device) for group in self._groups]
-        on_device = Scaling(
-            _float_on(scaling.grad_scale, device), _float_on(scaling.found_inf, device), scaling.max_grad_norm
+        on_device = replace(
+            scaling,
+            grad_scale=_float_on(scaling.grad_scale, device),
+            found_inf=_float_on(scaling.found_inf, device),
         )
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
