@@ -140,7 +140,7 @@ class DeviceSession:
     def _launch(
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
-        lrs = [_lr_on(group.lr, device) for group in self._groups]
+        lrs = [lr_on(group.lr, device) for group in self._groups]
         on_device = Scaling(
             _float_on(scaling.grad_scale, device), _float_on(scaling.found_inf, device), scaling.max_grad_norm
         )
@@ -193,7 +193,8 @@ def _float_on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device, torch.float32)
 
 
-def _lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+def lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+    """A learning rate where kernels read it."""
     if lr is None:
         return None
     return lr.detach().to(device, lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32)

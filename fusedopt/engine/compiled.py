@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import GroupStep, Scaling, candidates, new_sessions
+from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from .contract import Contract
-from .gather import Gathered, Member, let_go
+from .gather import Gathered, Member, all_sessions, let_go
 
 
 class _Column(NamedTuple):
@@ -121,7 +121,7 @@ def _step(
     parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
     owner = _OWNERS.get(optimizer)
     with nullcontext() if owner is None else owner._lock:  # a graph may outlive its optimizer
-        sessions = new_sessions() if owner is None else owner._sessions()
+        sessions = all_sessions() if owner is None else owner._sessions()
         gathered = Gathered(sessions, groups, [None] * len(groups), takes_sums=max_grad_norm is not None)
         try:
             gathered.begin()

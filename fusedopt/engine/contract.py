@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from .. import backends, checks
 from ..backends import GroupStep
+from ..offload import homes
+from ..offload.handle import Release
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
@@ -43,6 +45,7 @@ class Contract(Optimizer):
     begins_in_first_step: ClassVar[bool] = False
 
     last_grad_norm: Tensor | None = None
+    _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 
     # ---- what a subclass answers -----------------------------------------------------------------
@@ -121,10 +124,16 @@ class Contract(Optimizer):
         checks.one_of("backend", group["backend"], backends.names())
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        checks.whole("reserve_bytes", group["reserve_bytes"])
+        if checks.whole("stream_bytes", group["stream_bytes"]) < 1 << 16:
+            raise ValueError(
+                f"stream_bytes={group['stream_bytes']!r} is too small to pay; pass at least 65536 (2**16) bytes"
+            )
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
         return {
             **group,
+            "state_device": homes.normalize(group["state_device"]),
             "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
             "rounding": masters.normalize_rounding(group["rounding"]),

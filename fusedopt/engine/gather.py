@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,21 +12,19 @@ from torch import Tensor
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health
-from ..reference.norm import pairwise_sum, square_sums
+from ..offload.stream import Streamer, is_streamed
+from ..reference.norm import clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 
-# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
-_CLIP_EPS = 1e-6
+STREAMED = "streamed"  # the session of what is on a device and has its states on the host
 
 
-def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
-    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
-    norm = math.sqrt(square_sum) * multiplier
-    coefficient = max_grad_norm / (norm + _CLIP_EPS)
-    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
+def all_sessions() -> dict[str, Session]:
+    """One of every backend, and one that streams states."""
+    return {**backends.new_sessions(), STREAMED: Streamer()}
 
 
 def let_go(sessions: dict[str, Session]) -> None:
@@ -140,9 +137,35 @@ class Gathered:
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local) is not None:
+                continue
+            session = self.sessions[backend.name]
+            if is_streamed(entry):
+                if isinstance(session, DeviceSession):
+                    self._streamer.take(entry, session)
+                    return
+                entry = self._on_device(entry)
+            if session.add(entry):
                 return
         raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
+
+    @property
+    def _streamer(self) -> Streamer:
+        session = self.sessions[STREAMED]
+        assert isinstance(session, Streamer)
+        return session
+
+    def _on_device(self, entry: ParamStep) -> ParamStep:
+        """A parameter with copies of its states where it is, for backends that stream nothing."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            copy = tensor.to(entry.param.device)
+            if copy is not tensor:
+                self._copies.append((tensor, copy))
+            return copy
+
+        states = tuple(tuple(moved(tensor) for tensor in held) for held in entry.states)
+        return replace(entry, states=states, master=None if entry.master is None else moved(entry.master))
 
     def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
         """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
@@ -200,13 +223,16 @@ class Gathered:
 
     def square_sum(self, grads: Iterable[Tensor]) -> float:
         """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
+        return float(pairwise_sum(self.square_sums(grads)).item())
+
+    def square_sums(self, grads: Iterable[Tensor]) -> Tensor:
+        """The same by reduction chunk, on the device of all gradients if there is one."""
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
-            sums = active[0].square_sums()
-        else:  # list order runs across backends: the reference takes them all
-            parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
-            sums = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
-        return float(pairwise_sum(sums).item())
+            return active[0].square_sums()
+        # list order runs across backends: the reference takes them all
+        parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def step(
         self, scaling: Scaling, grads: Iterable[Tensor], *, counts_health: bool = False

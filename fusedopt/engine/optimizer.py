@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Scaling, Session, new_sessions
+from ..backends import Scaling, Session
 from ..backends.base import REFERENCES, Health
+from ..offload.homes import RESERVE_BYTES
+from ..offload.stream import STREAM_BYTES, Streamer
+from ..reference.norm import CHUNK
 from . import checkpoint, compiled, members, reports
 from .contract import Contract
-from .gather import Gathered, let_go
+from .gather import STREAMED, Gathered, all_sessions, let_go
 from .options import spell_out
 
 # Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
@@ -47,6 +50,11 @@ class FusedOptimizer(Contract):
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`.
+        state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
+            the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
+            have theirs there in any case. See docs/offload.md.
+        stream_bytes: The size of each of the two buffers on the device that a step streams states through.
+        reserve_bytes: What state_device="auto" leaves free on the device, in bytes.
         backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
             ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
         maximize: Ascend instead of descend.
@@ -91,6 +99,9 @@ class FusedOptimizer(Contract):
         master_weights: str | None = None,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
+        reserve_bytes: int = RESERVE_BYTES,
         backend: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -116,6 +127,9 @@ class FusedOptimizer(Contract):
             "master_weights": master_weights,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
+            "state_device": state_device,
+            "stream_bytes": stream_bytes,
+            "reserve_bytes": reserve_bytes,
             "backend": backend,
         }
         super().__init__(params, self.checked_group(defaults))
@@ -125,9 +139,12 @@ class FusedOptimizer(Contract):
         """Whether GradScaler hands over its scale and whether it found inf, instead of unscaling gradients itself.
 
         As in torch, only where fused=True asks for it, because whoever clips between backward and step, as Lightning
-        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale.
+        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale. Where gradients
+        are released, it finds none, and the step says what to do.
         """
-        return any(group["fused"] or group["max_grad_norm"] is not None for group in self.param_groups)
+        return self._release is not None or any(
+            group["fused"] or group["max_grad_norm"] is not None for group in self.param_groups
+        )
 
     # ---- param groups ----------------------------------------------------------------------------
 
@@ -143,6 +160,8 @@ class FusedOptimizer(Contract):
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)
         self._repeats = self._repeats or members.repeats(self.param_groups[-1:])
+        if self._release is not None:
+            self._release.attach()
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -163,7 +182,8 @@ class FusedOptimizer(Contract):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and not self._repeats:
+        is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
+        if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
             self._take_step()
@@ -172,53 +192,105 @@ class FusedOptimizer(Contract):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
         with self._lock:
-            self._take_whole_step()
+            if self._release is not None:
+                self._release.finish()
+            else:
+                self._take_whole_step()
 
     def _take_whole_step(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
+        counts, norm = self._step_some(None, scaling)
+        if norm is not None:
+            self.last_grad_norm = norm
+        self._count_step(counts)
+
+    def _count_step(self, counts: Health) -> None:
+        """Notes what a whole step counted."""
+        if self._health is not None:
+            self._health.add(counts)
+
+    def _before_some(self) -> None:
+        """Called before parameters are stepped, their gradients at hand."""
+
+    def _step_some(
+        self, listed: Sequence[list[int]] | None, scaling: Scaling, multiplier: float | None = None
+    ) -> tuple[Health, Tensor | None]:
+        """Steps all parameters, or those that are listed first at these positions of each group.
+
+        Args:
+            listed: Positions by group; None for all.
+            scaling: What gradients are multiplied by.
+            multiplier: What they are multiplied by instead.
+
+        Returns:
+            What was counted, and the norm of their gradients if they were clipped to it.
+        """
+        self._before_some()
+        rounds = members.rounds(self.param_groups, listed) if self._repeats else [listed]
+        counts: Health = {}
+        norm = None
+        new = members.unstepped(self.param_groups, self.state) if self._repeats and self.begins_in_first_step else set()
         try:
-            counts, norm = self._step_in_rounds(scaling) if self._repeats else self._step_at_once(scaling)
-            if norm is not None:
-                self.last_grad_norm = norm
-            if self._health is not None:
-                self._health.add(counts)
+            for number, places in enumerate(rounds):
+                if number > 0 and places is not None:
+                    members.begin_anew(self, places, new)
+                gathered = self._gather(places)
+                if len(rounds) == 1 and multiplier is None:
+                    found, norm = gathered.step(scaling, self._grads(places), counts_health=self._health is not None)
+                else:
+                    if multiplier is None:  # once: a gradient counts once in the norm, however often it is listed
+                        multiplier, norm = gathered.multiplier(scaling, self._grads(places))
+                    if multiplier is None:
+                        break
+                    found = gathered.step_times(multiplier, counts_health=self._health is not None)
+                counts |= found
+                gathered.write_back()
+        finally:
+            let_go(self._sessions())
+        return counts, norm
+
+    def _square_sums(self, listed: Sequence[list[int]]) -> list[Tensor]:
+        """The sums of squares of the gradients at these positions of each group, by reduction chunk."""
+        try:
+            gathered = self._gather(listed)
+            grads = list(self._grads(listed))
+            sizes = [grad.numel() * (2 if grad.is_complex() else 1) for grad in grads]
+            return list(torch.split(gathered.square_sums(grads), [-(-size // CHUNK) for size in sizes]))
         finally:
             let_go(self._sessions())
 
-    def _step_at_once(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
-        gathered = self._gather()
-        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-        found = gathered.step(scaling, grads, counts_health=self._health is not None)
-        gathered.write_back()
-        return found
-
-    def _step_in_rounds(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
-        """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
-        counts: Health = {}
-        multiplier, norm = None, None
-        new = members.unstepped(self.param_groups, self.state) if self.begins_in_first_step else set()
-        for number, listed in enumerate(members.rounds(self.param_groups)):
-            if number > 0:
-                members.begin_anew(self, listed, new)
-            gathered = self._gather(listed)
-            if number == 0:
-                firsts = ((group["params"][i] for i in places) for group, places in zip(self.param_groups, listed))
-                grads = (p.grad for params in firsts for p in params if p.grad is not None)
-                multiplier, norm = gathered.multiplier(scaling, grads)
-            if multiplier is None:
-                break
-            counts |= gathered.step_times(multiplier, counts_health=self._health is not None)
-            gathered.write_back()
-        return counts, norm
+    def _grads(self, listed: Sequence[list[int]] | None) -> Iterator[Tensor]:
+        """The gradients at these positions, or all, in list order."""
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            chosen = params if listed is None else (params[i] for i in listed[index])
+            yield from (param.grad for param in chosen if param.grad is not None)
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
-            self._session_cache = new_sessions()
+            self._session_cache = all_sessions()
         return self._session_cache
+
+    def _streamer(self) -> Streamer:
+        """What streams states that are on the host."""
+        streamer = self._sessions()[STREAMED]
+        assert isinstance(streamer, Streamer)
+        return streamer
+
+    @property
+    def state(self) -> Any:
+        """Each parameter's states; what steps still copy to the host is waited for."""
+        if "_session_cache" in self.__dict__:
+            self._streamer().wait()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
         """Everything that this step touches, or what is at these positions of each group, checked.
@@ -227,6 +299,7 @@ class FusedOptimizer(Contract):
         """
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
+        self._streamer().stream_bytes = max((group["stream_bytes"] for group in self.param_groups), default=0)
         gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
         left = gathered.collect(self.param_groups, self.state)
         if not left:

@@ -29,6 +29,9 @@ class Options(TorchFlags, total=False):
     master_weights: str | None
     seed: int
     max_grad_norm: float | None
+    state_device: str | None
+    stream_bytes: int
+    reserve_bytes: int
     backend: str
 
 

@@ -38,7 +38,13 @@ class Lion(FusedOptimizer):
 
     STATES = (StateSpec("exp_avg"),)
     REFERENCES: ClassVar[dict[str, Reference]] = {"lion": lion}
-    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"lion": {}, "lion_32bit": {}, "lion_8bit": {"state_dtype": "8bit"}}
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {
+        "lion": {},
+        "lion_32bit": {},
+        "lion_8bit": {"state_dtype": "8bit"},
+        "paged_lion_32bit": {"state_device": "cpu"},
+        "paged_lion_8bit": {"state_dtype": "8bit", "state_device": "cpu"},
+    }
 
     def __init__(
         self,

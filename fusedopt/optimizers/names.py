@@ -7,8 +7,6 @@ from typing import Any
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
 
-_PAGED = "paged_"
-
 
 def optimizer_names() -> list[str]:
     """Every name that `create_optimizer` takes."""
@@ -27,16 +25,11 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
         The optimizer.
 
     Raises:
-        ValueError: The name is unknown, or paged state is asked for, which does not exist yet.
+        ValueError: The name is unknown.
         TypeError: A keyword is unknown.
     """
     cls = CLASSES.get(name)
     if cls is None:
-        if name.startswith(_PAGED):
-            plain = name.removeprefix(_PAGED)
-            plain = plain if plain in CLASSES else plain.removesuffix("_32bit")
-            if plain in CLASSES:
-                raise ValueError(f"{name!r} needs paged state, which does not exist yet; use {plain!r} until it does")
         raise ValueError(
             f"optimizer name {name!r} is not known{checks.closest(name, CLASSES)}; "
             f"there are {', '.join(optimizer_names())}"
