@@ -21,6 +21,7 @@ from fusedopt import _core, backends
 from fusedopt.backends.cuda import CudaSession
 from fusedopt.backends.device import Scalars
 from fusedopt.offload import runtime
+from fusedopt.storage.allocation import Request
 
 
 class QueuedRuntime:
@@ -60,6 +61,11 @@ class QueuedRuntime:
 
     def free_bytes(self, device: torch.device) -> int:
         return self.queues.memory()[0]
+
+    def allocate(self, requests: list[Request]) -> list[Tensor]:
+        sizes = [request.shape.numel() * request.dtype.itemsize for request in requests]
+        found = [self.memory(size, "device").zero_() for size in sizes]
+        return [memory.view(r.dtype).view(r.shape) for memory, r in zip(found, requests)]
 
     def empty(self, size: int, device: torch.device) -> Tensor:
         return self.memory(size, "device")

@@ -119,6 +119,18 @@ class DeviceSession:
         with self._backend.guard(device) as stream:
             return self.launch_square_sums(device, stream, table)
 
+    def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
+        """The sums of each parameter by its place in the param groups."""
+
+        def place(entry: ParamStep) -> tuple[int, int]:
+            positions = self._positions[entry.group]
+            listed = entry.position if positions is None else positions[entry.position]
+            return self._groups[entry.group].param_group, listed
+
+        entries = sorted(self._entries(), key=place)
+        sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
+        return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
+
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
         return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
 

@@ -230,6 +230,14 @@ class Gathered:
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             return active[0].square_sums()
+        apart = [
+            s for s in active if isinstance(s, Streamer) or (isinstance(s, DeviceSession) and s.device() is not None)
+        ]
+        if active and len(apart) == len(active):
+            sums: dict[tuple[int, int], Tensor] = {}
+            for session in apart:
+                sums |= session.sums_by_place()
+            return torch.cat([sums[place].cpu() for place in sorted(sums)])
         # list order runs across backends: the reference takes them all
         parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")

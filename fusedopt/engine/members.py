@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import GroupStep
+from ..offload import homes
 from ..offload.homes import Wanted, place
 from ..storage import masters
 from ..storage.quantization import encode
@@ -121,7 +122,9 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
             f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
             "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
         )
-    reason = masters.refusal(group, param) or optimizer.refusal(group, param)
+    is_part = sharding.is_dtensor(param)
+    reason = homes.refusal(group, sharding.local(param), is_part)
+    reason = reason or masters.refusal(group, param) or optimizer.refusal(group, param)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
     for spec in optimizer.states_of(group, param):

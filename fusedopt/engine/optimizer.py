@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,19 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Scaling, Session
-from ..backends.base import REFERENCES, Health
-from ..offload.homes import RESERVE_BYTES
-from ..offload.stream import STREAM_BYTES, Streamer
-from ..reference.norm import CHUNK
+from ..backends.base import REFERENCES
+from ..offload.homes import RESERVE_BYTES, uses_disk
+from ..offload.stream import STREAM_BYTES
 from . import checkpoint, compiled, members, reports
-from .contract import Contract
-from .gather import STREAMED, Gathered, all_sessions, let_go
+from .gather import Gathered, all_sessions
 from .options import spell_out
+from .partial import Partial
 
 # Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
 CLASSES: dict[str, type[FusedOptimizer]] = {}
 
 
-class FusedOptimizer(Contract):
+class FusedOptimizer(Partial):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
     What a subclass declares and answers is described in `Contract`.
@@ -52,7 +51,7 @@ class FusedOptimizer(Contract):
             not. Gradients are not written to; the norm is left in `last_grad_norm`.
         state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
             the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
-            have theirs there in any case. See docs/offload.md.
+            have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
         stream_bytes: The size of each of the two buffers on the device that a step streams states through.
         reserve_bytes: What state_device="auto" leaves free on the device, in bytes.
         backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
@@ -67,9 +66,6 @@ class FusedOptimizer(Contract):
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
             clipping; None until a step with max_grad_norm was taken.
     """
-
-    _health: reports.HealthRecord | None = None
-    _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -202,95 +198,19 @@ class FusedOptimizer(Contract):
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
-        counts, norm = self._step_some(None, scaling)
+        if uses_disk(self.param_groups) and not self._repeats:
+            counts, norm = self._step_in_windows(scaling)
+        else:
+            counts, norm = self._step_some(None, scaling)
         if norm is not None:
             self.last_grad_norm = norm
         self._count_step(counts)
-
-    def _count_step(self, counts: Health) -> None:
-        """Notes what a whole step counted."""
-        if self._health is not None:
-            self._health.add(counts)
-
-    def _before_some(self) -> None:
-        """Called before parameters are stepped, their gradients at hand."""
-
-    def _step_some(
-        self, listed: Sequence[list[int]] | None, scaling: Scaling, multiplier: float | None = None
-    ) -> tuple[Health, Tensor | None]:
-        """Steps all parameters, or those that are listed first at these positions of each group.
-
-        Args:
-            listed: Positions by group; None for all.
-            scaling: What gradients are multiplied by.
-            multiplier: What they are multiplied by instead.
-
-        Returns:
-            What was counted, and the norm of their gradients if they were clipped to it.
-        """
-        self._before_some()
-        rounds = members.rounds(self.param_groups, listed) if self._repeats else [listed]
-        counts: Health = {}
-        norm = None
-        new = members.unstepped(self.param_groups, self.state) if self._repeats and self.begins_in_first_step else set()
-        try:
-            for number, places in enumerate(rounds):
-                if number > 0 and places is not None:
-                    members.begin_anew(self, places, new)
-                gathered = self._gather(places)
-                if len(rounds) == 1 and multiplier is None:
-                    found, norm = gathered.step(scaling, self._grads(places), counts_health=self._health is not None)
-                else:
-                    if multiplier is None:  # once: a gradient counts once in the norm, however often it is listed
-                        multiplier, norm = gathered.multiplier(scaling, self._grads(places))
-                    if multiplier is None:
-                        break
-                    found = gathered.step_times(multiplier, counts_health=self._health is not None)
-                counts |= found
-                gathered.write_back()
-        finally:
-            let_go(self._sessions())
-        return counts, norm
-
-    def _square_sums(self, listed: Sequence[list[int]]) -> list[Tensor]:
-        """The sums of squares of the gradients at these positions of each group, by reduction chunk."""
-        try:
-            gathered = self._gather(listed)
-            grads = list(self._grads(listed))
-            sizes = [grad.numel() * (2 if grad.is_complex() else 1) for grad in grads]
-            return list(torch.split(gathered.square_sums(grads), [-(-size // CHUNK) for size in sizes]))
-        finally:
-            let_go(self._sessions())
-
-    def _grads(self, listed: Sequence[list[int]] | None) -> Iterator[Tensor]:
-        """The gradients at these positions, or all, in list order."""
-        for index, group in enumerate(self.param_groups):
-            params = group["params"]
-            chosen = params if listed is None else (params[i] for i in listed[index])
-            yield from (param.grad for param in chosen if param.grad is not None)
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
             self._session_cache = all_sessions()
         return self._session_cache
-
-    def _streamer(self) -> Streamer:
-        """What streams states that are on the host."""
-        streamer = self._sessions()[STREAMED]
-        assert isinstance(streamer, Streamer)
-        return streamer
-
-    @property
-    def state(self) -> Any:
-        """Each parameter's states; what steps still copy to the host is waited for."""
-        if "_session_cache" in self.__dict__:
-            self._streamer().wait()
-        return self.__dict__["state"]
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.__dict__["state"] = value
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
         """Everything that this step touches, or what is at these positions of each group, checked.

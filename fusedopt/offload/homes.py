@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..storage.allocation import Request, allocate, within
 from ..storage.state import Slot
+from . import disk
 from .plan import rounded
 from .runtime import Runtime, runtime_of
 
@@ -30,6 +33,7 @@ class Wanted(NamedTuple):
 
 RESERVE_BYTES = 1 << 30
 PLACES = ("device", "host", "disk")
+_DISK = "disk:"
 
 # Pinned memory, by the name of a runtime, for as long as something lies in it.
 _SLABS: dict[str, list[weakref.ref[Tensor]]] = {}
@@ -50,18 +54,46 @@ def normalize(value: Any) -> str | None:
         value = str(value)
     if isinstance(value, str) and value in ("cpu", "auto"):
         return value
+    if isinstance(value, str) and value.startswith(_DISK):
+        folder = os.path.abspath(value.removeprefix(_DISK))
+        if value == _DISK or not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"state_device={value!r} names no folder that can be written to; make {folder} first")
+        return _DISK + folder
     raise ValueError(
-        f"state_device={value!r} is no place for states; pass None (the parameter's device), 'cpu' or 'auto'"
+        f"state_device={value!r} is no place for states; pass None (the parameter's device), 'cpu', 'auto' or "
+        "'disk:FOLDER'"
     )
+
+
+def refusal(group: dict[str, Any], local: Tensor, is_part: bool) -> str | None:
+    """Why a parameter's states cannot be where its group wants them, as a sentence; None if they can."""
+    wanted = group["state_device"]
+    if wanted is None:
+        return None
+    if wanted.startswith(_DISK) and local.device.type != "cpu":
+        return f"state_device={wanted!r} is for parameters on the CPU, and it is on {local.device}; use 'cpu'"
+    if is_part and runtime_of(local) is not None:
+        return (
+            f"it is a DTensor on {local.device}, whose states must be there, too, and its group has "
+            f"state_device={wanted!r}; pass None, or FSDP2's CPUOffloadPolicy"
+        )
+    return None
+
+
+def uses_disk(param_groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether states of some group are in files."""
+    return any(str(group["state_device"]).startswith(_DISK) for group in param_groups)
 
 
 def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | None) -> str:
     """Where a tensor of a parameter's state is, or would be made: one of PLACES."""
-    runtime = runtime_of(local)
+    runtime, wanted = runtime_of(local), group["state_device"]
+    if runtime is None and wanted is not None and wanted.startswith(_DISK) and slot.key != "step":
+        return "disk" if tensor is None or disk.slab_of(tensor) is not None else "host"
     if runtime is None:
         return "host" if local.device.type == "cpu" else "device"
     if tensor is None:
-        return "host" if group["state_device"] == "cpu" and slot.key != "step" else "device"
+        return "host" if wanted == "cpu" and slot.key != "step" else "device"
     return "host" if runtime.is_host(tensor) else "device"
 
 
@@ -81,29 +113,97 @@ def note_of(group: dict[str, Any], local: Tensor) -> str:
 
 
 def place(wanted: Iterable[Wanted]) -> list[Tensor]:
-    """Zeroed tensors where their groups want them, in the order asked for."""
+    """Zeroed tensors where their groups want them, in the order asked for.
+
+    Raises:
+        OSError: A disk is full. Nothing was made then.
+    """
     listed = list(wanted)
     tensors: list[Tensor | None] = [None] * len(listed)
-    host: dict[str, tuple[Runtime, list[int]]] = {}
-    usual: list[int] = []
-    homes = _homes(listed)
+    members: dict[str, list[int]] = {"device": [], "host": [], "disk": [], "auto": []}
     for i, item in enumerate(listed):
-        runtime = runtime_of(item.local)
-        if runtime is None or homes[i] == "device":
-            usual.append(i)
-        else:
-            host.setdefault(runtime.name, (runtime, []))[1].append(i)
-    for i, tensor in zip(usual, allocate(Request.of(listed[i].slot, listed[i].local) for i in usual)):
-        tensors[i] = tensor
-    for runtime, members in host.values():
-        for i, tensor in zip(members, _pinned(runtime, [listed[i] for i in members])):
+        home = place_of(item.group, item.local, item.slot, None)
+        # Where there is no device, the host is where states are made in any case.
+        usual = home == "host" and runtime_of(item.local) is None
+        is_open = item.group["state_device"] == "auto" and runtime_of(item.local) is not None and home == "device"
+        members["auto" if is_open and item.slot.key != "step" else "device" if usual else home].append(i)
+
+    def fill(places: list[int], found: Iterable[Tensor]) -> None:
+        for i, tensor in zip(places, found):
             tensors[i] = tensor
+
+    fill(members["disk"], _on_disk([listed[i] for i in members["disk"]]))
+    fill(members["device"], allocate(_request(listed[i]) for i in members["device"]))
+    for places in _by_param(listed, members["auto"]):
+        found = _beside([listed[i] for i in places])
+        if found is None:
+            members["host"] += places
+        else:
+            fill(places, found)
+    by_runtime: dict[str, list[int]] = {}
+    for i in members["host"]:
+        runtime = runtime_of(listed[i].local)
+        assert runtime is not None
+        by_runtime.setdefault(runtime.name, []).append(i)
+    for places in by_runtime.values():
+        runtime = runtime_of(listed[places[0]].local)
+        assert runtime is not None
+        fill(places, _pinned(runtime, [listed[i] for i in places]))
     return tensors  # type: ignore[return-value]
 
 
-def _homes(wanted: Sequence[Wanted]) -> list[str]:
-    """Where each is to be made. All tensors of a parameter go to one place, its step count stays beside it."""
-    return [place_of(item.group, item.local, item.slot, None) for item in wanted]
+def _request(item: Wanted) -> Request:
+    return Request.of(item.slot, item.local)
+
+
+def _by_param(listed: Sequence[Wanted], members: Iterable[int]) -> list[list[int]]:
+    """Those of one parameter together."""
+    found: dict[int, list[int]] = {}
+    for i in members:
+        found.setdefault(listed[i].local.data_ptr(), []).append(i)
+    return list(found.values())
+
+
+def _beside(wanted: Sequence[Wanted]) -> list[Tensor] | None:
+    """A parameter's states on its device, if that leaves the reserve free; None if there is no room."""
+    runtime = runtime_of(wanted[0].local)
+    assert runtime is not None
+    free = runtime.free_bytes(runtime.device_of(wanted[0].local))
+    if free - sum(item.size for item in wanted) < wanted[0].group["reserve_bytes"]:
+        return None
+    try:
+        return runtime.allocate([_request(item) for item in wanted])
+    except torch.OutOfMemoryError:  # what is free may be in pieces
+        return None
+
+
+def _on_disk(wanted: Sequence[Wanted]) -> list[Tensor]:
+    """Tensors in files of about equal size; those of a parameter are neighbours."""
+    runs: list[list[Wanted]] = []
+    held = disk.SLAB_BYTES
+    for item in wanted:
+        if held + item.size > disk.SLAB_BYTES:
+            runs.append([])
+            held = 0
+        runs[-1].append(item)
+        held += item.size
+    tensors: list[Tensor] = []
+    made: list[disk.Slab] = []
+    for run in runs:
+        scratch = disk.scratch_in(run[0].group["state_device"].removeprefix(_DISK))
+        try:
+            slab = scratch.slab(max(mmap.PAGESIZE, sum(item.size for item in run)))
+        except OSError:
+            for other in made:
+                other.path.unlink()
+            raise
+        made.append(slab)
+        memory = slab.memory()
+        offset = 0
+        for item in run:
+            tensors.append(within(memory, offset, item.slot.shape, item.slot.dtype))
+            offset += item.size
+    return tensors
 
 
 def _pinned(runtime: Runtime, wanted: Sequence[Wanted]) -> list[Tensor]:

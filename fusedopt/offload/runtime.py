@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..storage.allocation import Request, allocate
+
 
 class Runtime(Protocol):
     """Streams, events, copies and memory of a kind of device. Streams and events are its own objects."""
@@ -25,6 +27,9 @@ class Runtime(Protocol):
 
     def free_bytes(self, device: torch.device) -> int:
         """What can be allocated on a device."""
+
+    def allocate(self, requests: list[Request]) -> list[Tensor]:
+        """Zeroed tensors on a device."""
 
     def empty(self, size: int, device: torch.device) -> Tensor:
         """Bytes on a device."""
@@ -74,6 +79,9 @@ class CudaRuntime:
     def free_bytes(self, device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+
+    def allocate(self, requests: list[Request]) -> list[Tensor]:
+        return allocate(requests)
 
     def empty(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)

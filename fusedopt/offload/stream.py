@@ -137,7 +137,13 @@ class Streamer:
         return ring
 
     def square_sums(self) -> Tensor:
-        parts: dict[tuple[int, int], list[Tensor]] = {}
+        sums = self.sums_by_place()
+        parts = [sums[place].cpu() for place in sorted(sums)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
+
+    def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
+        """The sums of each parameter by its place in the param groups."""
+        parts: dict[tuple[int, int], Tensor] = {}
         for device, entries in self._entries.items():
             ring, session = self._fill(device), self._sessions[device]
             if ring.runtime.is_capturing():
@@ -156,9 +162,8 @@ class Streamer:
             for index, found in pieces.items():
                 whole = is_cut_at_chunks([piece for piece, _ in found])
                 place = self._place(entries[index])
-                parts[place] = [part for _, part in found] if whole else [square_sums(entries[index].grad)]
-        found_parts = [part.cpu() for place in sorted(parts) for part in parts[place]]
-        return torch.cat(found_parts) if found_parts else torch.zeros(0, dtype=torch.float64, device="cpu")
+                parts[place] = torch.cat([part for _, part in found]) if whole else square_sums(entries[index].grad)
+        return parts
 
     def _place(self, entry: ParamStep) -> tuple[int, int]:
         """Where a parameter is listed."""

@@ -229,3 +229,42 @@ def test_on_the_cpu_paged_is_plain() -> None:
 def test_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fusedopt.AdamW(make_params(SMALL, torch.float32), **options)
+
+
+# ---- as much as there is room for ------------------------------------------------------------------------
+
+
+def test_auto_fills_the_device(queued: QueuedRuntime) -> None:  # noqa: F811
+    """Two of four parameters fit beside the reserve; the step is the same, clipped too."""
+    shapes = [(64, 256), (64, 256), (7, 100), (64, 256)]
+
+    def auto(**options: Any) -> Any:
+        return streamed(fusedopt.AdamW, make_params(shapes, torch.float32), state_device="auto", **options)
+
+    reserve = 1 << 20
+    ours = auto(reserve_bytes=reserve, max_grad_norm=0.3)
+    queued.leave_free(reserve + 2 * 64 * 256 * 4 + 2 * 1024 * 4)
+    usual = train(fusedopt.AdamW(make_params(shapes, torch.float32), backend="cpu", max_grad_norm=0.3), 3)
+    run(queued, ours, 3, seed=5)
+    assert_same_run(ours, usual)
+    assert torch.equal(ours.last_grad_norm, usual.last_grad_norm)
+    hosts = [queued.is_host(ours.state[param]["exp_avg"]) for param in params_of(ours)]
+    assert hosts == [False, True, False, True]
+    report = ours.memory_report()
+    assert report.places["host"] == 2 * 2 * 64 * 256 * 4
+    assert report.moved_bytes == 2 * report.places["host"]
+
+
+def test_auto_survives_a_device_that_is_full_after_all(queued: QueuedRuntime) -> None:  # noqa: F811
+    """What is said to be free may be in pieces."""
+    ours = streamed(fusedopt.AdamW, make_params(SMALL, torch.float32), state_device="auto", reserve_bytes=0)
+    queued.leave_free(4 * BYTES + 1000)
+    queued.free_bytes = lambda device: 1 << 40  # type: ignore[method-assign]
+    queued.allocate = _full  # type: ignore[method-assign]
+    run(queued, ours, 2)
+    assert_same_run(ours, train(fusedopt.AdamW(make_params(SMALL, torch.float32), backend="cpu"), 2))
+    assert all(queued.is_host(ours.state[param]["exp_avg"]) for param in params_of(ours))
+
+
+def _full(requests: Any) -> Any:
+    raise torch.OutOfMemoryError("the pretended device is full")
