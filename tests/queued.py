@@ -96,6 +96,9 @@ class QueuedRuntime:
     def copy(self, target: Tensor, source: Tensor, stream: int) -> None:
         self.queues.copy(target.data_ptr(), source.data_ptr(), target.numel(), stream)
 
+    def keep(self, tensor: Tensor, stream: int) -> None:
+        self.alive.append(tensor)
+
     def is_capturing(self) -> bool:
         return False
 

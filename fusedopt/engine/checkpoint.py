@@ -23,7 +23,7 @@ from . import sharding
 from .contract import Contract
 
 # Which machine a run is on is not part of the run.
-_NOT_RESTORED = ("backend", "state_device", "stream_bytes", "reserve_bytes")
+_NOT_RESTORED = ("backend", "state_device", "stream_bytes", "reserve_bytes", "step_device", "host_threads")
 
 _MASTER_DTYPES = {
     "compensation": tuple(DTYPES.values()),

@@ -125,6 +125,7 @@ class Contract(Optimizer):
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         checks.whole("reserve_bytes", group["reserve_bytes"])
+        homes.check_step_device(group)
         if checks.whole("stream_bytes", group["stream_bytes"]) < 1 << 16:
             raise ValueError(
                 f"stream_bytes={group['stream_bytes']!r} is too small to pay; pass at least 65536 (2**16) bytes"

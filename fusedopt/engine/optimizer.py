@@ -53,6 +53,9 @@ class FusedOptimizer(Partial):
             the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
             have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
         stream_bytes: The size of each of the two buffers on the device that a step streams states through.
+        step_device: "cpu" steps parameters on a GPU on the host: gradients and weights are copied there, states and
+            masters are there, and weights come back. None steps them where they are.
+        host_threads: Threads of such a step; None takes as many as torch.
         reserve_bytes: What state_device="auto" leaves free on the device, in bytes.
         backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
             ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
@@ -98,6 +101,8 @@ class FusedOptimizer(Partial):
         state_device: str | None = None,
         stream_bytes: int = STREAM_BYTES,
         reserve_bytes: int = RESERVE_BYTES,
+        step_device: str | None = None,
+        host_threads: int | None = None,
         backend: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -126,6 +131,8 @@ class FusedOptimizer(Partial):
             "state_device": state_device,
             "stream_bytes": stream_bytes,
             "reserve_bytes": reserve_bytes,
+            "step_device": step_device,
+            "host_threads": host_threads,
             "backend": backend,
         }
         super().__init__(params, self.checked_group(defaults))
@@ -179,6 +186,7 @@ class FusedOptimizer(Partial):
             with torch.enable_grad():
                 loss = closure()
         is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
+        is_plain = is_plain and not self._uses_host()
         if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
@@ -198,7 +206,9 @@ class FusedOptimizer(Partial):
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
-        if uses_disk(self.param_groups) and not self._repeats:
+        if self._uses_host():
+            counts, norm = self._step_on_host(scaling)
+        elif uses_disk(self.param_groups) and not self._repeats:
             counts, norm = self._step_in_windows(scaling)
         else:
             counts, norm = self._step_some(None, scaling)

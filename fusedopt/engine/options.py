@@ -32,6 +32,8 @@ class Options(TorchFlags, total=False):
     state_device: str | None
     stream_bytes: int
     reserve_bytes: int
+    step_device: str | None
+    host_threads: int | None
     backend: str
 
 

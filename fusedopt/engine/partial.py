@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from ..backends import Scaling
 from ..backends.base import Health
+from ..backends.cpu import CpuSession
 from ..offload.disk import read_ahead, windows
+from ..offload.host import HostSide, Inner
+from ..offload.host import windows as windows_of
 from ..offload.stream import Streamer
 from ..reference.norm import CHUNK, clip, pairwise_sum
 from . import members, reports
@@ -45,6 +49,48 @@ class Partial(Contract):
     def state(self, value: Any) -> None:
         self.__dict__["state"] = value
 
+    def _uses_host(self) -> bool:
+        """Whether some parameters are stepped on the host, though they are on a device."""
+        return any(group["step_device"] is not None for group in self.param_groups)
+
+    def _on_host(self) -> tuple[HostSide, Inner]:
+        """What steps parameters of a device on the host, and the optimizer that it does so with."""
+        if "_host_side" not in self.__dict__:
+            self._host_side = HostSide(self._inner)
+        inner = self._host_side.mirror(self.param_groups, self.__dict__["state"])
+        inner._health = self._health  # counted there, added up here
+        inner._repeats = self._repeats
+        return self._host_side, inner
+
+    def _inner(self, param_groups: list[dict[str, Any]]) -> Inner:
+        """An optimizer of the same kind, as unpickling makes one."""
+        inner = type(self).__new__(type(self))
+        inner.__setstate__({"defaults": self.defaults, "state": defaultdict(dict), "param_groups": param_groups})
+        session = inner._sessions()["cpu"]
+        assert isinstance(session, CpuSession)
+        session.threads = max((group["host_threads"] or 0 for group in param_groups), default=0) or None
+        return inner
+
+    def _step_on_host(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
+        """Steps everything on the host, some parameters while others are copied."""
+        side, inner = self._on_host()
+        parts = windows_of(self.param_groups)
+        counts: Health = {}
+        norm = None
+        try:
+            side.check(inner, [param for params, _ in parts for param in params])
+            if scaling.max_grad_norm is not None or scaling.found_inf is not None:
+                params = [param for some, _ in parts for param in some]
+                listed = [[i for _, places in parts for i in places[index]] for index in range(len(self.param_groups))]
+                parts = [(params, listed)] if params else []
+            for params, listed in parts:
+                is_one = len(parts) == 1
+                found, norm = side.step_some(inner, params, listed, scaling, None, later=not is_one)
+                counts |= found
+        finally:
+            counts |= side.join()
+        return counts, norm
+
     def _step_in_windows(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
         """Steps some parameters after the others, so that states on a disk are read ahead and go again."""
         try:
@@ -68,6 +114,8 @@ class Partial(Contract):
 
     def _count_step(self, counts: Health) -> None:
         """Notes what a whole step counted."""
+        if self._uses_host():
+            counts |= self._on_host()[0].join()
         if self._health is not None:
             self._health.add(counts)
 
@@ -87,6 +135,10 @@ class Partial(Contract):
         Returns:
             What was counted, and the norm of their gradients if they were clipped to it.
         """
+        if listed is not None and self._uses_host():
+            side, inner = self._on_host()
+            params, later = self._params(listed), scaling.max_grad_norm is None
+            return side.step_some(inner, params, list(listed), scaling, multiplier, later=later)
         self._before_some()
         rounds = members.rounds(self.param_groups, listed) if self._repeats else [listed]
         counts: Health = {}
@@ -113,6 +165,9 @@ class Partial(Contract):
 
     def _square_sums(self, listed: Sequence[list[int]]) -> list[Tensor]:
         """The sums of squares of the gradients at these positions of each group, by reduction chunk."""
+        if self._uses_host():
+            side, inner = self._on_host()
+            return side.square_sums(inner, self._params(listed), list(listed))
         try:
             gathered = self._gather(listed)
             grads = list(self._grads(listed))
@@ -120,6 +175,9 @@ class Partial(Contract):
             return list(torch.split(gathered.square_sums(grads), [-(-size // CHUNK) for size in sizes]))
         finally:
             let_go(self._sessions())
+
+    def _params(self, listed: Sequence[list[int]]) -> list[Tensor]:
+        return [group["params"][i] for group, places in zip(self.param_groups, listed) for i in places]
 
     def _grads(self, listed: Sequence[list[int]] | None) -> Iterator[Tensor]:
         """The gradients at these positions, or all, in list order."""

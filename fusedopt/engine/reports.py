@@ -11,7 +11,7 @@ from typing import Any
 from torch import Size, Tensor, float32
 
 from ..backends.base import HEALTH_COUNTS, Health
-from ..offload.homes import PLACES, is_moved, note_of, place_of
+from ..offload.homes import PLACES, is_moved, moved_beside_states, note_of, place_of
 from ..storage import masters
 from ..storage.state import EIGHT_BIT, Slot, StateSpec, requested_format, slots_of, why_not_quantized
 from .contract import Contract
@@ -160,7 +160,8 @@ def memory_report(optimizer: Contract) -> MemoryReport:
             place = place_of(group, here, slot, None if tensor is None else local(tensor))
             size = slot.shape.numel() * slot.dtype.itemsize
             places[place] += size
-            moved += 2 * size if is_moved(here, place) else 0
+            moved += 2 * size if is_moved(group, here, place) else 0
+        moved += moved_beside_states(group, here)
         if note := note_of(group, here):
             notes[note] = None
         for spec in optimizer.states_of(group, param):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..storage.allocation import Request, allocate, within
 from ..storage.state import Slot
 from . import disk
@@ -65,6 +66,26 @@ def normalize(value: Any) -> str | None:
     )
 
 
+def check_step_device(group: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError if a group's step_device or host_threads is not possible."""
+    device, threads = group["step_device"], group["host_threads"]
+    if isinstance(device, torch.device):
+        device = group["step_device"] = str(device)
+    if device not in (None, "cpu"):
+        raise ValueError(f"step_device={device!r} steps nothing; pass None (where the parameter is) or 'cpu'")
+    if threads is not None and checks.whole("host_threads", threads) < 1:
+        raise ValueError(f"host_threads={threads!r} steps nothing; pass a whole number >= 1, or None")
+    if device is not None and group["state_device"] not in (None, "cpu"):
+        raise ValueError(
+            f"step_device='cpu' has its states on the host, and state_device={group['state_device']!r} asks for "
+            "another place; leave state_device out"
+        )
+
+
+def _is_stepped_on_host(group: dict[str, Any], local: Tensor) -> bool:
+    return group["step_device"] is not None and runtime_of(local) is not None
+
+
 def refusal(group: dict[str, Any], local: Tensor, is_part: bool) -> str | None:
     """Why a parameter's states cannot be where its group wants them, as a sentence; None if they can."""
     wanted = group["state_device"]
@@ -88,6 +109,8 @@ def uses_disk(param_groups: Iterable[dict[str, Any]]) -> bool:
 def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | None) -> str:
     """Where a tensor of a parameter's state is, or would be made: one of PLACES."""
     runtime, wanted = runtime_of(local), group["state_device"]
+    if _is_stepped_on_host(group, local):
+        return "host"
     if runtime is None and wanted is not None and wanted.startswith(_DISK) and slot.key != "step":
         return "disk" if tensor is None or disk.slab_of(tensor) is not None else "host"
     if runtime is None:
@@ -97,9 +120,14 @@ def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | 
     return "host" if runtime.is_host(tensor) else "device"
 
 
-def is_moved(local: Tensor, place: str) -> bool:
+def is_moved(group: dict[str, Any], local: Tensor, place: str) -> bool:
     """Whether a step copies what is at a place to where a parameter is."""
-    return place != "device" and runtime_of(local) is not None
+    return not _is_stepped_on_host(group, local) and place != "device" and runtime_of(local) is not None
+
+
+def moved_beside_states(group: dict[str, Any], local: Tensor) -> int:
+    """What a step copies of a parameter besides its states: for a step on the host its gradient, and weights twice."""
+    return 3 * local.numel() * local.element_size() if _is_stepped_on_host(group, local) else 0
 
 
 def note_of(group: dict[str, Any], local: Tensor) -> str:
@@ -120,9 +148,12 @@ def place(wanted: Iterable[Wanted]) -> list[Tensor]:
     """
     listed = list(wanted)
     tensors: list[Tensor | None] = [None] * len(listed)
-    members: dict[str, list[int]] = {"device": [], "host": [], "disk": [], "auto": []}
+    members: dict[str, list[int]] = {"device": [], "host": [], "disk": [], "auto": [], "cpu": []}
     for i, item in enumerate(listed):
         home = place_of(item.group, item.local, item.slot, None)
+        if _is_stepped_on_host(item.group, item.local):
+            members["cpu"].append(i)
+            continue
         # Where there is no device, the host is where states are made in any case.
         usual = home == "host" and runtime_of(item.local) is None
         is_open = item.group["state_device"] == "auto" and runtime_of(item.local) is not None and home == "device"
@@ -133,6 +164,8 @@ def place(wanted: Iterable[Wanted]) -> list[Tensor]:
             tensors[i] = tensor
 
     fill(members["disk"], _on_disk([listed[i] for i in members["disk"]]))
+    cpu = torch.empty(0, device="cpu")
+    fill(members["cpu"], allocate(Request(listed[i].slot.shape, listed[i].slot.dtype, cpu) for i in members["cpu"]))
     fill(members["device"], allocate(_request(listed[i]) for i in members["device"]))
     for places in _by_param(listed, members["auto"]):
         found = _beside([listed[i] for i in places])

@@ -58,6 +58,9 @@ class Runtime(Protocol):
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
         """Copies bytes on a stream."""
 
+    def keep(self, tensor: Tensor, stream: Any) -> None:
+        """Keeps a tensor's memory until a stream has done what it was told to by now."""
+
     def is_capturing(self) -> bool:
         """Whether launches are recorded for a graph."""
 
@@ -115,6 +118,9 @@ class CudaRuntime:
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
+
+    def keep(self, tensor: Tensor, stream: Any) -> None:
+        tensor.record_stream(stream)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -123,9 +123,10 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, str(folder), *arguments], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(
-    "after", [0.0, pytest.param(0.01, marks=pytest.mark.thorough), pytest.param(0.1, marks=pytest.mark.thorough)]
-)
+_LONGER = [pytest.param(seconds, marks=pytest.mark.thorough) for seconds in (0.01, 0.1)]
+
+
+@pytest.mark.parametrize("after", [0.0, *_LONGER])
 def test_a_run_that_is_killed_is_resumed_from_its_checkpoint(tmp_path: Path, after: float) -> None:
     process = _start(tmp_path)
     assert process.stdout is not None
@@ -142,6 +143,7 @@ def test_a_run_that_is_killed_is_resumed_from_its_checkpoint(tmp_path: Path, aft
     assert_same_run(ours, train(fusedopt.AdamW(make_params([(300, 256), (65,)], torch.float32), state_dtype="8bit"), 5))
 
 
+@pytest.mark.thorough  # starting a process takes seconds
 def test_a_run_that_ends_leaves_nothing(tmp_path: Path) -> None:
     """And one that goes on keeps its files, whoever else begins."""
     ours = train(on_disk(tmp_path), 1)
