@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ class Inner(Protocol):
     state: Any
     _health: Any
     _repeats: bool
+    _lock: threading.RLock  # the thread steps while the backward pass measures
 
     def _gather(self, listed: list[list[int]] | None = None) -> Any:
         """Checks what is to be stepped."""
@@ -210,7 +212,8 @@ class HostSide:
             self._await(params)
             begin = time.perf_counter()
             try:
-                return inner._step_some(listed, scaling, multiplier)
+                with inner._lock:
+                    return inner._step_some(listed, scaling, multiplier)
             finally:
                 self._note("step", begin)
                 for param, twin in self._pairs(params):
@@ -227,7 +230,8 @@ class HostSide:
         """The sums of squares of parameters' gradients."""
         self.fetch(params)
         self._await(params)
-        return inner._square_sums(listed)
+        with inner._lock:
+            return inner._square_sums(listed)
 
     def check(self, inner: Inner, params: Iterable[Tensor]) -> None:
         """Raises ValueError if something cannot be stepped."""
@@ -236,7 +240,8 @@ class HostSide:
             if twin is not None and param.grad is not None:
                 twin.grad_bytes(param.grad)
                 twin.param.grad = twin.grad
-        inner._gather()
+        with inner._lock:
+            inner._gather()
 
     def join(self) -> Health:
         """Waits for the thread, and lets each device's stream wait for its weights; what the thread has counted."""

@@ -39,8 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("state_format", FORMATS)
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 def test_bits_and_places(tmp_path: Path, state_format: str, max_grad_norm: float | None) -> None:
-    options = format_kwargs(Case("adamw", fusedopt.AdamW, torch.optim.AdamW), {}, state_format)
-    options["max_grad_norm"] = max_grad_norm
+    case = Case("adamw", fusedopt.AdamW, torch.optim.AdamW)
+    options = {**format_kwargs(case, {}, state_format), "max_grad_norm": max_grad_norm}
     ours, usual = on_disk(tmp_path, **options), fusedopt.AdamW(make_params(SHAPES, torch.float32), **options)
     for optimizer in (ours, usual):
         optimizer.record_health()
