@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := pip --disable-pip-version-check install --quiet
+# Most of what is installed is never imported: Python compiles a module when one is, and keeps it.
+PIP_INSTALL := pip --disable-pip-version-check install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/$(PIP_INSTALL) --constraint constraints.txt
 CORE := $(shell find csrc cmake -type f) CMakeLists.txt
 SOURCES := $(CORE) $(shell find fusedopt triton_kernels -name '*.py' -o -name '*.pyi') setup.py pyproject.toml constraints.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -90,6 +91,19 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass True or False")
     return value
+
+
+def process_group(name: str, value: Any) -> None:
+    """A process group of torch.distributed, or None."""
+    if value is None:
+        return
+    dist = sys.modules.get("torch.distributed")
+    kind = getattr(dist, "ProcessGroup", None)
+    if kind is None or not isinstance(value, kind):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; pass a process group, as torch.distributed.new_group and "
+            "DeviceMesh.get_group give, or None"
+        )
 
 
 def one_of(name: str, value: Any, options: Iterable[str]) -> str:

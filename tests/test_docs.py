@@ -8,18 +8,21 @@ import inspect
 import io
 import pydoc
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import peer
 from torch import distributed
 
 import fusedopt
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "guide"
-PAGES = [*sorted(GUIDE.glob("*.md")), ROOT / "README.md"]
+FRAMEWORKS = ROOT / "docs" / "frameworks"
+PAGES = [*sorted(GUIDE.glob("*.md")), *sorted(FRAMEWORKS.glob("*.md")), ROOT / "README.md"]
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
@@ -29,12 +32,36 @@ def blocks(page: Path) -> list[tuple[int, str, str | None]]:
     return [(text.count("\n", 0, found.start()) + 2, *found.group("code", "output")) for found in _BLOCK.finditer(text)]
 
 
+@pytest.mark.parametrize("page", sorted(FRAMEWORKS.glob("*.md")), ids=lambda page: page.stem)
+def test_what_a_diff_adds_is_code_that_runs(page: Path) -> None:
+    """The page's own, or that of an example or a test which runs the framework."""
+    code = "".join(code for _, code, _ in blocks(page))
+    elsewhere = [*(ROOT / "examples").glob("*.py"), *(ROOT / "tests" / "integrations").glob("*.py")]
+    code += "".join(path.read_text() for path in elsewhere)
+    lines = {line.strip().rstrip(",") for line in code.splitlines()}
+    added = [
+        line for line in re.findall(r"^\+ (.*)$", page.read_text(), re.MULTILINE) if not line.startswith("import ")
+    ]
+    assert [line for line in added if line.strip().rstrip(",") not in lines] == []
+
+
+def forget_accelerators() -> None:
+    """What accelerate keeps for the whole process: its first Accelerator decides for all that follow."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace that begins with the model of the guide's first page."""
+    code = "".join(code for _, code, _ in blocks(page))
+    for module in dict.fromkeys(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)):
+        peer(module)  # a framework that is not installed
     if page.stem == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this torch does not run on a CPU")
     monkeypatch.chdir(tmp_path)
+    forget_accelerators()
     # Inductor takes most of a minute; test_compile.py has it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
@@ -53,6 +80,7 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+        forget_accelerators()
 
 
 def test_troubleshooting_quotes_messages() -> None:

@@ -13,7 +13,7 @@ STATES_AMSGRAD = (*STATES, ("max_exp_avg_sq", False))
 
 @triton.jit
 def derive(config, step):
-    """(wd, 1 - lr wd, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1^t), sqrt(1 - b2^t), eps)."""
+    """(wd, 1 - lr wd, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), eps)."""
     lr, beta1, beta2, eps, weight_decay = config
     bias1 = 1.0 - power(beta1, step)
     bias2 = 1.0 - power(beta2, step)
@@ -25,14 +25,14 @@ def derive(config, step):
         beta2,
         1.0 - beta2,
         lr / bias1,
-        tl.sqrt(bias2),
+        1.0 / tl.sqrt(bias2),
         eps,
     )
 
 
 @triton.jit
 def _adam(p, g, s, hyper, L2: tl.constexpr, AMSGRAD: tl.constexpr):
-    weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, sqrt_bias2, eps = hyper
+    weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_bias2, eps = hyper
     if L2:
         g = g + weight_decay * p
     else:
@@ -46,7 +46,7 @@ def _adam(p, g, s, hyper, L2: tl.constexpr, AMSGRAD: tl.constexpr):
     else:
         rooted = root(exp_avg_sq)
         states = (exp_avg, exp_avg_sq)
-    p = p - step_size * tl.div_rn(exp_avg, tl.div_rn(rooted, sqrt_bias2) + eps)
+    p = p - step_size * tl.div_rn(exp_avg, rooted * inverse_sqrt_bias2 + eps)
     return p, states, rooted
 
 

@@ -34,7 +34,7 @@ def beta3_at(beta1, beta3, t_beta3, step):
 
 @triton.jit
 def derive(config, step):
-    """(lr, 1 - lr wd, b1, 1 - b1, b2, 1 - b2, b3(t), 1 - b3(t), alpha(t), 1 / (1 - b1^t), sqrt(1 - b2^t), eps)."""
+    """(lr, 1 - lr wd, b1, 1 - b1, b2, 1 - b2, b3(t), 1 - b3(t), alpha(t), 1 / (1 - b1^t), 1 / sqrt(1 - b2^t), eps)."""
     lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay = config
     slow = beta3_at(beta1, beta3, t_beta3, step)
     return (
@@ -48,7 +48,7 @@ def derive(config, step):
         1.0 - slow,
         alpha_at(alpha, t_alpha, step),
         1.0 / (1.0 - power(beta1, step)),
-        tl.sqrt(1.0 - power(beta2, step)),
+        1.0 / tl.sqrt(1.0 - power(beta2, step)),
         eps,
     )
 
@@ -56,13 +56,13 @@ def derive(config, step):
 @triton.jit
 def ademamix(p, g, s, hyper):
     """A fast and a slow momentum."""
-    lr, decay, beta1, rest1, beta2, rest2, beta3, rest3, alpha, inverse_bias1, sqrt_bias2, eps = hyper
+    lr, decay, beta1, rest1, beta2, rest2, beta3, rest3, alpha, inverse_bias1, inverse_sqrt_bias2, eps = hyper
     exp_avg = beta1 * s[0] + rest1 * g
     exp_avg_slow = beta3 * s[1] + rest3 * g
     exp_avg_sq = beta2 * s[2] + (rest2 * g) * g
     rooted = root(exp_avg_sq)
     mixed = exp_avg * inverse_bias1 + alpha * exp_avg_slow
-    p = p * decay - lr * tl.div_rn(mixed, tl.div_rn(rooted, sqrt_bias2) + eps)
+    p = p * decay - lr * tl.div_rn(mixed, rooted * inverse_sqrt_bias2 + eps)
     return p, (exp_avg, exp_avg_slow, exp_avg_sq), rooted
 
 

@@ -10,6 +10,12 @@ _TOO_LARGE = tl.constexpr(0x7F7D0000)  # magnitudes from here on spoil their blo
 
 
 @triton.jit
+def is_too_large(x):
+    """Whether a number would spoil its block, inf and NaN included."""
+    return (bits_of(x) & 0x7FFFFFFF).to(tl.int32) >= _TOO_LARGE
+
+
+@triton.jit
 def decode_codes(codes, scales, SIGNED: tl.constexpr):
     """The numbers of codes, given the scale of each block (both uint8)."""
     unit = float_of(scales.to(tl.uint32) << 23)
@@ -23,9 +29,15 @@ def decode_codes(codes, scales, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def encode_codes(x, roots, random, SIGNED: tl.constexpr):
-    """Codes and scales of numbers; `roots` are those of their magnitudes, and `random` is odd and has 16 bits, or is
-    0x8000 to round to nearest. Elements past the end of a block are 0.
+def fraction_of(bits):
+    """R of stochastic rounding, from 16 random bits."""
+    return float_of(0x3F800100 | ((bits >> 2) << 9)) - 1.0
+
+
+@triton.jit
+def encode_codes(x, roots, threshold, SIGNED: tl.constexpr):
+    """Codes and scales of numbers; `roots` are those of their magnitudes, `threshold` R. Elements past the end of a
+    block are 0.
     """
     SHIFT: tl.constexpr = 13 if SIGNED else 15
     CEILING: tl.constexpr = 0x3FBFF if SIGNED else 0x1FEFF
@@ -38,17 +50,16 @@ def encode_codes(x, roots, random, SIGNED: tl.constexpr):
     exponent = tl.where(exponent < 32, 32, exponent)
     exponent = tl.where(is_special, 32, exponent)
     scale = exponent - SHIFT
-    to_units = float_of(((269 + SHIFT - exponent) << 23).to(tl.uint32))
+    to_steps = float_of(((254 - scale) << 23).to(tl.uint32))
     # 2^((127 - scale) / 2): the exponent halved, and root 2 where it was odd. 0x3504F3 are root 2's bits.
     twice = 381 - scale
     root_units = float_of((((twice >> 1) << 23) + (twice & 1) * 0x3504F3).to(tl.uint32))
 
     spoils = is_special[:, None]
-    units = tl.where(spoils, 0.0, float_of(size) * to_units[:, None]).to(tl.int32)
+    steps = float_of(size) * to_steps[:, None]
     q = tl.where(spoils, 0.0, roots * root_units[:, None]).to(tl.int32)
-    r = random.to(tl.int32)
-    # Up if 2 (units - q^2 2^15) > R (2q + 1), rearranged to one multiplication; all fits 31 bits.
-    q = q + tl.where(units - (r >> 1) > q * ((q << 15) + r), 1, 0)
+    below = q.to(tl.float32)
+    q = q + tl.where(steps - below * below > threshold * (below + below + 1.0), 1, 0)
     if SIGNED:
         code = q | tl.where(q != 0, ((u >> 24) & 0x80).to(tl.int32), 0)
     else:

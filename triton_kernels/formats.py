@@ -53,13 +53,25 @@ def key_at(key, high):
 
 
 @triton.jit
-def draw(key, begin, lanes):
-    """Random bits of the elements `lanes` (less than 2^32) after `begin`, an index in the global tensor (int64)."""
-    low = begin.to(tl.uint32)
-    high = (begin >> 32).to(tl.uint32)
-    at = low + lanes.to(tl.uint32)
-    # The upper half of the index, and with it the key, may change in the middle of a block.
-    return fmix(at * _GOLDEN + tl.where(at < low, key_at(key, high + 1), key_at(key, high)))
+def _run_hash(key, index):
+    """What the elements have in common of the run of 64 that begins at an index, or that it is in."""
+    high = (index >> 32).to(tl.uint32)
+    return fmix((index.to(tl.uint32) >> 6) * _GOLDEN + key_at(key, high))
+
+
+@triton.jit
+def draw(key, firsts, lanes):
+    """Random bits of the elements of blocks.
+
+    Args:
+        key: Of the stream.
+        firsts: Where the blocks begin in the global tensor, int64, (blocks, 1). A block that begins in the middle of a
+            run of 64 ends in the next one.
+        lanes: The places within a block, (1, 64).
+    """
+    place = (firsts & 63).to(tl.uint32) + lanes.to(tl.uint32)
+    hashed = tl.where(place < 64, _run_hash(key, firsts), _run_hash(key, (firsts | 63) + 1))
+    return hashed + (place & 63) * _GOLDEN
 
 
 @triton.jit

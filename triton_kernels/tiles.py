@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import table as words
 from .arithmetic import root
-from .codes import decode_codes, encode_codes
+from .codes import decode_codes, encode_codes, fraction_of
 from .formats import (
     CODES,
     FLOAT32,
@@ -161,12 +161,12 @@ def store_state(
         else:
             roots = root(tl.abs(x))
         if ROUNDS:
-            bits = half_of(random, STATE) | 1
+            threshold = fraction_of(half_of(random, STATE))
         else:
-            bits = random * 0 + 0x8000
+            threshold = 0.5
         if not WHOLE:
             x = tl.where(place[2], x, 0.0)  # for the scale
-        codes, scale = encode_codes(x, roots, bits, ((SIGNS >> STATE) & 1) == 1)
+        codes, scale = encode_codes(x, roots, threshold, ((SIGNS >> STATE) & 1) == 1)
         store(address, codes, tl.uint8, place, WHOLE)
         first, at_scales, exists = scales
         at = tl.load(row + words.SCALES + STATE).to(tl.pointer_type(tl.uint8)) + first + at_scales

@@ -4,7 +4,7 @@
 
 #include "core/portable.h"
 #include "core/tensors.h"
-#include "cpu/blockwise_avx512.inl"
+#include "cpu/blockwise_lanes.inl"
 #include "storage/blockwise8.h"
 #include "storage/dense.h"
 #include "storage/master.h"
@@ -89,7 +89,7 @@ void decode_blocks(const uint8_t* codes, const uint8_t* scales, float* target, i
 
 // The largest magnitude of n numbers, as an integer: integers have the order of the numbers, with NaN above all.
 FUSEDOPT_FN uint32_t largest_of(const float* values, int n) {
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
   if (n == kBlock) return largest_of(load_block(values));
 #endif
   int32_t top = 0;
@@ -108,24 +108,19 @@ FUSEDOPT_FN void encode_run(const float* values, const float* roots, uint8_t* co
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
     const float size = float_of(bits_of(values[i]) & ~kSignBit);
-    const uint32_t bits = kHalfIndex < 0 ? kHalf : half_of(random[i], kHalfIndex) | 1u;
-    codes[i] = Square8<kSigned>::encode(values[i], kRoots ? roots[i] : root(size), scale, bits);
+    const float threshold = kHalfIndex < 0 ? kHalf : fraction_of(half_of(random[i], kHalfIndex));
+    codes[i] = Square8<kSigned>::encode(values[i], kRoots ? roots[i] : root(size), scale, threshold);
   }
 }
 
 template <bool kSigned, int kHalfIndex, bool kRoots>
 FUSEDOPT_FN void encode_whole_block(const float* values, const float* roots, uint8_t* codes, const BlockScale& scale,
                                     const uint32_t* random) {
-#if defined(__AVX512BW__)
-  BitBlock halves{};
-  if constexpr (kHalfIndex >= 0) halves = load_block(random);
-  if constexpr (kHalfIndex == 0) {
-    for (Bits& bits : halves.at) bits = _mm512_srli_epi32(bits, 16);
-  }
+#if defined(__AVX2__)
   const Draw draw(kHalfIndex < 0 ? Rounding::kNearest : Rounding::kStochastic);
-  const Bits encoded =
-      encode_block<kSigned, kRoots>(load_block(values), kRoots ? load_block(roots) : LaneBlock{}, scale, draw, halves);
-  _mm512_storeu_si512(codes, encoded);
+  const LoadedBits bits{kHalfIndex < 0 ? reinterpret_cast<const uint32_t*>(values) : random};  // or anything
+  encode_block<kSigned, kRoots>(load_block(values), kRoots ? load_block(roots) : LaneBlock{}, scale, draw, bits,
+                                kHalfIndex, codes);
 #else
   encode_run<kSigned, kHalfIndex, kRoots>(values, roots, codes, kBlock, scale, random);
 #endif

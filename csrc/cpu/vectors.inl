@@ -8,7 +8,7 @@
 
 #include "core/pairwise.h"
 #include "core/portable.h"
-#include "cpu/lanes_avx512.inl"
+#include "cpu/lanes.inl"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

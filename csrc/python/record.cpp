@@ -1,5 +1,7 @@
 #include "python/record.h"
 
+#include <algorithm>
+
 #include "core/portable.h"
 #include "storage/blockwise8.h"
 
@@ -24,14 +26,16 @@ bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::
 
 // How many elements of a parameter lie in a row that blocks of codes do not cross.
 int64_t row_of(const TensorView& param) {
-  return param.ndim < 2 || param.numel == 0 ? 0 : param.numel / param.shape[0];
+  if (param.ndim == 1) return param.numel;  // a flat buffer is one row
+  return param.ndim == 0 || param.numel == 0 ? 0 : param.numel / param.shape[0];
 }
 
 bool is_scales_of(const TensorView& scales, const TensorView& param) {
   if (param.numel == 0) return scales.dtype == DType::kUInt8 && scales.numel == 0;
   const int64_t row = row_of(param);
-  return row > 0 && scales.dtype == DType::kUInt8 && scales.ndim == 2 && scales.shape[0] == param.shape[0] &&
-         scales.shape[1] == divided_up(row, kBlock);
+  if (row == 0 || scales.dtype != DType::kUInt8 || scales.ndim != std::min(param.ndim, 2)) return false;
+  return scales.shape[scales.ndim - 1] == divided_up(row, kBlock) &&
+         (scales.ndim == 1 || scales.shape[0] == param.shape[0]);
 }
 
 // Whether they have a number for each row and each column of a parameter's matrices: those of its last two dimensions,
@@ -59,7 +63,7 @@ bool is_master_dtype(Master master, DType dtype) {
     case Master::kSplit24:
       return dtype == DType::kInt8;
     case Master::kSplit32:
-      return dtype == DType::kInt16;
+      return dtype == DType::kInt16 || dtype == DType::kBFloat16;
     case Master::kFloat32:
       return dtype == DType::kFloat32;
     case Master::kNone:
@@ -144,6 +148,8 @@ bool Record::describe_master(const ParamGroup& group, PyObject* object, const Te
   if (!read_beside(param, object, master_, view) || !same_shape(view, param)) return false;
   if (!is_master_dtype(group.master, view.dtype)) return false;
   desc.master = buffer_of(view);
+  // Kept as bfloat16 for the sake of collectives, which send no int16; what it holds are integers.
+  if (group.master == Master::kSplit32) desc.master.dtype = DType::kInt16;
   desc.master_format = group.master;
   return true;
 }

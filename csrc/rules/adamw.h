@@ -9,9 +9,9 @@
 //   m  = b1 m + (1 - b1) g              exp_avg
 //   v  = b2 v + ((1 - b2) g) g          exp_avg_sq
 //   u  = v, or max(u, v)                max_exp_avg_sq (kAmsgrad)
-//   p  = p - lr/(1 - b1^t) * (m / (sqrt(u) / sqrt(1 - b2^t) + eps))
+//   p  = p - lr/(1 - b1^t) * (m / (sqrt(u) * (1/sqrt(1 - b2^t)) + eps))
 //
-// in this order, every operation rounded to fp32.
+// in this order, every operation rounded to fp32; lr/(1 - b1^t) and 1/sqrt(1 - b2^t) in double, rounded once.
 #pragma once
 
 #include "rules/rule.h"
@@ -42,7 +42,7 @@ struct Adam {
     float weight_decay, decay;
     float beta1, one_minus_beta1;
     float beta2, one_minus_beta2;
-    float step_size, sqrt_bias2, eps;
+    float step_size, inverse_sqrt_bias2, eps;
   };
 
   static FUSEDOPT_FN Hyper derive(const Config& c, int64_t step) {
@@ -52,7 +52,7 @@ struct Adam {
         static_cast<float>(c.weight_decay), static_cast<float>(1.0 - c.lr * c.weight_decay),
         static_cast<float>(c.beta1),        static_cast<float>(1.0 - c.beta1),
         static_cast<float>(c.beta2),        static_cast<float>(1.0 - c.beta2),
-        static_cast<float>(c.lr / bias1),   static_cast<float>(root(bias2)),
+        static_cast<float>(c.lr / bias1),   static_cast<float>(1.0 / root(bias2)),
         static_cast<float>(c.eps),
     };
   }
@@ -71,7 +71,7 @@ struct Adam {
     F second = exp_avg_sq;
     if constexpr (kAmsgrad) second = s[2] = maximum(s[2], exp_avg_sq);
     const F rooted = root(second);
-    p = p - h.step_size * (exp_avg / (rooted / h.sqrt_bias2 + h.eps));
+    p = p - h.step_size * (exp_avg / (rooted * h.inverse_sqrt_bias2 + h.eps));
     return rooted;
   }
 };

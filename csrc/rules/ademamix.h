@@ -5,10 +5,11 @@
 //   m  = b1 m + (1 - b1) g              exp_avg
 //   m' = b3(t) m' + (1 - b3(t)) g       exp_avg_slow, not bias-corrected
 //   v  = b2 v + ((1 - b2) g) g          exp_avg_sq
-//   p  = p - lr ((m / (1 - b1^t) + alpha(t) m') / (sqrt(v) / sqrt(1 - b2^t) + eps))
+//   p  = p - lr ((m * (1/(1 - b1^t)) + alpha(t) m') / (sqrt(v) * (1/sqrt(1 - b2^t)) + eps))
 //
-// in this order, every operation rounded to fp32. alpha(t) grows linearly until t_alpha; b3(t) grows from
-// b1 until t_beta3 such that the half-life of m' grows linearly (section 3 of the paper).
+// in this order, every operation rounded to fp32; both reciprocals in double, rounded once. alpha(t) grows linearly
+// until t_alpha; b3(t) grows from b1 until t_beta3 such that the half-life of m' grows linearly (section 3 of the
+// paper).
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,7 @@ struct AdEMAMix {
     float beta1, one_minus_beta1;
     float beta2, one_minus_beta2;
     float beta3, one_minus_beta3;
-    float alpha, inverse_bias1, sqrt_bias2, eps;
+    float alpha, inverse_bias1, inverse_sqrt_bias2, eps;
   };
 
   static FUSEDOPT_FN double alpha_at(const Config& c, int64_t step) {
@@ -74,7 +75,7 @@ struct AdEMAMix {
         static_cast<float>(1.0 - beta3),
         static_cast<float>(alpha_at(c, step)),
         static_cast<float>(1.0 / (1.0 - power(c.beta1, step))),
-        static_cast<float>(root(1.0 - power(c.beta2, step))),
+        static_cast<float>(1.0 / root(1.0 - power(c.beta2, step))),
         static_cast<float>(c.eps),
     };
   }
@@ -89,7 +90,7 @@ struct AdEMAMix {
     exp_avg_sq = h.beta2 * exp_avg_sq + (h.one_minus_beta2 * g) * g;
     const F rooted = root(exp_avg_sq);
     const F mixed = exp_avg * h.inverse_bias1 + h.alpha * exp_avg_slow;
-    p = p * h.decay - h.lr * (mixed / (rooted / h.sqrt_bias2 + h.eps));
+    p = p * h.decay - h.lr * (mixed / (rooted * h.inverse_sqrt_bias2 + h.eps));
     return rooted;
   }
 };

@@ -5,14 +5,22 @@
 //   x = +- q^2 2^(s - 127)       q = 0..127 and a sign bit; or, where nothing is negative, q = 0..255
 //
 // Squares spread the codes over 4.2 (4.8) decades, which a variance needs; with a power of two as the
-// scale, encode and decode are exact but for the rounding of q. It is x that is rounded, not its root:
-// with R uniform, E[decode(encode(x))] = x. s = 0 is a block of zeros, so zeroed memory is the zero
-// state; s = 255 marks a block that held inf, NaN or a number above 3.36e38. All of that block decodes
-// to NaN, and nothing else does.
+// scale, encode and decode are exact but for the rounding of q. It is x that is rounded, not its root.
+// With t = |x| 2^(127 - s), the code is
 //
-// All of it is integer arithmetic or exact in fp32, whatever order a device chooses, except for the
-// root, which only has to be close: encode corrects a q that is one too small, and a q that is one too
-// large comes from an x that is within rounding of q^2.
+//   q      where q^2 <= t < (q + 1)^2 and t - q^2 <= R (2q + 1), in exact arithmetic
+//   q + 1  where t - q^2 > R (2q + 1)
+//
+// R = (2 r + 1) 2^-15 with 14 random bits r, so that E[decode(encode(x))] = x; or 1/2, to round to nearest. Where
+// nothing is negative, x > 0 never has the code 0: a variance never becomes zero while its mean is alive. s = 0 is a
+// block of zeros, so zeroed memory is the zero state; s = 255 marks a block that held inf, NaN or a number
+// above 3.36e38. All of that block decodes to NaN, and nothing else does.
+//
+// How q is found is left to each device: the nearest integer to any root whose error is below a third serves, if it
+// is then compared with t. In fp32, q^2 is exact, t - q^2 is where it is not negative, and so is R (2q + 1), whose
+// factors have 15 and 9 bits. t is, but for numbers too small to matter. Square8::encode takes a root that is correctly
+// rounded, or the product of one with root_units: cut to an integer, it is q, but for t so close to q^2 or (q + 1)^2
+// that the code is the same for every R (tests/storage/test_codes.py tries all of them).
 #pragma once
 
 #include "rules/rule.h"
@@ -22,13 +30,16 @@ namespace {
 
 constexpr int kBlock = 64;
 constexpr uint32_t kTooLarge = 0x7F7D0000u;  // magnitudes from here on spoil their block
-constexpr uint32_t kHalf = 0x8000u;          // R of rounding to nearest
+constexpr float kHalf = 0.5f;                // R of rounding to nearest
+
+// R of stochastic rounding, from 16 random bits.
+FUSEDOPT_FN float fraction_of(uint32_t bits) { return float_of(0x3F800100u | bits >> 2 << 9) - 1.0f; }
 
 // What encode needs of a block.
 struct BlockScale {
   uint32_t code;     // s
-  float to_units;    // 2^(127 - s + 15): |x| in units of 2^-15 of the smallest step
-  float root_units;  // 2^((127 - s) / 2): root |x| in units of q
+  float to_steps;    // 2^(127 - s)
+  float root_units;  // its root
 
   // Zero or not finite: all codes are 0.
   FUSEDOPT_FN bool is_special() const { return code == 0 || code == 255; }
@@ -60,18 +71,16 @@ struct Square8 {
     // 2^((127 - scale) / 2): the exponent halved, and root 2 where it was odd. 0x3504F3 are root 2's bits.
     const uint32_t twice = 127 + 254 - scale;
     const uint32_t root_units = ((twice >> 1) << 23) + (twice & 1) * 0x3504F3u;
-    return {scale, float_of((269 + kShift - exponent) << 23), float_of(root_units)};
+    return {scale, float_of((254 - scale) << 23), float_of(root_units)};
   }
 
-  // `root` is the square root of |x|; R has 16 bits and is odd, or kHalf.
-  static FUSEDOPT_FN uint8_t encode(float x, float root, const BlockScale& scale, uint32_t random) {
+  // `root` is the square root of |x|, `threshold` R.
+  static FUSEDOPT_FN uint8_t encode(float x, float root, const BlockScale& scale, float threshold) {
     const uint32_t u = bits_of(x);
-    const float size = float_of(u & 0x7FFFFFFFu) * scale.to_units;  // exact, or underflows to 0
-    const int32_t units = static_cast<int32_t>(size);
+    const float steps = float_of(u & 0x7FFFFFFFu) * scale.to_steps;
     int32_t q = static_cast<int32_t>(root * scale.root_units);
-    // Up if 2 (units - q^2 2^15) > R (2q + 1), rearranged to one multiplication; all fits 31 bits.
-    const int32_t r = static_cast<int32_t>(random);
-    q += units - (r >> 1) > q * ((q << 15) + r) ? 1 : 0;
+    const float below = static_cast<float>(q);
+    q += steps - below * below > threshold * (below + below + 1.0f) ? 1 : 0;
     if constexpr (kSigned) {
       return static_cast<uint8_t>(q | (q ? (u >> 24) & 0x80u : 0u));
     } else {

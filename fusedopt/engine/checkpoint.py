@@ -7,8 +7,10 @@ converted afterwards to what the param group asks for.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,22 +23,35 @@ from ..storage.quantization import decode, encode, scales_shape
 from ..storage.state import DTYPES, Slot, StateSpec, slots_of
 from . import sharding
 from .contract import Contract
+from .options import OWN_DEFAULTS
 
-# Which machine a run is on is not part of the run.
-_NOT_RESTORED = ("backend", "state_device", "stream_bytes", "reserve_bytes", "step_device", "host_threads")
+# Which machine a run is on, with which others it runs, and where its states are, is not part of the run.
+_NOT_RESTORED = (
+    "backend",
+    "grad_norm_group",
+    "state_device",
+    "stream_bytes",
+    "reserve_bytes",
+    "step_device",
+    "host_threads",
+)
 
 _MASTER_DTYPES = {
     "compensation": tuple(DTYPES.values()),
-    "master_low": (torch.int8, torch.int16),
+    "master_low": (torch.int8,),
+    "master_low16": (torch.bfloat16,),
     "master": (torch.float32,),
 }
 
 
 class _Kept:
-    """A tensor on its way through torch's load_state_dict, which looks into tensors, dicts and iterables."""
+    """What goes through torch's load_state_dict, which looks into tensors, dicts and iterables, as it is."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
+
+    def __deepcopy__(self, memo: object) -> _Kept:
+        return self
 
 
 def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
@@ -60,7 +75,7 @@ def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held:
             if spec.name in held or other not in held:
                 found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
                 raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
-            if param.dim() < 2 or spec.extent != "elements":
+            if param.dim() < 1 or spec.extent != "elements":
                 raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
             shape = param.shape if key == spec.codes else scales_shape(param.shape)
             _check_tensor(held, key, shape, (torch.uint8,), where)
@@ -116,6 +131,47 @@ def _check_tensor(
         raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}")
 
 
+def _renamed_masters(held: dict[str, Any]) -> dict[str, Any]:
+    """What split32 kept as int16, under the name of split24's, as it is kept now."""
+    low = held.get("master_low")
+    if not isinstance(low, Tensor) or low.dtype != torch.int16:
+        return held
+    rest = {key: value for key, value in held.items() if key != "master_low"}
+    return {**rest, "master_low16": sharding.with_dtype(low, torch.bfloat16)}
+
+
+# ---- saving ------------------------------------------------------------------------------------------
+
+
+def without_defaults(optimizer: Contract, packed: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups lack options that are ours alone and that were never set to anything else."""
+    if _is_flattened():
+        groups = [{k: None if k == "grad_norm_group" else v for k, v in g.items()} for g in packed["param_groups"]]
+        return {**packed, "param_groups": groups}
+    unset = {key for key, value in OWN_DEFAULTS.items() if optimizer.defaults[key] == value}
+
+    def is_told(key: str, value: Any) -> bool:
+        return key != "grad_norm_group" and (key not in unset or value != OWN_DEFAULTS[key])
+
+    groups = [{key: value for key, value in group.items() if is_told(key, value)} for group in packed["param_groups"]]
+    return {**packed, "param_groups": groups}
+
+
+def _is_flattened() -> bool:
+    """Whether torch.distributed.checkpoint asks for a state dict that it will flatten.
+
+    It looks for every key of param_groups in what it is to load then, and fails if one is missing.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False))
+        frame = frame.f_back
+    return False
+
+
 # ---- loading -----------------------------------------------------------------------------------------
 
 
@@ -133,7 +189,8 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
         merged.update({key: group[key] for key in _NOT_RESTORED})
-        filled.append(optimizer.checked_group(optimizer.translated_group(merged)))
+        checked = optimizer.checked_group(optimizer.translated_group(merged))
+        filled.append({**checked, "grad_norm_group": _Kept(checked["grad_norm_group"])})
     members = chain.from_iterable(((new, p) for p in group["params"]) for group, new in zip(groups, filled))
     ids = chain.from_iterable(group["params"] for group in saved_groups)
     state = dict(state_dict["state"])
@@ -142,7 +199,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             continue
         # Not from `state`, in which a parameter that is listed twice is wrapped already.
         held = {key: value for key, value in state_dict["state"][saved_id].items() if value is not None}
-        held = optimizer.translated(group, param, held)
+        held = _renamed_masters(optimizer.translated(group, param, held))
         check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         _check_complete(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
@@ -156,6 +213,8 @@ def restore(optimizer: Contract) -> None:
     targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
     groups: list[dict[str, Any]] = []  # of each of them
     for group in optimizer.param_groups:
+        if isinstance(group["grad_norm_group"], _Kept):
+            group["grad_norm_group"] = group["grad_norm_group"].tensor
         for param in group["params"]:
             held = optimizer.state.get(param)
             if held is None:
@@ -171,7 +230,7 @@ def restore(optimizer: Contract) -> None:
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue
-                sources = [_local_part(kept[key], param) for key in keys]
+                sources = [_local_part(kept[key], param, spec.dims_for(param.dim())) for key in keys]
                 for key in keys:
                     del held[key]
                 slots = slots_of(spec, group, param, sharding.local(param))
@@ -182,7 +241,7 @@ def restore(optimizer: Contract) -> None:
     for (held, param, slot, source), tensor in zip(targets, place(wanted)):
         tensor.copy_(source)
         is_step = slot.key == "step"
-        held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
 
 
 def _converted(spec: StateSpec, slots: list[Slot], sources: list[Tensor]) -> list[Tensor]:
@@ -214,11 +273,14 @@ def _masters(
     return []
 
 
-def _local_part(tensor: Tensor, param: Tensor) -> Tensor:
-    """What this rank holds of a state, which may come as a DTensor or whole."""
-    if sharding.is_dtensor(param) and not sharding.is_dtensor(tensor):
+def _local_part(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """What this rank holds of a state, which may come whole, or as a DTensor in any placements."""
+    if sharding.is_dtensor(param):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-        tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+        mesh, placements = param.device_mesh, sharding.placements_like(param, dims)  # type: ignore[attr-defined]
+        if not sharding.is_dtensor(tensor):
+            tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+        elif tensor.placements != placements:  # type: ignore[attr-defined]
+            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
     return sharding.local(tensor)

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from ..backends.base import Health
-from ..offload.stream import Streamer, is_streamed
-from ..reference.norm import clip, pairwise_sum, square_sums
+from ..backends.base import Health, Spread
+from ..offload.stream import Streamer, can_stream, is_streamed, on_device
+from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
+from ..storage.placement import Place
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
+from .collectives import Agreement, Meshes
+from .contract import Contract
 
 STREAMED = "streamed"  # the session of what is on a device and has its states on the host
 
@@ -38,6 +41,15 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
+def _nothing() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
+def _chunks_of(grad: Tensor) -> int:
+    """How many chunks the sum of squares of a gradient is taken in."""
+    return -(-grad.numel() * (2 if grad.is_complex() else 1) // CHUNK)
+
+
 def _base(tensor: Tensor) -> Tensor:
     """The same numbers as a Tensor, apart from autograd's graph."""
     tensor = tensor.detach()
@@ -47,6 +59,22 @@ def _base(tensor: Tensor) -> Tensor:
 def _is_plain_memory(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are what its memory holds, aligned to their size."""
     return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+# A param group, a parameter of it, and its gradient.
+Listed = tuple[dict[str, Any], Tensor, Tensor]
+
+
+class Ranks(NamedTuple):
+    """Other processes that step the same parameters, or other parts of them."""
+
+    agreement: Agreement
+    optimizer: Contract
+    meshes: Meshes
+
+    def total(self, sums: dict[tuple[Any, Any], float], found_inf: float) -> tuple[float, float]:
+        """See Agreement.total."""
+        return self.agreement.total(self.optimizer, self.meshes, sums, found_inf)
 
 
 class Member(NamedTuple):
@@ -66,6 +94,7 @@ class Gathered:
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
         takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
+        sums_over_shards: Whether rules take sums over whole parameters.
     """
 
     def __init__(
@@ -75,8 +104,11 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
+        sums_over_shards: bool = False,
     ) -> None:
         self._takes_sums = takes_sums
+        self._sums_over_shards = sums_over_shards
+        self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
         self.positions = positions
@@ -105,8 +137,25 @@ class Gathered:
             if positions is not None and len(positions) < len(params):
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
-            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
+            missed = session.collect(part, params, state)
+            if missed and not self._sums_over_shards:
+                missed = self._collect_shards(session, part, params, missed, state)
+            left += [self.member(part, entry) for entry in missed]
         return sorted(left)
+
+    def _collect_shards(
+        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
+    ) -> list[int]:
+        """Hands over the shards among those parameters; what is left of them all."""
+        shards, wrappers, others = sharding.as_they_lie(params, missed, state)
+        if not wrappers:
+            return missed
+        left = session.collect_shards(part, shards)
+        if left:
+            held = set(left)
+            wrappers = [wrapper for entry, wrapper in zip(shards.positions, wrappers) if entry not in held]
+        self._wrappers += wrappers
+        return sorted(others + left)
 
     def add(
         self,
@@ -115,8 +164,20 @@ class Gathered:
         grad: Tensor,
         held: dict[str, Tensor],
         candidates: Sequence[backends.Backend],
+        spread: Spread | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Hands a checked parameter to the first backend that takes it."""
+        """Hands a checked parameter to the first backend that takes it.
+
+        Args:
+            member: Its place in the lists.
+            param: The parameter, or what is held here of it.
+            grad: Its gradient.
+            held: Its state.
+            candidates: Backends, the best first.
+            spread: Where the rest of it is, if its rule takes sums over all of it.
+            place: Where `param` is in the whole, if it does not know that itself.
+        """
         local = sharding.local(param)
         if local is not param:
             self._wrappers.append(param)
@@ -129,11 +190,12 @@ class Gathered:
             group=member.part,
             position=member.entry,
             param=local,
-            grad=sharding.local(grad),
+            grad=sharding.local_grad(grad, param),
             states=tuple(tuple(sharding.local(held[key]) for key in spec.keys_in(held)) for spec in settings.states),
             step=held["step"],
             master=None if kind is None else sharding.local(held[masters.KEYS[kind]]),
-            first_index=sharding.first_index(param),
+            spread=spread,
+            **(place or sharding.place(param))._asdict(),
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
@@ -141,31 +203,20 @@ class Gathered:
                 continue
             session = self.sessions[backend.name]
             if is_streamed(entry):
-                if isinstance(session, DeviceSession):
-                    self._streamer.take(entry, session)
+                if isinstance(session, DeviceSession) and can_stream(entry):
+                    streamer = self.sessions[STREAMED]
+                    assert isinstance(streamer, Streamer)
+                    streamer.take(entry, session)
                     return
-                entry = self._on_device(entry)
+                entry = on_device(entry, self._copies)
             if session.add(entry):
                 return
-        raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
-
-    @property
-    def _streamer(self) -> Streamer:
-        session = self.sessions[STREAMED]
-        assert isinstance(session, Streamer)
-        return session
-
-    def _on_device(self, entry: ParamStep) -> ParamStep:
-        """A parameter with copies of its states where it is, for backends that stream nothing."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            copy = tensor.to(entry.param.device)
-            if copy is not tensor:
-                self._copies.append((tensor, copy))
-            return copy
-
-        states = tuple(tuple(moved(tensor) for tensor in held) for held in entry.states)
-        return replace(entry, states=states, master=None if entry.master is None else moved(entry.master))
+        names = " or ".join(repr(backend.name) for backend in candidates)
+        raise ValueError(
+            f"parameter {member.position} of group {member.group}, of shape {tuple(param.shape)}, cannot be stepped by "
+            f"backend={names} as it is sharded: its rule takes sums over the whole, or its shards are no evenly spread "
+            "runs of elements; use backend='auto'"
+        )
 
     def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
         """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
@@ -221,15 +272,11 @@ class Gathered:
         grad = _dense(grad.detach())
         return grad if keeps_own_precision(param) or grad.dtype in DTYPES.values() else grad.float()
 
-    def square_sum(self, grads: Iterable[Tensor]) -> float:
-        """The sum of squares of `grads`, which are all gradients in list order, before any multiplier."""
-        return float(pairwise_sum(self.square_sums(grads)).item())
-
-    def square_sums(self, grads: Iterable[Tensor]) -> Tensor:
-        """The same by reduction chunk, on the device of all gradients if there is one."""
+    def _chunk_sums(self, grads: list[Tensor]) -> list[Tensor]:
+        """The sums of squares of local gradients, in list order, before any multiplier: one tensor, or one of each."""
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
-            return active[0].square_sums()
+            return [active[0].square_sums()]
         apart = [
             s for s in active if isinstance(s, Streamer) or (isinstance(s, DeviceSession) and s.device() is not None)
         ]
@@ -237,19 +284,47 @@ class Gathered:
             sums: dict[tuple[int, int], Tensor] = {}
             for session in apart:
                 sums |= session.sums_by_place()
-            return torch.cat([sums[place].cpu() for place in sorted(sums)])
-        # list order runs across backends: the reference takes them all
-        parts = [square_sums(_dense(sharding.local(grad))).cpu() for grad in grads]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
+            return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
+        # List order runs across backends: the reference takes them all.
+        return [square_sums(_dense(grad)).cpu() for grad in grads]
+
+    def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
+        """The sums of squares by chunk of each gradient; all of them are here."""
+        grads = [sharding.local(grad) for _, _, grad in listed]
+        sums = self._chunk_sums(grads)
+        return list(torch.split(torch.cat(sums) if sums else _nothing(), [_chunks_of(grad) for grad in grads]))
+
+    def square_sum(self, listed: Iterable[Listed]) -> float:
+        """The sum of squares of gradients that are all here."""
+        sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
+        return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
+
+    def square_sums_by_place(self, meshes: Meshes, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
+        """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
+        grads: list[Tensor] = []
+        places: list[tuple[Any, Any] | None] = []
+        for group, param, grad in listed:
+            grads.append(sharding.local_grad(grad, param))
+            mesh = param.device_mesh if sharding.is_dtensor(param) else None  # type: ignore[attr-defined]
+            counts = mesh is None or meshes.counts_here(param)
+            places.append((mesh, group["grad_norm_group"]) if counts else None)
+        parts = self._chunk_sums(grads)
+        if len(parts) == 1:
+            parts = list(torch.split(parts[0], [_chunks_of(grad) for grad in grads]))
+        found: dict[tuple[Any, Any], list[Tensor]] = {}
+        for place, part in zip(places, parts):
+            if place is not None:
+                found.setdefault(place, []).append(part)
+        return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, grads: Iterable[Tensor], *, counts_health: bool = False
+        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
         Args:
             scaling: What gradients are multiplied by.
-            grads: All of them, in list order.
+            listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
 
         Returns:
@@ -261,24 +336,38 @@ class Gathered:
                 return {}, None
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
-        if len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None:
+        is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
+        if is_on_one and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
-            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)
+            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
             return self._by_member(counted), norm
-        multiplier, norm = self.multiplier(scaling, grads)
+        multiplier, norm = self.multiplier(scaling, listed)
         return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
 
-    def multiplier(self, scaling: Scaling, grads: Iterable[Tensor]) -> tuple[float | None, Tensor | None]:
-        """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices.
+    def _meets(self, scaling: Scaling) -> bool:
+        """Whether ranks have something to tell each other before they step, or will meet within the step."""
+        is_summed = self.ranks is not None and self.ranks.optimizer.takes_sums
+        return is_summed or scaling.max_grad_norm is not None or scaling.found_inf is not None
+
+    def multiplier(self, scaling: Scaling, listed: Iterable[Listed]) -> tuple[float | None, Tensor | None]:
+        """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices, and ranks.
 
         None, and nothing is to be stepped, if gradients were found not to be finite.
         """
-        if scaling.found_inf is not None and scaling.found_inf.item():
+        found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
+        square_sum = 0.0
+        if self.ranks is not None and self._meets(scaling):
+            clips = scaling.max_grad_norm is not None
+            sums = self.square_sums_by_place(self.ranks.meshes, listed) if clips else {}
+            square_sum, found_inf = self.ranks.total(sums, found_inf)
+        if found_inf:
             return None, None
         multiplier = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale.item())
         if scaling.max_grad_norm is None:
             return multiplier, None
-        multiplier, norm = clip(self.square_sum(grads), multiplier, scaling.max_grad_norm)
+        if self.ranks is None:
+            square_sum = self.square_sum(listed)
+        multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
         return multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..offload.homes import Wanted, place
 from ..storage import masters
 from ..storage.quantization import encode
 from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
-from . import checkpoint, reports, sharding
+from . import checkpoint, collectives, reports, sharding
 from .contract import Contract
 
 
@@ -84,8 +84,8 @@ def begin_anew(optimizer: Contract, listed: Sequence[list[int]], new: set[Tensor
                 held[key].zero_()
 
 
-def check_param(optimizer: Contract, group_index: int, position: int, max_grad_norm: float | None) -> None:
-    """Raises ValueError if a parameter that has a gradient cannot be stepped."""
+def check_param(optimizer: Contract, group_index: int, position: int) -> None:
+    """Raises ValueError if a parameter cannot be stepped, with the gradient that it has, if it has one."""
     group = optimizer.param_groups[group_index]
     param = group["params"][position]
     where = f"parameter {position} of group {group_index}"
@@ -95,22 +95,9 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
     grad = param.grad
     if param.device.type == "meta":
         raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
-    reason = None if grad.layout == torch.strided else optimizer.sparse_refusal(group)
-    if reason is not None or grad.layout not in (torch.strided, torch.sparse_coo):
-        raise ValueError(
-            f"{where} has a gradient of layout {grad.layout}, which cannot be stepped"
-            f"{'' if reason is None else ': ' + reason}; "
-            "use sparse=False or one of the sparse optimizers of torch.optim"
-        )
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping"
-        )
-    if grad.device != param.device or grad.is_complex() != param.is_complex():
-        raise ValueError(
-            f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
-        )
-    reason = sharding.refusal(param, max_grad_norm) or sharding.wrapper_refusal(param, grad)
+    if grad is not None:
+        _check_grad(optimizer, group, param, grad, where)
+    reason = sharding.refusal(param) or sharding.wrapper_refusal(param, param if grad is None else grad)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
     refusals = [
@@ -136,6 +123,56 @@ def check_param(optimizer: Contract, group_index: int, position: int, max_grad_n
     checkpoint.check_state(optimizer, group, param, optimizer.state.get(param, {}), where)
 
 
+def _check_grad(optimizer: Contract, group: dict[str, Any], param: Tensor, grad: Tensor, where: str) -> None:
+    reason = None if grad.layout == torch.strided else optimizer.sparse_refusal(group)
+    if reason is not None or grad.layout not in (torch.strided, torch.sparse_coo):
+        raise ValueError(
+            f"{where} has a gradient of layout {grad.layout}, which cannot be stepped"
+            f"{'' if reason is None else ': ' + reason}; "
+            "use sparse=False or one of the sparse optimizers of torch.optim"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{where} has a gradient of shape {tuple(grad.shape)}; clear it with zero_grad() after reshaping"
+        )
+    if sharding.is_dtensor(param) != sharding.is_dtensor(grad):
+        raise ValueError(
+            f"{where} is a {type(param).__name__} and its gradient a {type(grad).__name__}; both or neither must be "
+            "DTensors: distribute the gradient as the parameter is"
+        )
+    if grad.device != param.device or grad.is_complex() != param.is_complex():
+        raise ValueError(
+            f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
+        )
+
+
+def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None:
+    """Makes what is missing of the states of those parameters, all of which are checked first."""
+    wanted = []
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            if is_wanted(param):
+                check_param(optimizer, index, position)
+                wanted.append((index, param))
+    make_state(optimizer, wanted)
+
+
+def only_wants_state(optimizer: Contract) -> bool:
+    """Whether a step is asked for as torch.distributed.checkpoint does to have state: the first, lr and gradients 0.
+
+    A step that counted would leave `step` at 1 in an optimizer that has seen no gradient. torch asks with a learning
+    rate of 0 on the CPU; one on another device is not waited for.
+    """
+
+    def is_zero(lr: Any) -> bool:
+        return lr is not None and (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+    if any(optimizer.state.values()) or not all(is_zero(group["lr"]) for group in optimizer.param_groups):
+        return False
+    has_grads = any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+    return has_grads and not collectives.any_nonzero(optimizer.param_groups)
+
+
 def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bool:
     """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
     wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
@@ -159,7 +196,9 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         if first is not None:
             _begin(tensor, first)
         is_step = slot.key == "step"
-        optimizer.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        optimizer.state[param][slot.key] = (
+            tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
+        )
     if wanted:
         reports.warn_if_nothing_is_quantized(optimizer)
     return bool(wanted)

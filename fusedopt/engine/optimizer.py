@@ -6,20 +6,24 @@ import difflib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import Scaling, Session
-from ..backends.base import REFERENCES
+from ..backends.base import ASKING, REFERENCES
 from ..offload.homes import RESERVE_BYTES, uses_disk
 from ..offload.stream import STREAM_BYTES
-from . import checkpoint, compiled, members, reports
-from .gather import Gathered, all_sessions
-from .options import spell_out
+from . import checkpoint, compiled, members, reports, sharding
+from .collectives import Agreement, shard_sums
+from .gather import Gathered, Ranks, all_sessions
+from .options import note_own_defaults, spell_out
 from .partial import Partial
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Every optimizer's class by each of its NAMES; subclasses fill it as they are defined.
 CLASSES: dict[str, type[FusedOptimizer]] = {}
@@ -46,9 +50,18 @@ class FusedOptimizer(Partial):
         master_weights: What 16-bit parameters keep beside them so that small updates are not lost: "kahan" (2
             bytes), "split24" (1 byte), "split32" (2 bytes, exactly a float32 run), "float32" (4 bytes); None
             keeps nothing. float16 parameters take "float32" only. Others ignore it: they need none.
+        nonfinite: What becomes of weights whose step would leave inf, NaN or a number of 3.36e38 or more in them or
+            in their states: "propagate", as in torch, or "skip_block", which leaves them as they were, states included;
+            `health_report` counts them. With an 8-bit state, which such a number spoils for all of its block of 64,
+            the block is left; else the single weight. Not in optimizers that take means over a parameter. See
+            docs/options.md.
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
-            not. Gradients are not written to; the norm is left in `last_grad_norm`.
+            not. Gradients are not written to; the norm is left in `last_grad_norm`. Of DTensors it is that of the
+            whole, over all shards, with each replica counted once.
+        grad_norm_group: A process group over whose members the parameters of a param group are spread without being
+            DTensors of a mesh with all of them, such as the stages of a pipeline or experts: their part of the norm
+            is summed over it. Not saved in state dicts. None: this process, or the meshes of DTensors.
         state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
             the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
             have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
@@ -73,6 +86,7 @@ class FusedOptimizer(Partial):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         REFERENCES.update(cls.REFERENCES)
+        ASKING.update(cls.ASKING)
         if "NAMES" in cls.__dict__:
             CLASSES.update(dict.fromkeys(cls.NAMES, cls))
         if "__init__" in cls.__dict__:
@@ -96,6 +110,7 @@ class FusedOptimizer(Partial):
         min_quantized_numel: int = 4096,
         rounding: str | None = None,
         master_weights: str | None = None,
+        nonfinite: str = "propagate",
         seed: int = 0,
         max_grad_norm: float | None = None,
         state_device: str | None = None,
@@ -103,6 +118,7 @@ class FusedOptimizer(Partial):
         reserve_bytes: int = RESERVE_BYTES,
         step_device: str | None = None,
         host_threads: int | None = None,
+        grad_norm_group: ProcessGroup | None = None,
         backend: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -126,6 +142,7 @@ class FusedOptimizer(Partial):
             "min_quantized_numel": min_quantized_numel,
             "rounding": rounding,
             "master_weights": master_weights,
+            "nonfinite": nonfinite,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "state_device": state_device,
@@ -133,6 +150,7 @@ class FusedOptimizer(Partial):
             "reserve_bytes": reserve_bytes,
             "step_device": step_device,
             "host_threads": host_threads,
+            "grad_norm_group": grad_norm_group,
             "backend": backend,
         }
         super().__init__(params, self.checked_group(defaults))
@@ -202,16 +220,21 @@ class FusedOptimizer(Partial):
                 self._take_whole_step()
 
     def _take_whole_step(self) -> None:
+        if members.only_wants_state(self):
+            members.init_state(self, lambda param: param.grad is not None)
+            return
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+        meshes = self._agreement().meshes(self)
+        if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
+        ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
         if self._uses_host():
             counts, norm = self._step_on_host(scaling)
-        elif uses_disk(self.param_groups) and not self._repeats:
+        elif uses_disk(self.param_groups) and not self._repeats and ranks is None:
             counts, norm = self._step_in_windows(scaling)
         else:
-            counts, norm = self._step_some(None, scaling)
+            counts, norm = self._step_some(None, scaling, ranks=ranks)
         if norm is not None:
             self.last_grad_norm = norm
         self._count_step(counts)
@@ -222,6 +245,11 @@ class FusedOptimizer(Partial):
             self._session_cache = all_sessions()
         return self._session_cache
 
+    def _agreement(self) -> Agreement:
+        if "_agreement_cache" not in self.__dict__:
+            self._agreement_cache = Agreement()
+        return self._agreement_cache
+
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
         """Everything that this step touches, or what is at these positions of each group, checked.
 
@@ -230,17 +258,24 @@ class FusedOptimizer(Partial):
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
         self._streamer().stream_bytes = max((group["stream_bytes"] for group in self.param_groups), default=0)
-        gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
+        gathered = Gathered(
+            self._sessions(),
+            groups,
+            positions,
+            takes_sums=max_grad_norm is not None,
+            sums_over_shards=self.takes_sums,
+        )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
         for member in left:
-            members.check_param(self, member.group, member.position, max_grad_norm)
+            members.check_param(self, member.group, member.position)
         if members.make_state(self, ((m.group, self.param_groups[m.group]["params"][m.position]) for m in left)):
             left = gathered.collect(self.param_groups, self.state)
         for member in left:
             param = self.param_groups[member.group]["params"][member.position]
-            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
+            spread = shard_sums(self, self.param_groups[member.group], param)
+            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group), spread)
         return gathered
 
     def _init_group(
@@ -254,8 +289,9 @@ class FusedOptimizer(Partial):
         """Appends a group's tensors to the lists, making missing state.
 
         Returns:
-            Each parameter's layout, a colon, and the keys of what it appended to `states`, joined by commas;
-            parameters by semicolons. One string, because torch.compile takes what this returns for a constant.
+            Of each parameter, joined by colons: its layout; the keys of what it appended to `states`, joined by
+            commas; its position if it is a DTensor. Parameters are joined by semicolons. One string, because
+            torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -264,7 +300,7 @@ class FusedOptimizer(Partial):
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
         for position in positions:
-            members.check_param(self, index, position, group["max_grad_norm"])
+            members.check_param(self, index, position)
         members.make_state(self, ((index, group["params"][position]) for position in positions))
         if group["max_grad_norm"] is not None and self.last_grad_norm is None:
             self.last_grad_norm = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
@@ -274,10 +310,24 @@ class FusedOptimizer(Partial):
             grads.append(param.grad)
             held = self.state[param]
             own = checkpoint.state_keys(self, group, param, held)
-            keys.append(self.layout_of(group, param) + ":" + ",".join(own))
+            where = str(position) if sharding.is_dtensor(param) else ""
+            keys.append(":".join((self.layout_of(group, param), ",".join(own), where)))
             states.extend(held[key] for key in own)
             steps.append(held["step"])
         return ";".join(keys)
+
+    @torch.no_grad()
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def init_state(self) -> None:
+        """Makes the state of all parameters that require gradients, as their first step would, and steps nothing.
+
+        For what wants state before there is a gradient, such as templates for torch.distributed.checkpoint.
+
+        Raises:
+            ValueError: A parameter cannot be stepped. Nothing has changed then.
+        """
+        with self._lock:
+            members.init_state(self, lambda param: param.requires_grad)
 
     # ---- reports ---------------------------------------------------------------------------------
 
@@ -308,12 +358,21 @@ class FusedOptimizer(Partial):
     # ---- checkpoints -----------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict, as torch.optim.
+
+        Options that torch's optimizers do not have stand in its groups only where they differ from their defaults. So
+        distributed checkpoints of torch's optimizers load into ours, and ours into later versions with more options.
+        """
+        return checkpoint.without_defaults(self, super().state_dict())
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch.optim's optimizer of the same name.
 
-        Hyperparameters come from the state dict, as in torch; `backend`, and what a state dict of torch's
-        does not have, stay as they are here. States are converted to the group's `state_dtype`, not to
-        the parameter's dtype.
+        Hyperparameters come from the state dict, as in torch; `backend`, and what does not stand in a state dict, as
+        options of ours in one of torch's, stay as they are here. States are converted to the group's `state_dtype`,
+        not to the parameter's dtype.
 
         Raises:
             ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
@@ -332,3 +391,6 @@ class FusedOptimizer(Partial):
                 group.setdefault(key, value)
         self._repeats = members.repeats(self.param_groups)
         checkpoint.restore(self)
+
+
+note_own_defaults(FusedOptimizer.__init__)

@@ -6,6 +6,8 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..storage.state import StateDtype, StateRounding
 
 
@@ -27,6 +29,7 @@ class Options(TorchFlags, total=False):
     min_quantized_numel: int
     rounding: str | None
     master_weights: str | None
+    nonfinite: str
     seed: int
     max_grad_norm: float | None
     state_device: str | None
@@ -34,7 +37,19 @@ class Options(TorchFlags, total=False):
     reserve_bytes: int
     step_device: str | None
     host_threads: int | None
+    grad_norm_group: ProcessGroup | None
     backend: str
+
+
+# What stands in no torch optimizer's param groups, by its default; filled by FusedOptimizer.
+OWN_DEFAULTS: dict[str, Any] = {}
+
+
+def note_own_defaults(base: Any) -> None:
+    """Fills OWN_DEFAULTS from the signature of `base`, the constructor of FusedOptimizer."""
+    own = Options.__annotations__.keys() - TorchFlags.__annotations__.keys()
+    parameters = inspect.signature(base).parameters
+    OWN_DEFAULTS.update({name: parameters[name].default for name in parameters if name in own})
 
 
 def spell_out(init: Any, base: Any) -> None:

@@ -16,10 +16,10 @@ from ..offload.disk import read_ahead, windows
 from ..offload.host import HostSide, Inner
 from ..offload.host import windows as windows_of
 from ..offload.stream import Streamer
-from ..reference.norm import CHUNK, clip, pairwise_sum
+from ..reference.norm import clip, pairwise_sum
 from . import members, reports
 from .contract import Contract
-from .gather import STREAMED, Gathered, let_go
+from .gather import STREAMED, Gathered, Listed, Ranks, let_go
 
 
 class Partial(Contract):
@@ -123,7 +123,11 @@ class Partial(Contract):
         """Called before parameters are stepped, their gradients at hand."""
 
     def _step_some(
-        self, listed: Sequence[list[int]] | None, scaling: Scaling, multiplier: float | None = None
+        self,
+        listed: Sequence[list[int]] | None,
+        scaling: Scaling,
+        multiplier: float | None = None,
+        ranks: Ranks | None = None,
     ) -> tuple[Health, Tensor | None]:
         """Steps all parameters, or those that are listed first at these positions of each group.
 
@@ -131,6 +135,7 @@ class Partial(Contract):
             listed: Positions by group; None for all.
             scaling: What gradients are multiplied by.
             multiplier: What they are multiplied by instead.
+            ranks: Other processes that step the same parameters, or other parts of them.
 
         Returns:
             What was counted, and the norm of their gradients if they were clipped to it.
@@ -149,11 +154,12 @@ class Partial(Contract):
                 if number > 0 and places is not None:
                     members.begin_anew(self, places, new)
                 gathered = self._gather(places)
+                gathered.ranks = ranks if number == 0 else None
                 if len(rounds) == 1 and multiplier is None:
-                    found, norm = gathered.step(scaling, self._grads(places), counts_health=self._health is not None)
+                    found, norm = gathered.step(scaling, self._listed(places), counts_health=self._health is not None)
                 else:
                     if multiplier is None:  # once: a gradient counts once in the norm, however often it is listed
-                        multiplier, norm = gathered.multiplier(scaling, self._grads(places))
+                        multiplier, norm = gathered.multiplier(scaling, self._listed(places))
                     if multiplier is None:
                         break
                     found = gathered.step_times(multiplier, counts_health=self._health is not None)
@@ -169,19 +175,16 @@ class Partial(Contract):
             side, inner = self._on_host()
             return side.square_sums(inner, self._params(listed), list(listed))
         try:
-            gathered = self._gather(listed)
-            grads = list(self._grads(listed))
-            sizes = [grad.numel() * (2 if grad.is_complex() else 1) for grad in grads]
-            return list(torch.split(gathered.square_sums(grads), [-(-size // CHUNK) for size in sizes]))
+            return self._gather(listed).square_sums(self._listed(listed))
         finally:
             let_go(self._sessions())
 
     def _params(self, listed: Sequence[list[int]]) -> list[Tensor]:
         return [group["params"][i] for group, places in zip(self.param_groups, listed) for i in places]
 
-    def _grads(self, listed: Sequence[list[int]] | None) -> Iterator[Tensor]:
-        """The gradients at these positions, or all, in list order."""
+    def _listed(self, listed: Sequence[list[int]] | None) -> Iterator[Listed]:
+        """What has a gradient at these positions, or anywhere, in list order."""
         for index, group in enumerate(self.param_groups):
             params = group["params"]
             chosen = params if listed is None else (params[i] for i in listed[index])
-            yield from (param.grad for param in chosen if param.grad is not None)
+            yield from ((group, param, param.grad) for param in chosen if param.grad is not None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..engine import checkpoint, sharding
 from ..engine.optimizer import FusedOptimizer
@@ -59,7 +60,7 @@ def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states:
 
 def written(optimizer: FusedOptimizer, package: str, settings: Settings, states: States) -> dict[str, Any]:
     """Our state dict with another package's settings and states."""
-    packed = optimizer.state_dict()
+    packed = Optimizer.state_dict(optimizer)  # with all settings, whatever their defaults
     groups = []
     for i, group in enumerate(packed["param_groups"]):
         others = {key: deepcopy(value) for key, value in group.items() if key not in optimizer.defaults}
@@ -101,7 +102,7 @@ def dense(specs: Sequence[StateSpec], param: Tensor, held: dict[str, Any]) -> di
             value = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
         else:
             continue
-        found[spec.name] = sharding.like_param(value, param, spec.shape_for(param.shape))
+        found[spec.name] = sharding.like_param(value, param, spec.shape_for(param.shape), spec.dims_for(param.dim()))
     return found
 
 

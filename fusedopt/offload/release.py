@@ -71,6 +71,11 @@ def release_gradients(
         raise ValueError(
             f"clip={clip!r} would take the norm of this process's shards of DTensors alone; leave max_grad_norm out"
         )
+    if optimizer.takes_sums and any(hasattr(param, "placements") for param in params):
+        raise ValueError(
+            f"{type(optimizer).__name__} sums over the shards of DTensors, for which all processes have to step a "
+            "parameter at the same time, and gradients come in an order of their own; do not release them"
+        )
     check_reducers(params)
     optimizer._release = Release(optimizer, bucket_numel, clip, loss_scale)
     return optimizer._release

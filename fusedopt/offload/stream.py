@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..backends import DeviceSession, GroupStep, ParamStep, Scaling
+from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Shards
 from ..backends.base import Health
-from ..backends.device import Scalars, lr_on
-from ..backends.eager import count_health, weights
+from ..backends.device import Scalars, copy, lr_on
+from ..backends.eager import count_health, step_param, weights
 from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
 from .homes import slabs_of
@@ -22,6 +22,11 @@ from .runtime import Runtime, runtime_of
 
 STREAM_BYTES = 64 << 20
 _SLOTS = 2
+
+
+def can_stream(entry: ParamStep) -> bool:
+    """Whether a parameter is here as a whole; shards have states beside them."""
+    return entry.segment == 0 and entry.indices is None and entry.spread is None
 
 
 def is_streamed(entry: ParamStep) -> bool:
@@ -77,6 +82,9 @@ class Streamer:
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        return list(shards.positions)
 
     def add(self, entry: ParamStep) -> bool:
         return False  # not by itself
@@ -175,12 +183,19 @@ class Streamer:
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
         health: Health = {}
         for device, entries in self._entries.items():
-            before = [weights(self._groups[e.group], _on_device(e)).clone() for e in entries] if counts_health else []
+            before = (
+                [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if counts_health else []
+            )
+            skips = [counts_health and self._groups[e.group].skips_blocks for e in entries]
+            shadows = [copy(on_device(e, [])) if skip else None for e, skip in zip(entries, skips)]
             self._stream(device, list(grad_multipliers))
             if before:
                 self.wait()
-            for entry, held in zip(entries, before):
-                counts = count_health(self._groups[entry.group], _on_device(entry), held)
+            for entry, held, shadow in zip(entries, before, shadows):
+                group, skipped = self._groups[entry.group], 0
+                if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
+                    skipped = step_param(group, shadow, grad_multipliers[entry.group])
+                counts = count_health(group, on_device(entry, []), held, skipped)
                 health[entry.group, entry.position] = counts
         self.traffic.steps += 1
         return health
@@ -243,8 +258,14 @@ def _of_piece(entry: ParamStep, piece: Piece, step: Tensor | None) -> ParamStep:
     )
 
 
-def _on_device(entry: ParamStep) -> ParamStep:
-    """The same with copies of its states where the parameter is."""
-    device = entry.param.device
-    states = tuple(tuple(tensor.to(device) for tensor in held) for held in entry.states)
-    return replace(entry, states=states, master=None if entry.master is None else entry.master.to(device))
+def on_device(entry: ParamStep, copies: list[tuple[Tensor, Tensor]]) -> ParamStep:
+    """The same with copies of its states where the parameter is; each is added to `copies` with what it is of."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        copy = tensor.to(entry.param.device)
+        if copy is not tensor:
+            copies.append((tensor, copy))
+        return copy
+
+    states = tuple(tuple(moved(tensor) for tensor in held) for held in entry.states)
+    return replace(entry, states=states, master=None if entry.master is None else moved(entry.master))

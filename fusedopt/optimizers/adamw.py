@@ -130,12 +130,19 @@ class AdamW(Adam):
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {
         "adamw": {},
         "adamw_torch": {},
-        "adamw_torch_fused": {},
+        "adamw_torch_fused": {"fused": True},
+        "adamw_torch_npu_fused": {},
+        "adamw_torch_xla": {},
+        "adamw_torch_4bit": {"state_dtype": "8bit"},
+        "adamw_torch_8bit": {"state_dtype": "8bit"},
         "adamw_bf16": {"state_dtype": "bfloat16"},
         "adamw_8bit": {"state_dtype": "8bit"},
         "adamw_bnb_8bit": {"state_dtype": "8bit"},
         "paged_adamw_32bit": {"state_device": "cpu"},
         "paged_adamw_8bit": {"state_dtype": "8bit", "state_device": "cpu"},
+    }
+    NOTES: ClassVar[dict[str, str]] = {
+        "adamw_torch_4bit": "state is kept in 8 bits, not in 4: there is no smaller format here"
     }
 
     def __init__(

@@ -40,7 +40,10 @@ class AnyPrecisionAdamW(AdamW):
         TypeError: An argument is unknown or of the wrong type.
     """
 
-    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adamw_anyprecision": {}}
+    # The name is of transformers' Trainer, whose defaults are not torchdistX's.
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {
+        "adamw_anyprecision": {"momentum_dtype": "float32", "variance_dtype": "float32"}
+    }
 
     def __init__(
         self,

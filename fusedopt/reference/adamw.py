@@ -51,7 +51,7 @@ def adam(
     bias1 = 1.0 - power(beta1, step)
     bias2 = 1.0 - power(beta2, step)
     step_size = rounded(lr / bias1, param)
-    sqrt_bias2 = rounded(math.sqrt(bias2), param)
+    inverse_sqrt_bias2 = rounded(1.0 / math.sqrt(bias2), param)
 
     if decoupled_weight_decay:
         param = param * rounded(1.0 - lr * weight_decay, param)
@@ -64,7 +64,7 @@ def adam(
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
 
-    param = param - step_size * (exp_avg / (root(second) / sqrt_bias2 + rounded(eps, param)))
+    param = param - step_size * (exp_avg / (root(second) * inverse_sqrt_bias2 + rounded(eps, param)))
 
     if max_exp_avg_sq is not None:
         return param, exp_avg, exp_avg_sq, max_exp_avg_sq

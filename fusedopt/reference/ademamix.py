@@ -68,13 +68,13 @@ def ademamix(
     """
     beta3 = beta3_at(step, beta1, beta3, t_beta3)
     inverse_bias1 = rounded(1.0 / (1.0 - power(beta1, step)), param)
-    sqrt_bias2 = rounded(math.sqrt(1.0 - power(beta2, step)), param)
+    inverse_sqrt_bias2 = rounded(1.0 / math.sqrt(1.0 - power(beta2, step)), param)
 
     exp_avg = rounded(beta1, param) * exp_avg + rounded(1.0 - beta1, param) * grad
     exp_avg_slow = rounded(beta3, param) * exp_avg_slow + rounded(1.0 - beta3, param) * grad
     exp_avg_sq = rounded(beta2, param) * exp_avg_sq + (rounded(1.0 - beta2, param) * grad) * grad
 
     mixed = exp_avg * inverse_bias1 + rounded(alpha_at(step, alpha, t_alpha), param) * exp_avg_slow
-    update = mixed / (root(exp_avg_sq) / sqrt_bias2 + rounded(eps, param))
+    update = mixed / (root(exp_avg_sq) * inverse_sqrt_bias2 + rounded(eps, param))
     param = param * rounded(1.0 - lr * weight_decay, param) - rounded(lr, param) * update
     return param, exp_avg, exp_avg_slow, exp_avg_sq

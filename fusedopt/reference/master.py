@@ -23,7 +23,7 @@ def join(kind: str, param: Tensor, master: Tensor) -> Tensor:
         code = param.view(torch.int16)
         return torch.where((code == down) | (code == up), master, param.float())
     high = param.view(torch.int16).int() << 16
-    low = master.int() << 8 if kind == "split24" else master.int()
+    low = master.int() << 8 if kind == "split24" else master.view(torch.int16).int()
     return (high + low).view(torch.float32)
 
 
@@ -52,7 +52,7 @@ def split(kind: str, weights: Tensor, param: Tensor, master: Tensor, bits: Tenso
     high = (code + 0x8000) >> 16
     low = code - (high << 16)
     shown = high.to(torch.int16).view(torch.bfloat16)
-    return shown, (low >> 8).to(torch.int8) if kind == "split24" else low.to(torch.int16)
+    return shown, (low >> 8).to(torch.int8) if kind == "split24" else low.to(torch.int16).view(master.dtype)
 
 
 def _cast(values: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:

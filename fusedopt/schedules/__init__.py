@@ -11,7 +11,23 @@ scheduler = get_scheduler(schedule, optimizer, num_training_steps=10_000)
 
 from .compose import Constant, Decay, Product, Sequence, Warmup, constant, decay, warmup
 from .feedback import Feedback, Greedy, Guided, Plateau, mode_of_metric
+from .functions import (
+    get_adafactor_schedule,
+    get_constant_schedule,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
+    get_greedy_schedule,
+    get_inverse_sqrt_schedule,
+    get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_reduce_on_plateau_schedule,
+    get_wsd_schedule,
+)
 from .gradients import GradientNorm, GradientSparsity, gradient_sparsity
+from .greedy import GreedyLR
 from .measured import GradientLR, MetricLR
 from .named import (
     ConstantWithWarmup,
@@ -41,6 +57,7 @@ __all__ = [
     "GradientNorm",
     "GradientSparsity",
     "Greedy",
+    "GreedyLR",
     "Guided",
     "InverseSqrt",
     "Linear",
@@ -56,7 +73,20 @@ __all__ = [
     "constant",
     "create_schedule",
     "decay",
+    "get_adafactor_schedule",
+    "get_constant_schedule",
+    "get_constant_schedule_with_warmup",
+    "get_cosine_schedule_with_warmup",
+    "get_cosine_with_hard_restarts_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup",
+    "get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
+    "get_greedy_schedule",
+    "get_inverse_sqrt_schedule",
+    "get_linear_schedule_with_warmup",
+    "get_polynomial_decay_schedule_with_warmup",
+    "get_reduce_on_plateau_schedule",
     "get_scheduler",
+    "get_wsd_schedule",
     "gradient_sparsity",
     "mode_of_metric",
     "schedule_names",

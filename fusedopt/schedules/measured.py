@@ -284,7 +284,7 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         state = {**self.state, **{key: theirs[key] for key in self.state if key in theirs}, "lrs": lrs}
         state.update({key: value for key, value in theirs.get("_streaming_avg", {}).items() if key in state})
         return {
-            **self.state_dict(),
+            **MetricLR.state_dict(self),
             "last_epoch": checks.whole("last_epoch", theirs["last_epoch"]),
             "_step_count": theirs["last_epoch"] + 1,
             "_last_lr": theirs["_last_lr"],

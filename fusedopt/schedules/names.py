@@ -60,7 +60,7 @@ def get_scheduler(
     """
     if isinstance(name, (str, enum.Enum)):
         kwargs = scheduler_specific_kwargs or {}
-        schedule: Any = _by_name(str(getattr(name, "value", name)), num_warmup_steps, num_training_steps, kwargs)
+        schedule: Any = named_schedule(str(getattr(name, "value", name)), num_warmup_steps, num_training_steps, kwargs)
     else:
         schedule = name
         for argument, value in (
@@ -76,9 +76,8 @@ def get_scheduler(
     return (scheduler_of if isinstance(schedule, (Feedback, Guided)) else ScheduleLR)(optimizer, schedule)
 
 
-def _by_name(
-    name: str, num_warmup_steps: Any, num_training_steps: Any, kwargs: dict[str, Any]
-) -> Schedule | Feedback | Guided:
+def named_schedule(name: str, num_warmup_steps: Any, num_training_steps: Any, kwargs: dict[str, Any]) -> Any:
+    """The schedule, or the rule with its warmup, that a name and transformers' arguments stand for."""
     if name not in scheduler_names():
         raise ValueError(
             f"name={name!r} is no scheduler{checks.closest(name, scheduler_names())}; "

@@ -11,8 +11,9 @@ from .. import checks
 from .state import DTYPES, ROUNDINGS, Slot
 
 # What is kept, under which key. The kinds are those of Master in csrc/core/tensors.h.
-KEYS = {"kahan": "compensation", "split24": "master_low", "split32": "master_low", "float32": "master"}
-_DTYPES = {"split24": torch.int8, "split32": torch.int16, "float32": torch.float32}
+KEYS = {"kahan": "compensation", "split24": "master_low", "split32": "master_low16", "float32": "master"}
+# The 16 bits of split32 are an integer. They are kept under a dtype that collectives send: gloo and NCCL know no int16.
+_DTYPES = {"split24": torch.int8, "split32": torch.bfloat16, "float32": torch.float32}
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 

@@ -101,10 +101,11 @@ def test_operator_declares_what_it_mutates() -> None:
             "hyper_names": ["beta1,beta2,eps,weight_decay"],
             "hyper_values": [0.9, 0.99, 1e-8, 0.1],
             "states": ["exp_avg-,exp_avg_sq+"],
-            "state_keys": [":exp_avg,exp_avg_sq;:exp_avg,exp_avg_sq"],
+            "state_keys": [":exp_avg,exp_avg_sq:;:exp_avg,exp_avg_sq:"],
             "roundings": ["nearest,nearest"],
             "seed": [0],
             "maximize": [False],
+            "skips_blocks": [False],
             "rounding": ["nearest"],
             "master": [""],
             "backends": ["auto"],
@@ -142,3 +143,12 @@ def test_what_compiled_steps_keep_lives_with_their_optimizer() -> None:
             assert len(sessions["cpu"]) == 0  # it holds no gradient
         assert optimizer.__dict__["_session_cache"] is sessions
     assert_same_run(*optimizers)
+
+
+def test_the_operator_takes_all_of_a_groups_settings() -> None:
+    from dataclasses import fields
+
+    from fusedopt.backends import GroupStep
+    from fusedopt.engine.compiled import _COLUMNS
+
+    assert {field.name for field in fields(GroupStep)} == {*_COLUMNS, "hyper", "lr"}

@@ -56,7 +56,7 @@ def test_schedule_reports_the_learning_rates_and_changes_nothing(master: str | N
     params = [group["params"][0] for group in optimizer.param_groups]
     weights = params[0].detach().float()
     if master:
-        held = optimizer.state[params[0]]["master_low"]
+        held = optimizer.state[params[0]]["master_low16"]
         weights = fusedopt.reference.master.join(master, params[0].detach(), held)
     assert schedule.get_last_lr() == pytest.approx([4e-6 * rms(weights), 1e-2, 1e-2], rel=1e-12)
     # through a checkpoint, into a new process

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cases import make_params, train
@@ -12,16 +14,23 @@ import fusedopt
 EXPECTED = {
     "adamw": (fusedopt.AdamW, {}),
     "adamw_torch": (fusedopt.AdamW, {}),
-    "adamw_torch_fused": (fusedopt.AdamW, {}),
-    "adamw_anyprecision": (fusedopt.AnyPrecisionAdamW, {}),
+    "adamw_torch_fused": (fusedopt.AdamW, {"fused": True}),
+    "adamw_torch_npu_fused": (fusedopt.AdamW, {}),
+    "adamw_torch_xla": (fusedopt.AdamW, {}),
+    "adamw_torch_4bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
+    "adamw_torch_8bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
+    "adamw_anyprecision": (
+        fusedopt.AnyPrecisionAdamW,
+        {"state_dtype": {"exp_avg": "float32", "exp_avg_sq": "float32"}, "compensation_buffer_dtype": "bfloat16"},
+    ),
     "adamw_bf16": (fusedopt.AdamW, {"state_dtype": "bfloat16"}),
     "adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
     "adamw_bnb_8bit": (fusedopt.AdamW, {"state_dtype": "8bit"}),
     "adam": (fusedopt.Adam, {}),
     "adam_8bit": (fusedopt.Adam, {"state_dtype": "8bit"}),
     "lion": (fusedopt.Lion, {}),
-    "lion_32bit": (fusedopt.Lion, {}),
-    "lion_8bit": (fusedopt.Lion, {"state_dtype": "8bit"}),
+    "lion_32bit": (fusedopt.Lion, {"betas": (0.9, 0.999)}),
+    "lion_8bit": (fusedopt.Lion, {"betas": (0.9, 0.999), "state_dtype": "8bit"}),
     "ademamix": (fusedopt.AdEMAMix, {}),
     "ademamix_8bit": (fusedopt.AdEMAMix, {"state_dtype": "8bit"}),
     "rmsprop": (fusedopt.RMSprop, {}),
@@ -29,7 +38,7 @@ EXPECTED = {
     "rmsprop_bnb": (fusedopt.RMSprop, {}),
     "rmsprop_bnb_8bit": (fusedopt.RMSprop, {"state_dtype": "8bit"}),
     "rmsprop_bnb_32bit": (fusedopt.RMSprop, {}),
-    "adafactor": (fusedopt.Adafactor, {}),
+    "adafactor": (fusedopt.Adafactor, {"scale_parameter": False, "relative_step": False}),
     "adagrad": (fusedopt.Adagrad, {}),
     "sgd": (fusedopt.SGD, {}),
     "paged_adamw_32bit": (fusedopt.AdamW, {"state_device": "cpu"}),
@@ -43,13 +52,12 @@ EXPECTED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:adamw_torch_4bit")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_name_makes_its_optimizer(name: str) -> None:
     cls, implied = EXPECTED[name]
     params = make_params([(64, 64)], torch.float32)
-    # Unless told otherwise, Adafactor has a learning rate of its own.
-    more = {"scale_parameter": False, "relative_step": False} if name == "adafactor" else {}
-    optimizer = fusedopt.create_optimizer(name, params, lr=1e-3, **more)
+    optimizer = fusedopt.create_optimizer(name, params, lr=1e-3)
     assert type(optimizer) is cls
     assert optimizer.defaults["lr"] == 1e-3
     for key, value in implied.items():
@@ -59,11 +67,21 @@ def test_every_name_makes_its_optimizer(name: str) -> None:
     assert not torch.equal(params[0], before)
 
 
-def test_a_learning_rate_for_adafactor_needs_its_switches() -> None:
+def test_adafactor_has_a_learning_rate_of_its_own_unless_one_is_given() -> None:
     params = make_params([(3,)], torch.float32)
-    assert fusedopt.create_optimizer("adafactor", params).defaults["relative_step"]
+    make = functools.partial(fusedopt.create_optimizer, "adafactor", params)
+    assert make().defaults["relative_step"]
+    assert make(lr=1e-3, scale_parameter=True).defaults["scale_parameter"]
+    assert make(lr=1e-3, variant="torch").defaults["relative_step"]
     with pytest.raises(ValueError, match=r"lr=0\.001 together with relative_step=True.*pass scale_parameter=False and"):
-        fusedopt.create_optimizer("adafactor", params, lr=1e-3)
+        make(lr=1e-3, relative_step=True)
+
+
+def test_four_bits_say_that_they_are_eight() -> None:
+    params = make_params([(64, 64)], torch.float32)
+    with pytest.warns(UserWarning, match="adamw_torch_4bit: state is kept in 8 bits, not in 4") as warned:
+        fusedopt.create_optimizer("adamw_torch_4bit", params)
+    assert warned[0].filename == __file__
 
 
 def test_names_are_these() -> None:
@@ -85,6 +103,11 @@ def test_arguments_win_over_the_name() -> None:
             "'adamv' is not known; did you mean 'adam.*there are adafactor, adagrad, adam, adam_8bit",
         ),
         ("muon", {}, ValueError, "'muon' is not known; there are adafactor"),
+        ("galore_adamw_layerwise", {}, ValueError, "projects gradients.*GaLore.*for small state use 'adamw_8bit'"),
+        ("apollo_adamw", {}, ValueError, "'apollo_adamw' scales gradients by what random projections"),
+        ("grokadamw", {}, ValueError, "signal that it takes from losses, which a step does not see; use 'adamw_torch'"),
+        ("lomo", {}, ValueError, "'lomo' steps during the backward pass"),
+        ("adalomo", {}, ValueError, "2310.10195.*use 'adafactor'"),
         ("paged_muon", {}, ValueError, "'paged_muon' is not known"),
         ("lion", {"eps": 1e-8}, TypeError, "Lion got an unknown argument eps=1e-08; it takes params, lr, betas"),
         ("sgd", {"momentun": 0.9}, TypeError, "momentun=0.9; did you mean 'momentum'"),

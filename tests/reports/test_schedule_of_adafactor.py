@@ -93,7 +93,7 @@ def test_the_weights_are_those_before_the_step(master: str | None) -> None:
     schedule = optimization.AdafactorSchedule(optimizer)
     param = optimizer.param_groups[0]["params"][0]
     for step in range(3):
-        low = optimizer.state[param].get("master_low") if param in optimizer.state else None
+        low = optimizer.state[param].get("master_low16") if param in optimizer.state else None
         weights = param.detach().float() if low is None else fusedopt.reference.master.join(master, param.detach(), low)
         before = weights.double().square().mean().sqrt().item()
         train(optimizer, 1, first=step)

@@ -129,25 +129,6 @@ def test_seed_and_state_decide_the_random_bits() -> None:
     assert 0 < (up[0] ^ up[1]).sum() < 4096  # two states draw their own bits
 
 
-def test_random_bits_are_uniform_and_independent_between_steps() -> None:
-    from fusedopt.reference.random import random_bits
-
-    draws = torch.stack(
-        [
-            random_bits(torch.Size([1 << 16]), torch.device("cpu"), seed=3, step=step, first_index=0, state=state)
-            for step in (1, 2, 3)
-            for state in (0, 1, 2, 3)
-        ]
-    ).double()
-    mean, deviation = draws.mean(dim=1), draws.std(dim=1)
-    assert ((mean - 32767.5).abs() < 5 * 18918 / 2**8).all()
-    assert ((deviation - 18918).abs() < 200).all()
-    correlation = torch.corrcoef(draws) - torch.eye(len(draws))
-    assert (correlation.abs() < 5 / 2**8).all()
-    lagged = torch.corrcoef(torch.stack([draws[0, :-1], draws[0, 1:]]))[0, 1]
-    assert lagged.abs() < 5 / 2**8
-
-
 @pytest.mark.parametrize(
     "asked", ["float32", "bfloat16", "float16", {"exp_avg": "bfloat16", "max_exp_avg_sq": "float16"}], ids=str
 )

@@ -1,10 +1,8 @@
-// The loop of tile.inl for the layouts that most training runs have, in AVX-512: a strip of 64 elements is
-// decoded, updated and encoded without leaving registers. In tiles, which go through L1, the divisions of an
-// update and the arithmetic of codes wait for each other; here they overlap, and a step in 8 bits takes two thirds
-// of the time.
+// The loop of tile.inl for the layouts that most training runs have, in vectors: a strip of 64 elements is decoded,
+// updated and encoded without leaving registers (AVX-512), or the top of the stack (AVX2). In tiles, which go through
+// L1, the divisions of an update and the arithmetic of codes wait for each other; here they overlap, and a step in
+// 8 bits takes two thirds of the time.
 #pragma once
-
-#if defined(__AVX512BW__)
 
 #include <tuple>
 #include <type_traits>
@@ -12,8 +10,10 @@
 
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
-#include "cpu/strip_formats_avx512.inl"
+#include "cpu/strip_formats.inl"
 #include "rules/normalize.h"
+
+#if defined(__AVX2__)
 
 namespace fusedopt {
 namespace {
@@ -40,7 +40,7 @@ struct FactoredGradient {
     find_row();
   }
   FUSEDOPT_FN Lanes of(Lanes g, int i) const {
-    return (row * _mm512_loadu_ps(columns + place.column + i)) * (g * multiplier);
+    return (row * load_lanes(columns + place.column + i)) * (g * multiplier);
   }
   FUSEDOPT_FN void next_strip() {
     place.column += kStrip;
@@ -75,6 +75,12 @@ bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
   }
 }
 
+#if defined(__AVX512BW__)
+constexpr bool kDenseStrips = true;
+#else
+constexpr bool kDenseStrips = false;  // tiles of 16-bit formats are as fast
+#endif
+
 // ---- the loop ----------------------------------------------------------------------------------
 
 template <class Rule, class Weights, class State, size_t... k>
@@ -107,12 +113,12 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
       roots.at[j] = Rule::update(p.at[j], gradient.of(grad.at(j), kVector * j), s, hyper);
       ((decoded[k].at[j] = s[k]), ...);
     }
-    weights.store(i, p, Weights::kDraws ? param_stream.next_block() : BitBlock{});
+    weights.store(i, p, Weights::kDraws ? param_stream.next() : RunBits{});
     [[maybe_unused]] const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])..., {}};
-    [[maybe_unused]] BitBlock random[sizeof...(k) / 2 + 1] = {};
+    [[maybe_unused]] RunBits random[sizeof...(k) / 2 + 1] = {};
     gradient.next_strip();
     if (draws) {
-      for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) random[stream] = streams[stream].next_block();
+      for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) random[stream] = streams[stream].next();
     }
     (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k], random[k / 2],
                                                                      k & 1),
@@ -151,9 +157,11 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
                              (tensor.param.dtype == DType::kFloat32 ||
                               (tensor.param.dtype == DType::kBFloat16 &&
                                (tensor.master_format == Master::kNone || tensor.master_format == Master::kSplit24)));
-    // The key of random bits changes where the upper half of an index does.
+    // A strip is a run of random bits, whose key changes where the upper half of an index does. Where blocks are
+    // stored, this holds but for 2^32.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
-    if (!has_weights || !has_gradient_strips<Rule>(tensor, context)) return 0;
+    if (tensor.segment != 0) return 0;
+    if (!has_weights || !has_gradient_strips<Rule>(tensor, context) || index % kRun != 0) return 0;
     if (length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
     bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks
     bool halves = Rule::kStates > 0;
@@ -166,9 +174,11 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
     }
     const int64_t whole = length - length % kStrip;
     if (blocks) step_strips_of<Rule, BlockState>(tensor, context, begin, whole);
-    if (halves) step_strips_of<Rule, BFloat16State>(tensor, context, begin, whole);
-    if (floats) step_strips_of<Rule, Float32State>(tensor, context, begin, whole);
-    return blocks || halves || floats ? whole : 0;
+    if constexpr (kDenseStrips) {
+      if (halves) step_strips_of<Rule, BFloat16State>(tensor, context, begin, whole);
+      if (floats) step_strips_of<Rule, Float32State>(tensor, context, begin, whole);
+    }
+    return blocks || (kDenseStrips && (halves || floats)) ? whole : 0;
   }
 }
 

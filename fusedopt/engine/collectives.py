@@ -1,0 +1,357 @@
+"""What the ranks of a step tell each other: sums over all shards, and whether they are about to do the same.
+
+Numbers are gathered and added in the order of the ranks, so that every rank gets the same bits. What is gathered has a
+length that no gradient changes, and comes with a hash of what decides on a step: ranks that disagree all find out and
+raise the same error, where otherwise they would wait for each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.asking import Extent
+from . import sharding
+from .contract import Contract
+
+_DISAGREED = -1.0  # in the place of a hash
+
+# What of a param group decides whether ranks gather anything, and in which formats they step.
+_AGREED = (
+    "max_grad_norm",
+    "state_dtype",
+    "state_rounding",
+    "min_quantized_numel",
+    "master_weights",
+    "rounding",
+    "seed",
+    "maximize",
+)
+
+
+def _distributed() -> Any | None:
+    """torch.distributed, if this process has joined others."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+# ---- gathering ---------------------------------------------------------------------------------------
+
+
+def groups_of(mesh: Any, dims: Sequence[int] | None = None) -> list[Any]:
+    """The process groups to go through, one after the other, to reach all of a mesh, or all along some of its dims."""
+    dist: Any = _distributed()
+    if dims is None:
+        if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+            return [dist.group.WORLD]  # at once
+        dims = range(mesh.ndim)
+    return [mesh.get_group(dim) for dim in dims]
+
+
+def gathered(row: Tensor, group: Any) -> Tensor:
+    """What every member of a group has for `row`, one below the other in the order of ranks, where `row` is."""
+    dist: Any = _distributed()
+    device = torch.device("cuda") if "nccl" in dist.get_backend(group) else torch.device("cpu")
+    mine = row.to(device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, mine, group=group)
+    return torch.stack(rows).to(row.device)
+
+
+def summed(row: Tensor, groups: Iterable[Any]) -> Tensor:
+    """The sum of `row` over all members of groups that are gone through one after the other."""
+    for group in groups:
+        rows = gathered(row, group)
+        row = rows[0]
+        for other in rows[1:]:
+            row = row + other
+    return row
+
+
+class _Row(NamedTuple):
+    """What a rank tells in a step; all as doubles, in which hashes of 48 bits are exact."""
+
+    hash: float  # of what is to be done
+    grads: float  # of which parameters have gradients
+    found_inf: float
+    plain: float  # the sum of squares of gradients that are no DTensors: every rank takes that of the first
+    sums: tuple[float, ...]  # sums of squares of gradients that are, by explicit group, those without one first
+
+    def over(self, groups: Iterable[Any]) -> _Row:
+        """What all members of groups tell."""
+        row = self
+        for group in groups:
+            flat = torch.tensor([*row[:4], *row.sums], dtype=torch.float64, device="cpu")
+            rows = gathered(flat, group).tolist()
+            first = rows[0]
+            same = [first[k] if all(other[k] == first[k] for other in rows) else _DISAGREED for k in (0, 1)]
+            sums = tuple(_ordered_sum(other[k] for other in rows) for k in range(4, len(first)))
+            row = _Row(same[0], same[1], max(other[2] for other in rows), first[3], sums)
+        return row
+
+
+def _ordered_sum(values: Iterable[float]) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+# ---- one optimizer's ranks ---------------------------------------------------------------------------
+
+
+class Meshes:
+    """The meshes that an optimizer's parameters are on, and the explicit groups that their norm is summed over.
+
+    Args:
+        param_groups: Of the optimizer. It is looked at anew in every step: parameters may be swapped.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        meshes: dict[Any, list[tuple[int, int]]] = {}  # where the parameters of each are listed
+        self.groups: list[Any] = []
+        for index, group in enumerate(param_groups):
+            explicit = group["grad_norm_group"]
+            if explicit is not None and explicit not in self.groups:
+                self.groups.append(explicit)
+            for position, param in enumerate(group["params"]):
+                if sharding.is_dtensor(param):
+                    meshes.setdefault(param.device_mesh, []).append((index, position))
+        # The largest first: all ranks of the others are most often in it, and know from it what to do.
+        self.meshes = dict(sorted(meshes.items(), key=lambda item: -item[0].size()))
+        self._param_groups = param_groups
+
+    def __bool__(self) -> bool:
+        return bool(self.meshes or self.groups)
+
+    def _places(self, mesh: Any) -> list[tuple[int, int]]:
+        return self.meshes[mesh]
+
+    def has_grads(self, mesh: Any) -> bytes:
+        """Whether each of a mesh's parameters has a gradient."""
+        lists = [group["params"] for group in self._param_groups]
+        return bytes(lists[index][position].grad is not None for index, position in self.meshes[mesh])
+
+    def counts_here(self, param: Tensor) -> bool:
+        """Whether this rank is the one of its replicas whose numbers count in a sum over a DTensor's mesh."""
+        coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+        placements = param.placements  # type: ignore[attr-defined]
+        return all(place == 0 or p.is_shard() or _is_strided(p) for place, p in zip(coordinate, placements))
+
+    def settings(self, mesh: Any, rules: list[str]) -> dict[str, Any]:
+        """What all ranks of a mesh must have in common, by what it is called."""
+        found: dict[str, Any] = {}
+        for index, position in self.meshes[mesh]:
+            group = self._param_groups[index]
+            if f"the optimizer of group {index}" not in found:
+                found[f"the optimizer of group {index}"] = rules[index]
+                found.update({f"{key} of group {index}": group[key] for key in _AGREED})
+            param: Any = group["params"][position]
+            where = f"parameter {position} of group {index}"
+            found[f"the dtype of {where}"] = str(param.dtype)
+            found[f"the shape of {where}"] = tuple(param.shape)
+            found[f"the placements of {where}"] = str(tuple(param.placements))
+        found["the number of parameters"] = len(self.meshes[mesh])
+        return found
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"  # in some versions no Shard
+
+
+def _hash(what: object) -> float:
+    return float(int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:6], "big"))
+
+
+class Agreement:
+    """What an optimizer has told the other ranks, and when it has to again. It lives as long as the optimizer."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._hashes: dict[Any, float] = {}
+        self._meshes: Meshes | None = None
+
+    def meshes(self, optimizer: Contract) -> Meshes | None:
+        """Where the numbers of a step are; None if they are all here. Raises if the ranks disagree on the step.
+
+        They compare what they are about to do whenever one of them has another list of parameters or other options.
+        """
+        if _distributed() is None:
+            return None
+        groups = optimizer.param_groups
+        # Where the parameters are the same, so are their meshes.
+        key = [
+            (*map(repr, map(group.get, _AGREED)), id(group["grad_norm_group"]), *map(id, group["params"]))
+            for group in groups
+        ]
+        if key == self._key and not self._hashes and not any(group["grad_norm_group"] for group in groups):
+            return None
+        if key == self._key and self._meshes is not None:
+            return self._meshes
+        meshes = Meshes(groups)
+        if key != self._key:
+            refuse_flat_shards(groups)
+            self._hashes = {}
+            rules = [f"{type(optimizer).__name__} ({optimizer.rule(group)})" for group in groups]
+            told = {mesh: meshes.settings(mesh, rules) for mesh in meshes.meshes}
+            for mesh, settings in told.items():
+                hashed = _hash(settings)
+                # As long as that of a norm: ranks of which only some compare then find out, too.
+                none = (0.0,) * (1 + len(meshes.groups))
+                row = _Row(hashed, _grads_hash(meshes, mesh), 0.0, 0.0, none)
+                self._check(meshes, mesh, row.over(groups_of(mesh)), settings)
+                self._hashes[mesh] = hashed
+            self._key = key
+        self._meshes = meshes if meshes else None
+        return self._meshes
+
+    def total(
+        self, optimizer: Contract, meshes: Meshes, sums: dict[tuple[Any, Any], float], found_inf: float
+    ) -> tuple[float, float]:
+        """The sum of squares of all gradients, wherever they are, and whether one was found not to be finite anywhere.
+
+        Args:
+            optimizer: Whose step it is.
+            meshes: Its.
+            sums: Of squares here, by (mesh or None, explicit group or None).
+            found_inf: Not 0 if a gradient was found not to be finite here.
+        """
+        explicit = [None, *meshes.groups]
+        by_group = {group: sums.get((None, group), 0.0) for group in explicit}
+        for i, mesh in enumerate(meshes.meshes):
+            here = tuple(sums.get((mesh, group), 0.0) for group in explicit)
+            row = _Row(self._hashes[mesh], _grads_hash(meshes, mesh), found_inf, by_group[None], here)
+            row = row.over(groups_of(mesh))
+            self._check(meshes, mesh, row, None, optimizer)
+            found_inf = row.found_inf
+            if i == 0:
+                by_group[None] = row.plain
+            for group, value in zip(explicit, row.sums):
+                by_group[group] += value
+        for group in meshes.groups:
+            agreed = _hash(optimizer.common_max_grad_norm())
+            row = _Row(agreed, 0.0, found_inf, 0.0, (by_group[group],)).over([group])
+            if row.hash == _DISAGREED:
+                self._raise({"max_grad_norm": optimizer.common_max_grad_norm()}, [group])
+            found_inf, by_group[group] = row.found_inf, row.sums[0]
+        return _ordered_sum(by_group.values()), found_inf
+
+    def _check(
+        self,
+        meshes: Meshes,
+        mesh: Any,
+        row: _Row,
+        settings: dict[str, Any] | None,
+        optimizer: Contract | None = None,
+    ) -> None:
+        if _DISAGREED not in (row.hash, row.grads):
+            return
+        self._key = None  # to be compared again, whatever changes until then
+        told = settings or {}
+        if row.hash == _DISAGREED and settings is None and optimizer is not None:
+            rules = [f"{type(optimizer).__name__} ({optimizer.rule(group)})" for group in optimizer.param_groups]
+            told = meshes.settings(mesh, rules)
+        if row.hash != _DISAGREED:
+            places = meshes.meshes[mesh]
+            told = {
+                f"the gradient of parameter {position} of group {index}": "one" if has else "none"
+                for (index, position), has in zip(places, meshes.has_grads(mesh))
+            }
+        self._raise(told, groups_of(mesh))
+
+    @staticmethod
+    def _raise(told: dict[str, Any], groups: list[Any]) -> None:
+        """Raises a ValueError that names the first difference, on every rank the same."""
+        dist: Any = _distributed()
+        found = {dist.get_rank(): told}
+        for group in groups:
+            others: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(others, found, group=group)
+            found = {rank: each for other in others for rank, each in other.items()}
+        first = found[min(found)]
+        for name in dict.fromkeys(name for each in found.values() for name in each):
+            values = {rank: each.get(name) for rank, each in sorted(found.items())}
+            if any(value != first.get(name) for value in values.values()):
+                listed = ", ".join(f"{value!r} on rank {rank}" for rank, value in values.items())
+                raise ValueError(
+                    f"ranks disagree about {name}: {listed}; all ranks that share parameters must step them in the "
+                    "same way, so give them the same. Nothing has changed"
+                )
+        raise ValueError("ranks disagree about a step, and agree by now; take it again")
+
+
+@dataclass(frozen=True)
+class ShardSums:
+    """The whole of a sharded parameter, and over which groups its sums go. See backends.base.Spread."""
+
+    extent: Extent
+    groups: dict[str, list[Any]]
+
+    @staticmethod
+    def sums(asked: Sequence[tuple[Any, str, Tensor]]) -> list[Tensor]:
+        """Those of several parameters at a time: ranks meet once for each list of groups."""
+        found: list[Tensor] = [numbers for _, _, numbers in asked]
+        by_groups: dict[tuple[str, ...], list[int]] = {}
+        for i, (spread, over, _) in enumerate(asked):
+            by_groups.setdefault(tuple(group.group_name for group in spread.groups[over]), []).append(i)
+        for names, members in by_groups.items():
+            if not names:  # all here
+                continue
+            spread, over, _ = asked[members[0]]
+            total = summed(torch.cat([found[i].reshape(-1) for i in members]), spread.groups[over])
+            for i, part in zip(members, torch.split(total, [found[i].numel() for i in members])):
+                found[i] = part.reshape(found[i].shape)
+        return found
+
+
+def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardSums | None:
+    """Where the sums go that a rule takes over a parameter; None if it takes none, or all of it is here."""
+    if not optimizer.takes_sums or not sharding.is_sharded(param):
+        return None
+    row_dim = optimizer.row_dim(group, param)
+    cuts = {i: p.dim for i, p in enumerate(param.placements) if not p.is_replicate()}
+    rows = [i for i, dim in cuts.items() if dim == row_dim]
+    columns = [i for i, dim in cuts.items() if row_dim is not None and dim > row_dim]
+    mesh, shape = param.device_mesh, param.shape
+    extent = Extent(shape.numel())
+    if row_dim is not None:
+        extent = Extent(shape.numel(), shape[row_dim], shape[row_dim + 1 :].numel())
+    dims = {"rows": rows, "columns": columns, "all": list(cuts)}
+    return ShardSums(extent, {over: groups_of(mesh, held) if held else [] for over, held in dims.items()})
+
+
+def _grads_hash(meshes: Meshes, mesh: Any) -> float:
+    return float(zlib.crc32(meshes.has_grads(mesh)))
+
+
+def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
+    """Whether a gradient has a number other than 0, on any rank that shares the parameters."""
+    grads = (param.grad for group in param_groups for param in group["params"] if param.grad is not None)
+    here = any(bool(sharding.local(grad).count_nonzero()) for grad in grads)
+    if _distributed() is None:
+        return here
+    flag = torch.tensor([float(here)], dtype=torch.float64, device="cpu")
+    for mesh in Meshes(param_groups).meshes:
+        flag = summed(flag, groups_of(mesh))
+    return bool(flag)
+
+
+def refuse_flat_shards(param_groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError for a norm over shards of which nobody says where the others are."""
+    for index, group in enumerate(param_groups):
+        if group["max_grad_norm"] is None or group["grad_norm_group"] is not None:
+            continue
+        for position, param in enumerate(group["params"]):
+            if hasattr(param, "_is_flat_param") or hasattr(param, "_fsdp_flattened"):
+                raise ValueError(
+                    f"parameter {position} of group {index} is a shard of FullyShardedDataParallel, of version 1, and "
+                    f"max_grad_norm={group['max_grad_norm']!r} would clip to the norm of this shard; pass "
+                    "grad_norm_group=model.process_group with it, or clip with model.clip_grad_norm_"
+                )

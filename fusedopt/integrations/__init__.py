@@ -1,0 +1,1 @@
+"""Where people train: a file for each framework, which imports it when something in there is used."""

@@ -1,0 +1,52 @@
+"""timm: this package's optimizers by name in its registry, with its param groups."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from ..engine.optimizer import CLASSES
+from ..optimizers.names import create_optimizer, optimizer_names
+
+# timm reads a name's last part after "_" only, and takes "fused..." for NVIDIA's Apex.
+_PREFIX = "compiled"
+
+
+def register(registry: Any = None) -> list[str]:
+    """Makes this package's optimizers known to timm, whose `create_optimizer_v2` then takes their names.
+
+    Names are those of `create_optimizer` without underscores, after "compiled": "compiledadamw", "compiledadamw8bit".
+    timm forms the param groups: what has one dimension does not decay, and ``layer_decay`` works.
+
+    Args:
+        registry: An OptimizerRegistry of timm's; the one that `create_optimizer_v2` reads by default.
+
+    Returns:
+        The names, sorted.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    from timm.optim import _optim_factory
+
+    registry = _optim_factory.default_registry if registry is None else registry
+    return sorted(_registered(registry, _optim_factory.OptimInfo, name) for name in optimizer_names())
+
+
+def _registered(registry: Any, info: Any, name: str) -> str:
+    parameters = inspect.signature(CLASSES[name]).parameters
+    betas = parameters["betas"].default if "betas" in parameters else ()
+    registered = _PREFIX + name.replace("_", "")
+    registry.register(
+        info(
+            name=registered,
+            opt_class=functools.partial(create_optimizer, name),
+            description=f"fusedopt's {CLASSES[name].__name__}, compiled kernels: create_optimizer({name!r})",
+            has_eps="eps" in parameters,
+            has_momentum="momentum" in parameters,
+            has_betas=bool(betas),
+            num_betas=len(betas) or 2,
+        )
+    )
+    return registered

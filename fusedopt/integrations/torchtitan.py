@@ -1,0 +1,84 @@
+"""torchtitan: its container of optimizers, with this package's among them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..engine.optimizer import CLASSES
+from ..optimizers.names import create_optimizer
+
+if TYPE_CHECKING:
+    # Made when it is asked for, because torchtitan is imported then.
+    class OptimizersContainer: ...  # noqa: D101
+
+
+__all__ = ["OptimizersContainer", "config"]
+
+
+def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
+    """What a torchtitan configuration takes for its optimizer: one for all parameters.
+
+    torchtitan clips gradients itself, so do not pass max_grad_norm.
+
+    Args:
+        name: One of `optimizer_names()`.
+        lr: Learning rate.
+        **kwargs: Other arguments of the optimizer; betas and weight decay are torchtitan's (0.9, 0.95) and 0.1 unless
+            they are given here, where the optimizer has them.
+
+    Returns:
+        An ``OptimizersContainer.Config``.
+
+    Raises:
+        ImportError: torchtitan is not installed.
+        ValueError: The name is unknown.
+    """
+    from torchtitan.components.optimizer import ParamGroupConfig
+
+    if "max_grad_norm" in kwargs:
+        raise ValueError(
+            f"max_grad_norm={kwargs['max_grad_norm']!r} would clip again what torchtitan has clipped; set its "
+            "training.max_norm"
+        )
+    with_torchtitans: dict[str, Any] = {"lr": lr, "weight_decay": 0.1}
+    if name in CLASSES and _pair_of_betas(CLASSES[name]):
+        with_torchtitans["betas"] = (0.9, 0.95)
+    group = ParamGroupConfig(pattern=".*", optimizer_name=name, optimizer_kwargs={**with_torchtitans, **kwargs})
+    return __getattr__("OptimizersContainer").Config(param_groups=[group])
+
+
+def _pair_of_betas(cls: type) -> bool:
+    betas = inspect.signature(cls).parameters.get("betas")
+    return betas is not None and len(betas.default) == 2
+
+
+@functools.cache
+def _container_class() -> type:
+    from torchtitan.components import optimizer
+
+    class OptimizersContainer(optimizer.OptimizersContainer):  # type: ignore[misc]
+        """torchtitan's container, whose groups may name optimizers of this package, as `create_optimizer` does."""
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(optimizer.OptimizersContainer.Config):  # type: ignore[misc]
+            """torchtitan's."""
+
+        @staticmethod
+        def _resolve_optimizer_factory(name: str) -> Callable[..., Any]:
+            if name in CLASSES:
+                return functools.partial(create_optimizer, name)
+            return optimizer.OptimizersContainer._resolve_optimizer_factory(name)
+
+    OptimizersContainer.__qualname__ = OptimizersContainer.__name__
+    OptimizersContainer.Config.__qualname__ = "OptimizersContainer.Config"
+    return OptimizersContainer
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OptimizersContainer":
+        return _container_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

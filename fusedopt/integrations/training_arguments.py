@@ -1,0 +1,124 @@
+"""What transformers' TrainingArguments say about an optimizer, as arguments of one of ours."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from ..engine.optimizer import CLASSES, FusedOptimizer
+from ..optimizers.names import refusal, resolved
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Where what Trainer was told to clip to is kept once it has been told not to.
+KEPT = "_fusedopt_max_grad_norm"
+
+# Of `optim_args`: names that other packages have, and what they mean here.
+_THEIRS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "bf16_stochastic_round": lambda value: {"rounding": "stochastic"} if value else {},
+}
+
+
+def max_grad_norm_of(args: Any) -> float:
+    """What a training clips to, whether or not Trainer has been told to leave it to the step."""
+    return float(args.max_grad_norm or getattr(args, KEPT, 0.0) or 0.0)
+
+
+def choose(
+    args: Any, name: str | None, max_grad_norm: float, options: dict[str, Any]
+) -> tuple[type[FusedOptimizer], dict[str, Any]]:
+    """The class that a name stands for, `args.optim` by default, and all of its arguments."""
+    name = str(getattr(args.optim, "value", args.optim)) if name is None else str(getattr(name, "value", name))
+    sentence = refusal(name)
+    if sentence is not None:
+        raise ValueError(sentence)
+    given = {**_from_arguments(CLASSES[name], args), **options}
+    if "max_grad_norm" not in given:
+        given["max_grad_norm"] = max_grad_norm if max_grad_norm > 0 and not _sees_parts(args) else None
+    elif given["max_grad_norm"] is not None and _sees_parts(args):
+        raise ValueError(
+            f"max_grad_norm={given['max_grad_norm']!r} in the step would clip each part of a sharded gradient by "
+            "itself under DeepSpeed and FSDP1; leave it to the training's arguments, which clip before the step"
+        )
+    cls, arguments = resolved(name, given)
+    cls([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **arguments)  # raises what Trainer would
+    return cls, arguments
+
+
+def _sees_parts(args: Any) -> bool:
+    """Whether steps see parts of gradients that do not say so: DeepSpeed's and FSDP1's. FSDP2's are DTensors."""
+    if getattr(args, "deepspeed", None):
+        return True
+    version = int((getattr(args, "fsdp_config", None) or {}).get("version", 2))  # Trainer's default
+    return bool(getattr(args, "fsdp", None)) and version == 1
+
+
+def _from_arguments(cls: type[FusedOptimizer], args: Any) -> dict[str, Any]:
+    """An optimizer's arguments that are in those of a training, as Trainer hands them to one of its kind."""
+    parameters = inspect.signature(cls).parameters
+    found: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    parsed = _parsed(args.optim_args)
+    if "betas" in parameters:
+        values = (args.adam_beta1, args.adam_beta2, *parameters["betas"].default[2:])
+        found["betas"] = tuple(parsed.pop(f"beta{i}", value) for i, value in enumerate(values, 1))
+        if "eps" in parameters:
+            found["eps"] = args.adam_epsilon
+    for theirs, translated in _THEIRS.items():
+        if theirs in parsed and theirs not in parameters:
+            parsed.update(translated(parsed.pop(theirs)))
+    return {**found, **parsed}
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    """``optim_args``, "name=value,name=value", as Python values."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise ValueError(f"optim_args has {part!r}, which has no value; write name=value, separated by commas")
+        word = {"true": True, "false": False, "none": None, "yes": True, "no": False}
+        try:
+            found[name] = word[value.lower()] if value.lower() in word else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+class KeepsEmbeddings:
+    """What Trainer calls a factory: it is made without arguments and makes an optimizer for a model."""
+
+    def __init__(self, cls: type[FusedOptimizer], decaying_names: Callable[[Any], Any] | None = None) -> None:
+        self.cls, self.decaying_names = cls, decaying_names
+
+    def __call__(self, model: nn.Module, **arguments: Any) -> FusedOptimizer:
+        return self.cls(groups_of(model, arguments["weight_decay"], self.decaying_names), **arguments)
+
+
+def groups_of(
+    model: nn.Module, weight_decay: float, decaying_names: Callable[[Any], Any] | None = None
+) -> list[dict[str, Any]]:
+    """Trainer's param groups, with embeddings, whose state is float32, in groups of their own."""
+    if decaying_names is None:
+        from transformers import Trainer
+
+        # The method reads nothing of the trainer.
+        decaying_names = functools.partial(Trainer.get_decay_parameter_names, cast("Trainer", None))
+    decaying = decaying_names(model)
+    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decays, is_table = name in decaying, param in tables
+            settings = {
+                "weight_decay": weight_decay if decays else 0.0,
+                **({"state_dtype": "float32"} if is_table else {}),
+            }
+            groups.setdefault((not decays, is_table), {"params": [], **settings})["params"].append(param)
+    return [groups[key] for key in sorted(groups)]
