@@ -96,16 +96,17 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self._leaves(group) or self._backend.unusable(params[0].device) is not None:
+        if self.leaves(group) or self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
-    def _leaves(self, group: int) -> bool:
+    def leaves(self, group: int) -> bool:
+        """Whether a group is left to another backend, because it asks for what these kernels do not have."""
         return self._groups[group].skips_blocks and not self.skips_blocks
 
     def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        if not shards.params or self._leaves(group):
+        if not shards.params or self.leaves(group):
             return shards.positions
         if self._backend.unusable(shards.params[0].device) is not None:
             return shards.positions
@@ -114,7 +115,7 @@ class DeviceSession:
         return left
 
     def add(self, entry: ParamStep) -> bool:
-        if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
+        if self.leaves(entry.group) or not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True

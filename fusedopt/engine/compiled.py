@@ -23,7 +23,8 @@ from ..storage.state import StateSpec
 from . import sharding
 from .collectives import shard_sums
 from .contract import Contract
-from .gather import Gathered, Listed, Member, Ranks, all_sessions, let_go
+from .gather import Gathered, Listed, Member, Ranks
+from .sessions import all_sessions, let_go, size_buffers
 
 
 class _Column(NamedTuple):
@@ -125,6 +126,8 @@ def _step(
     owner = _OWNERS.get(optimizer)
     with nullcontext() if owner is None else owner._lock:  # a graph may outlive its optimizer
         sessions = all_sessions() if owner is None else owner._sessions()
+        if owner is not None:
+            size_buffers(sessions, owner.param_groups)
         gathered = Gathered(sessions, groups, [None] * len(groups), takes_sums=max_grad_norm is not None)
         try:
             gathered.begin()

@@ -21,19 +21,7 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-
-STREAMED = "streamed"  # the session of what is on a device and has its states on the host
-
-
-def all_sessions() -> dict[str, Session]:
-    """One of every backend, and one that streams states."""
-    return {**backends.new_sessions(), STREAMED: Streamer()}
-
-
-def let_go(sessions: dict[str, Session]) -> None:
-    """Ends a step: gradients are no longer referred to, because zero_grad is to free them."""
-    for session in sessions.values():
-        session.begin((), ())
+from .sessions import streamer_of
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -203,10 +191,10 @@ class Gathered:
                 continue
             session = self.sessions[backend.name]
             if is_streamed(entry):
+                if isinstance(session, DeviceSession) and session.leaves(entry.group):
+                    continue
                 if isinstance(session, DeviceSession) and can_stream(entry):
-                    streamer = self.sessions[STREAMED]
-                    assert isinstance(streamer, Streamer)
-                    streamer.take(entry, session)
+                    streamer_of(self.sessions).take(entry, session)
                     return
                 entry = on_device(entry, self._copies)
             if session.add(entry):

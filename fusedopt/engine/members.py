@@ -63,6 +63,20 @@ def rounds(param_groups: list[dict[str, Any]], listed: Sequence[list[int]] | Non
     return found
 
 
+def with_gradients(param_groups: list[dict[str, Any]]) -> list[list[int]]:
+    """Positions by param group of what has a gradient, each parameter where its group lists it first."""
+    found: list[list[int]] = []
+    for group in param_groups:
+        seen: set[Tensor] = set()
+        places = []
+        for position, param in enumerate(group["params"]):
+            if param.grad is not None and param not in seen:
+                seen.add(param)
+                places.append(position)
+        found.append(places)
+    return found
+
+
 def repeats(param_groups: list[dict[str, Any]]) -> bool:
     """Whether a group lists a parameter more than once."""
     return any(len(set(group["params"])) < len(group["params"]) for group in param_groups)

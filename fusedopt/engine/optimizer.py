@@ -18,9 +18,10 @@ from ..offload.homes import RESERVE_BYTES, uses_disk
 from ..offload.stream import STREAM_BYTES
 from . import checkpoint, compiled, members, reports, sharding
 from .collectives import Agreement, shard_sums
-from .gather import Gathered, Ranks, all_sessions
+from .gather import Gathered, Ranks
 from .options import note_own_defaults, spell_out
 from .partial import Partial
+from .sessions import all_sessions, size_buffers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -204,7 +205,7 @@ class FusedOptimizer(Partial):
             with torch.enable_grad():
                 loss = closure()
         is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
-        is_plain = is_plain and not self._uses_host()
+        is_plain = is_plain and not self._asks_for_host()
         if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
@@ -230,7 +231,7 @@ class FusedOptimizer(Partial):
             return
         ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
         if self._uses_host():
-            counts, norm = self._step_on_host(scaling)
+            counts, norm = self._step_all_with_host(scaling, ranks)
         elif uses_disk(self.param_groups) and not self._repeats and ranks is None:
             counts, norm = self._step_in_windows(scaling)
         else:
@@ -257,7 +258,7 @@ class FusedOptimizer(Partial):
         """
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
-        self._streamer().stream_bytes = max((group["stream_bytes"] for group in self.param_groups), default=0)
+        size_buffers(self._sessions(), self.param_groups)
         gathered = Gathered(
             self._sessions(),
             groups,

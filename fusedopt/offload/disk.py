@@ -65,13 +65,16 @@ class Scratch:
 
     def __init__(self, folder: str) -> None:
         remove_abandoned(folder)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
-        self._lock = (self.path / MANIFEST).open("w")
+        # It gets its name when it is locked: until then another process would take it for abandoned.
+        made = Path(tempfile.mkdtemp(prefix="." + PREFIX, dir=folder))
+        self.path = made.with_name(made.name[1:])
+        self._lock = (made / MANIFEST).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the process lives
         whose = {"host": socket.gethostname(), "process": os.getpid()}
         said = "optimizer states in use by this process; no checkpoint, and worthless without it"
         json.dump({**whose, "what": said}, self._lock)
         self._lock.flush()
+        made.rename(self.path)
         self._slabs: list[weakref.ref[Slab]] = []
         self._count = 0
         weakref.finalize(self, _remove, self.path, os.getpid())

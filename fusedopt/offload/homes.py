@@ -82,7 +82,8 @@ def check_step_device(group: dict[str, Any]) -> None:
         )
 
 
-def _is_stepped_on_host(group: dict[str, Any], local: Tensor) -> bool:
+def is_stepped_on_host(group: dict[str, Any], local: Tensor) -> bool:
+    """Whether a parameter is on a device and its group asks for steps on the host."""
     return group["step_device"] is not None and runtime_of(local) is not None
 
 
@@ -109,7 +110,7 @@ def uses_disk(param_groups: Iterable[dict[str, Any]]) -> bool:
 def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | None) -> str:
     """Where a tensor of a parameter's state is, or would be made: one of PLACES."""
     runtime, wanted = runtime_of(local), group["state_device"]
-    if _is_stepped_on_host(group, local):
+    if is_stepped_on_host(group, local):
         return "host"
     if runtime is None and wanted is not None and wanted.startswith(_DISK) and slot.key != "step":
         return "disk" if tensor is None or disk.slab_of(tensor) is not None else "host"
@@ -122,12 +123,12 @@ def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | 
 
 def is_moved(group: dict[str, Any], local: Tensor, place: str) -> bool:
     """Whether a step copies what is at a place to where a parameter is."""
-    return not _is_stepped_on_host(group, local) and place != "device" and runtime_of(local) is not None
+    return not is_stepped_on_host(group, local) and place != "device" and runtime_of(local) is not None
 
 
 def moved_beside_states(group: dict[str, Any], local: Tensor) -> int:
     """What a step copies of a parameter besides its states: for a step on the host its gradient, and weights twice."""
-    return 3 * local.numel() * local.element_size() if _is_stepped_on_host(group, local) else 0
+    return 3 * local.numel() * local.element_size() if is_stepped_on_host(group, local) else 0
 
 
 def note_of(group: dict[str, Any], local: Tensor) -> str:
@@ -151,7 +152,7 @@ def place(wanted: Iterable[Wanted]) -> list[Tensor]:
     members: dict[str, list[int]] = {"device": [], "host": [], "disk": [], "auto": [], "cpu": []}
     for i, item in enumerate(listed):
         home = place_of(item.group, item.local, item.slot, None)
-        if _is_stepped_on_host(item.group, item.local):
+        if is_stepped_on_host(item.group, item.local):
             members["cpu"].append(i)
             continue
         # Where there is no device, the host is where states are made in any case.
@@ -164,7 +165,7 @@ def place(wanted: Iterable[Wanted]) -> list[Tensor]:
             tensors[i] = tensor
 
     fill(members["disk"], _on_disk([listed[i] for i in members["disk"]]))
-    cpu = torch.empty(0, device="cpu")
+    cpu = torch.empty(0, dtype=torch.float32, device="cpu")
     fill(members["cpu"], allocate(Request(listed[i].slot.shape, listed[i].slot.dtype, cpu) for i in members["cpu"]))
     fill(members["device"], allocate(_request(listed[i]) for i in members["device"]))
     for places in _by_param(listed, members["auto"]):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,10 +61,11 @@ class _Twin:
 
     def __init__(self, param: Tensor, runtime: Runtime) -> None:
         if not param.is_contiguous() or type(param.detach()) is not Tensor:
+            kind = type(param.detach()).__name__
             raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} in a group with step_device='cpu' is a "
-                f"{type(param.detach()).__name__} and {'' if param.is_contiguous() else 'not '}contiguous; only plain "
-                "contiguous parameters are stepped on the host: pass step_device=None for it"
+                f"a parameter of shape {tuple(param.shape)} in a group with step_device='cpu' is "
+                f"{'not contiguous' if kind == 'Tensor' else f'a {kind}'}, and only contiguous plain tensors are "
+                "stepped on the host; put it in a group with step_device=None"
             )
         self.runtime = runtime
         self.device = runtime.device_of(param)
@@ -73,6 +75,15 @@ class _Twin:
         self.grad: Tensor | None = None
         self.ready, self.fetched, self.returned = (runtime.new_event() for _ in range(3))
         self.begun = 0.0
+        # Which gradient was fetched, and how often it and the weights had been written to; None after the step.
+        self.of: tuple[weakref.ref[Tensor], int, int] | None = None
+
+    def has(self, param: Tensor) -> bool:
+        """Whether the gradient and the weights as they are now were fetched."""
+        if self.of is None or param.grad is None:
+            return False
+        grad, of_grad, of_param = self.of
+        return grad() is param.grad and of_grad == param.grad._version and of_param == param._version
 
     def grad_bytes(self, grad: Tensor) -> Tensor:
         """Where a gradient goes, as bytes."""
@@ -102,32 +113,51 @@ class HostSide:
         self._twins: dict[Tensor, _Twin] = {}
         self._streams: dict[torch.device, tuple[Any, Any]] = {}  # to the host, and back
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusedopt-host")
-        self._pending: list[Future[tuple[Health, Tensor | None]]] = []
+        self._pending: list[Future[Health]] = []
+        self._busy: set[Tensor] = set()  # what the thread may be stepping
         self._sent: list[_Twin] = []
         self.trace: list[Span] | None = None  # filled if it is a list
 
     def mirror(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> Inner:
         """The optimizer on the host, with the param groups' options as they are and their states."""
-        if self._inner is not None and self._is_mirrored:
-            return self._inner
-        self._is_mirrored = True
+        inner = self._inner
+        if (
+            inner is not None
+            and self._is_mirrored
+            and self._state is state
+            and len(inner.param_groups) == len(param_groups)
+        ):
+            return inner
         groups = []
         for group in param_groups:
             params = [self._twin_of(group, param) for param in group["params"]]
             groups.append({**group, "params": params, "step_device": None, "state_device": None, "backend": "auto"})
-        listed = zip(param_groups, groups)
-        self._stands_for = {p: twin for group, mine in listed for p, twin in zip(group["params"], mine["params"])}
         if self._inner is None:
             self._inner = self._make(groups)
-        self._inner.param_groups = groups
-        self._state = state
-        for param, twin in self._pairs():
-            held = state.get(param)  # one dict, which both see
-            if held:
-                self._inner.state[twin] = held
-            else:
-                self._inner.state.pop(twin, None)
+        with self._inner._lock:
+            listed = zip(param_groups, groups)
+            self._stands_for = {p: twin for group, mine in listed for p, twin in zip(group["params"], mine["params"])}
+            self._inner.param_groups = groups
+            self._state = state
+            for param, twin in self._pairs():
+                held = state.get(param)  # one dict, which both see
+                if held:
+                    self._inner.state[twin] = held
+                else:
+                    self._inner.state.pop(twin, None)
+        self._is_mirrored = True
         return self._inner
+
+    def split(
+        self, param_groups: list[dict[str, Any]], listed: Sequence[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Positions by group of what is stepped on the host, and of the rest."""
+        found: tuple[list[list[int]], list[list[int]]] = ([], [])
+        for group, places in zip(param_groups, listed):
+            params = group["params"]
+            found[0].append([i for i in places if self._stands_for[params[i]] is not params[i]])
+            found[1].append([i for i in places if self._stands_for[params[i]] is params[i]])
+        return found
 
     def _pairs(self, params: Iterable[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Parameters and those that stand for them on the host; one that is there stands for itself."""
@@ -147,12 +177,17 @@ class HostSide:
     # ---- copies ------------------------------------------------------------------------------------
 
     def fetch(self, params: Iterable[Tensor]) -> None:
-        """Has gradients, and weights as they are now, copied to the host."""
-        for param in params:
-            twin = self._twins.get(param)
-            if twin is None or param.grad is None:
+        """Has gradients, and weights as they are now, copied to the host, unless they are there or on the way."""
+        listed = list(params)
+        if any(param in self._busy for param in listed):  # a backward pass has raised, and here is the next
+            self.settle()
+            self._busy.clear()
+        for param in listed:
+            twin = self._twins[param]
+            if param.grad is None or twin.has(param):
                 continue
             runtime = twin.runtime
+            twin.of = (weakref.ref(param.grad), param.grad._version, param._version)
             grad = param.grad.detach()
             grad = (grad.to_dense() if grad.layout != torch.strided else grad).contiguous()
             twin.begun = time.perf_counter()
@@ -167,9 +202,7 @@ class HostSide:
     def _await(self, params: Iterable[Tensor]) -> None:
         """Lets the host go on when it has them."""
         for param in params:
-            twin = self._twins.get(param)
-            if twin is None or twin.grad is None:
-                continue
+            twin = self._twins[param]
             twin.runtime.synchronize(twin.fetched)
             twin.param.grad = twin.grad
             self._note("copy in", twin.begun)
@@ -177,10 +210,8 @@ class HostSide:
     def _send(self, params: Iterable[Tensor]) -> None:
         """Has weights copied back, behind all that has read them on the device."""
         for param in params:
-            twin = self._twins.get(param)
-            if twin is None:
-                continue
-            twin.param.grad = None
+            twin = self._twins[param]
+            twin.param.grad = twin.of = None
             outward = self._streams[twin.device][1]
             twin.runtime.wait(outward, twin.ready)
             twin.runtime.copy(_bytes(param), twin.bytes, outward)
@@ -193,27 +224,17 @@ class HostSide:
 
     # ---- steps -------------------------------------------------------------------------------------
 
-    def step_some(
-        self,
-        inner: Inner,
-        params: list[Tensor],
-        listed: list[list[int]],
-        scaling: Scaling,
-        multiplier: float | None,
-        *,
-        later: bool,
-    ) -> tuple[Health, Tensor | None]:
-        """Steps parameters; if `later`, by the thread, and `join` tells what was counted."""
+    def step_some(self, inner: Inner, params: list[Tensor], listed: list[list[int]], multiplier: float) -> None:
+        """Has the thread step parameters, gradients times a number; `join` tells what was counted."""
         self.fetch(params)
-        written = [param for param in params if param in self._twins]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(params)
 
-        def run() -> tuple[Health, Tensor | None]:
+        def run() -> Health:
             self._await(params)
             begin = time.perf_counter()
             try:
                 with inner._lock:
-                    return inner._step_some(listed, scaling, multiplier)
+                    return inner._step_some(listed, Scaling(), multiplier)[0]
             finally:
                 self._note("step", begin)
                 for param, twin in self._pairs(params):
@@ -221,10 +242,8 @@ class HostSide:
                         self._state[param] = inner.state[twin]
                 self._send(params)
 
-        if not later:
-            return run()
+        self._busy.update(params)
         self._pending.append(self._thread.submit(run))
-        return {}, None
 
     def square_sums(self, inner: Inner, params: list[Tensor], listed: list[list[int]]) -> list[Tensor]:
         """The sums of squares of parameters' gradients."""
@@ -233,24 +252,29 @@ class HostSide:
         with inner._lock:
             return inner._square_sums(listed)
 
-    def check(self, inner: Inner, params: Iterable[Tensor]) -> None:
-        """Raises ValueError if something cannot be stepped."""
+    def check(self, inner: Inner, params: Iterable[Tensor], listed: list[list[int]]) -> None:
+        """Raises ValueError if something cannot be stepped; makes missing states."""
         for param in params:
-            twin = self._twins.get(param)
-            if twin is not None and param.grad is not None:
+            twin = self._twins[param]
+            if param.grad is not None:
                 twin.grad_bytes(param.grad)
                 twin.param.grad = twin.grad
         with inner._lock:
-            inner._gather()
+            inner._gather(listed)
+
+    def settle(self) -> None:
+        """Waits for the thread."""
+        wait(self._pending)
 
     def join(self) -> Health:
         """Waits for the thread, and lets each device's stream wait for its weights; what the thread has counted."""
         counts: Health = {}
         self._is_mirrored = False
         pending, self._pending = self._pending, []
+        self._busy.clear()
         try:
             for future in pending:
-                counts |= future.result()[0]
+                counts |= future.result()
         finally:
             for twin in self._sent:
                 twin.runtime.wait(twin.runtime.current_stream(twin.device), twin.returned)
@@ -258,20 +282,15 @@ class HostSide:
         return counts
 
 
-def windows(param_groups: list[dict[str, Any]]) -> list[tuple[list[Tensor], list[list[int]]]]:
-    """Parameters with gradients, some at a time, with their positions by group."""
-    found: list[tuple[list[Tensor], list[list[int]]]] = []
+def windows(param_groups: list[dict[str, Any]], listed: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The same positions by group, some at a time."""
+    found: list[list[list[int]]] = []
     held = _WINDOW_NUMEL
-    for index, group in enumerate(param_groups):
-        seen: set[Tensor] = set()
-        for position, param in enumerate(group["params"]):
-            if param.grad is None or param in seen:
-                continue
-            seen.add(param)
+    for index, (group, places) in enumerate(zip(param_groups, listed)):
+        for position in places:
             if held >= _WINDOW_NUMEL:
-                found.append(([], [[] for _ in param_groups]))
+                found.append([[] for _ in param_groups])
                 held = 0
-            found[-1][0].append(param)
-            found[-1][1][index].append(position)
-            held += param.numel()
+            found[-1][index].append(position)
+            held += group["params"][position].numel()
     return found
