@@ -42,6 +42,24 @@ class Steps(Protocol):
         """Notes what a whole step counted."""
 
 
+def check_clip(optimizer: Steps, clip: str | None) -> None:
+    """Raises ValueError if gradients cannot be clipped in a way, or are to be and nobody says how."""
+    max_norm = optimizer.common_max_grad_norm()
+    if max_norm is not None and clip is None:
+        raise ValueError(
+            f"max_grad_norm={max_norm!r} needs the norm of all gradients, which released ones are not there for; pass "
+            "clip='exact' (a second backward pass), 'previous' (the norm of the step before) or 'parameter' to "
+            "release_gradients"
+        )
+    if max_norm is None and clip is not None:
+        raise ValueError(f"clip={clip!r} has no norm to clip to; make the optimizer with max_grad_norm")
+    if clip in ("exact", "previous") and any(group["grad_norm_group"] is not None for group in optimizer.param_groups):
+        raise ValueError(
+            f"clip={clip!r} would take the norm of this process's gradients alone, and a param group has a "
+            "grad_norm_group; clip without releasing gradients, or with clip='parameter'"
+        )
+
+
 class Release:
     """Steps an optimizer's parameters during the backward pass; `release_gradients` makes it.
 
@@ -179,6 +197,9 @@ class Release:
                 self._begin()
                 self._passes.enter()
             self._check_first(param)
+            if self._settings is None:
+                check_clip(self._optimizer, self._clip)
+                self._settings = self._current_settings()
             if self._clip == "exact" and self._is_measuring is None:
                 raise ValueError(
                     "clip='exact' has to measure all gradients before any of them is stepped; call "
@@ -225,6 +246,7 @@ class Release:
         if not params:
             return
         if self._settings is None:
+            check_clip(self._optimizer, self._clip)
             self._settings = self._current_settings()
         max_norm = self._optimizer.common_max_grad_norm()
         if max_norm is None or self._clip is None:

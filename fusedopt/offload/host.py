@@ -181,7 +181,7 @@ class HostSide:
         listed = list(params)
         if any(param in self._busy for param in listed):  # a backward pass has raised, and here is the next
             self.settle()
-            self._busy.clear()
+            self._bring_back()
         for param in listed:
             twin = self._twins[param]
             if param.grad is None or twin.has(param):
@@ -270,16 +270,21 @@ class HostSide:
         """Waits for the thread, and lets each device's stream wait for its weights; what the thread has counted."""
         counts: Health = {}
         self._is_mirrored = False
+        self.settle()
         pending, self._pending = self._pending, []
-        self._busy.clear()
         try:
             for future in pending:
                 counts |= future.result()
         finally:
-            for twin in self._sent:
-                twin.runtime.wait(twin.runtime.current_stream(twin.device), twin.returned)
-            self._sent = []
+            self._bring_back()
         return counts
+
+    def _bring_back(self) -> None:
+        """Lets each device's stream wait for the weights that are on their way to it; the thread is at rest."""
+        for twin in self._sent:
+            twin.runtime.wait(twin.runtime.current_stream(twin.device), twin.returned)
+        self._sent = []
+        self._busy.clear()
 
 
 def windows(param_groups: list[dict[str, Any]], listed: Sequence[list[int]]) -> list[list[list[int]]]:

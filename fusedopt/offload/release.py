@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import checks
-from .handle import Release
+from .handle import Release, check_clip
 from .passes import check_reducers
 
 CLIPS = ("previous", "parameter", "exact")
@@ -58,14 +58,7 @@ def release_gradients(
         raise ValueError("loss_scale=0 would make every gradient zero; pass a number > 0")
     if clip is not None:
         checks.one_of("clip", clip, CLIPS)
-    max_norm = optimizer.common_max_grad_norm()
-    if max_norm is not None and clip is None:
-        raise ValueError(
-            f"max_grad_norm={max_norm!r} needs the norm of all gradients, which released ones are not there for; pass "
-            "clip='exact' (a second backward pass), 'previous' (the norm of the step before) or 'parameter'"
-        )
-    if max_norm is None and clip is not None:
-        raise ValueError(f"clip={clip!r} has no norm to clip to; make the optimizer with max_grad_norm")
+    check_clip(optimizer, clip)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if clip is not None and any(hasattr(param, "placements") for param in params):
         raise ValueError(
