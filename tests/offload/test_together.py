@@ -12,6 +12,7 @@ from cases import assert_same_bits, assert_same_run, make_params, params_of, sav
 from queued import QueuedRuntime, queued  # noqa: F401
 
 import fusedopt
+from fusedopt import backends
 from fusedopt.offload import disk, host
 
 SHAPES = [(40, 256), (3,), (30, 64), (70, 100)]
@@ -87,6 +88,21 @@ def test_skipped_blocks(
     )  # one has too few elements for 8 bits
 
 
+@pytest.mark.parametrize("place", ["cpu", "auto"])
+def test_blocks_are_skipped_by_who_can(
+    place: str, device: QueuedRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's kernels cannot: such groups are not streamed through them, though they are the first choice."""
+    listed = [backends.BACKENDS[name] for name in ("cuda", "eager")]
+    monkeypatch.setattr(backends, "candidates", lambda name: listed)
+    monkeypatch.setattr(backends, "first", lambda name, params: listed[0])
+    kwargs = {"nonfinite": "skip_block"}
+    ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **options_of(place, tmp_path))
+    run(ours, device, 3, spoilt=1)
+    monkeypatch.undo()
+    assert_same_run(ours, run(fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs), None, 3, spoilt=1))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_states_made_before_steps(place: str, device: QueuedRuntime | None, tmp_path: Path) -> None:
     ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **options_of(place, tmp_path))
@@ -105,7 +121,8 @@ def test_states_made_before_steps(place: str, device: QueuedRuntime | None, tmp_
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 def test_compiled_steps(place: str, max_grad_norm: float | None, device: QueuedRuntime | None, tmp_path: Path) -> None:
     kwargs = {"max_grad_norm": max_grad_norm}
-    ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **options_of(place, tmp_path))
+    own = {} if device is None else {"backend": "cuda"}
+    ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **own, **options_of(place, tmp_path))
     usual = fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cpu", **kwargs)
     step = torch.compile(ours.step, backend="eager", fullgraph=False)
     for number in range(3):
@@ -117,6 +134,7 @@ def test_compiled_steps(place: str, max_grad_norm: float | None, device: QueuedR
             device.queues.synchronize()
             device.alive.clear()
     assert_same_run(ours, usual)
+    assert [ring.size for ring in ours._streamer()._rings.values()] == ([] if device is None else [1 << 16])
 
 
 @pytest.mark.parametrize("clip", [None, "exact", "previous"])
@@ -168,8 +186,8 @@ def test_a_backward_pass_that_raises(queued: QueuedRuntime) -> None:  # noqa: F8
     params = make_params([(4000,)] * 3, torch.float32)
     ours = fusedopt.SGD(params, lr=1.0, step_device="cpu")
     fusedopt.release_gradients(ours, bucket_numel=1)
-    for clears in (True, False):
-        queued.queues.late(5)
+    for clears, seed in [(True, 5), *((False, seed) for seed in range(1, 12))]:
+        queued.queues.late(seed)
         before = [param.detach().clone() for param in params]
         x = torch.ones(4000)
         for number, param in enumerate(params):
@@ -186,6 +204,38 @@ def test_a_backward_pass_that_raises(queued: QueuedRuntime) -> None:  # noqa: F8
         ours.zero_grad()
         assert torch.equal(params[0], before[0] - 1)
         assert all(torch.equal(param, old - 1 - 1) for param, old in zip(params[1:], before[1:]))
+
+
+def test_a_second_pass_that_raises(queued: QueuedRuntime) -> None:  # noqa: F811
+    """Gradients that were measured and not stepped are not those of the next pass."""
+
+    class FailsTheSecondTime(torch.autograd.Function):
+        passes = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            FailsTheSecondTime.passes += 1
+            if FailsTheSecondTime.passes == 2:
+                raise RuntimeError("a failure in the second pass")
+            return grad
+
+    ours = fusedopt.SGD(make_params([(4000,)] * 2, torch.float32), lr=1.0, step_device="cpu", max_grad_norm=1e9)
+    params = params_of(ours)
+    handle = fusedopt.release_gradients(ours, bucket_numel=1, clip="exact")
+    queued.queues.late(5)
+    with pytest.raises(RuntimeError, match="a failure in the second pass"):
+        handle.backward(FailsTheSecondTime.apply(params[0] * 3).sum() + params[1].sum())
+    ours.zero_grad()
+    queued.queues.synchronize()
+    before = [param.detach().clone() for param in params]
+    handle.backward(sum(param.sum() for param in params))
+    ours.step()
+    queued.queues.synchronize()
+    assert all(torch.equal(param, old - 1) for param, old in zip(params, before))
 
 
 def test_what_the_host_steps_is_waited_for_by_who_reads_states(queued: QueuedRuntime) -> None:  # noqa: F811
