@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ class Scalars:
 
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
-
-    skips_blocks: ClassVar[bool] = False  # whether its kernels can; groups that ask for it are left to others if not
 
     def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
@@ -96,26 +94,20 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self.leaves(group) or self._backend.unusable(params[0].device) is not None:
+        if self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
-    def leaves(self, group: int) -> bool:
-        """Whether a group is left to another backend, because it asks for what these kernels do not have."""
-        return self._groups[group].skips_blocks and not self.skips_blocks
-
     def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        if not shards.params or self.leaves(group):
-            return shards.positions
-        if self._backend.unusable(shards.params[0].device) is not None:
+        if not shards.params or self._backend.unusable(shards.params[0].device) is not None:
             return shards.positions
         left = add_shards(self._table(shards.params[0]), group, shards)
         self._shards.append((group, shards, set(left)))
         return left
 
     def add(self, entry: ParamStep) -> bool:
-        if self.leaves(entry.group) or not add_entry(self._table(entry.param), entry):
+        if not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True

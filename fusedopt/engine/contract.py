@@ -156,12 +156,6 @@ class Contract(Optimizer):
                 f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
                 "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
             )
-        chosen = backends.candidates(group["backend"])
-        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
-            raise ValueError(
-                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
-                "it; use backend='auto', which leaves such groups to a backend that has"
-            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         checks.whole("reserve_bytes", group["reserve_bytes"])

@@ -191,8 +191,6 @@ class Gathered:
                 continue
             session = self.sessions[backend.name]
             if is_streamed(entry):
-                if isinstance(session, DeviceSession) and session.leaves(entry.group):
-                    continue
                 if isinstance(session, DeviceSession) and can_stream(entry):
                     streamer_of(self.sessions).take(entry, session)
                     return
