@@ -10,27 +10,57 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 """
 
 from .changes import ABSENT, Change, Diff
+from .compare import compare, load_comparison
+from .comparison import Comparison, Trial
 from .estimate import Estimate, estimate
+from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
+from .intervals import Interval
+from .loops import Progress
 from .presets import Preset, find_preset, preset, presets
+from .range_test import RangeTest, range_test
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
+from .records import read_run
+from .search import load_search, read_search, search
+from .search_result import Search, SearchTrial
+from .search_space import Choice, Range, Space
 from .validate import validate
 
 __all__ = [
     "ABSENT",
     "Change",
+    "Choice",
+    "Comparison",
     "Diff",
     "Estimate",
+    "Evaluation",
+    "Evaluator",
     "Finding",
     "Findings",
+    "Interval",
+    "Metric",
     "Preset",
+    "Progress",
+    "Range",
+    "RangeTest",
     "Recipe",
     "Recommendation",
+    "Search",
+    "SearchTrial",
+    "Space",
+    "Trial",
+    "compare",
     "estimate",
     "find_preset",
+    "load_comparison",
+    "load_search",
     "preset",
     "presets",
+    "range_test",
+    "read_run",
+    "read_search",
     "recommend",
+    "search",
     "validate",
 ]
