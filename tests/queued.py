@@ -7,8 +7,9 @@ what torch allocates are on the device; see tests/cuda_on_cpu/queues.h.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import emulated
@@ -37,6 +38,8 @@ class QueuedRuntime:
         self.waits = 0
         self.calls: list[tuple[str, ...]] = []
         self.alive: list[Any] = []  # what waits to be read
+        self.graph: list[Callable[[], None]] | None = None  # what is recorded while a graph is captured
+        self.of_graphs: set[int] = set()  # events that were recorded into graphs
 
     def memory(self, size: int, kind: str) -> Tensor:
         address = self.queues.take(max(size, 1), kind)
@@ -82,25 +85,47 @@ class QueuedRuntime:
     def new_event(self) -> int:
         return self.queues.create_event()
 
+    def do(self, call: Callable[[], None]) -> None:
+        """Has something done by a stream, or by each replay of the graph that is captured."""
+        self.graph.append(call) if self.graph is not None else call()
+
     def record(self, event: int, stream: int) -> None:
-        self.queues.record(event, stream)
+        if self.graph is not None:
+            self.of_graphs.add(event)
+        self.do(lambda: self.queues.record(event, stream))
 
     def wait(self, stream: int, event: int) -> None:
         self.waits += 1
         if self.waits - 1 not in self.forget:
-            self.queues.wait(stream, event)
+            self.do(lambda: self.queues.wait(stream, event))
 
     def synchronize(self, event: int) -> None:
+        assert self.graph is None, "a CUDA graph cannot record that the host waits"
+        assert event not in self.of_graphs, "an event of a CUDA graph cannot be waited for outside of it"
         self.queues.synchronize_event(event)
 
+    def finish(self, device: torch.device) -> None:
+        assert self.graph is None, "a CUDA graph cannot record that the host waits"
+        self.queues.synchronize()
+
     def copy(self, target: Tensor, source: Tensor, stream: int) -> None:
-        self.queues.copy(target.data_ptr(), source.data_ptr(), target.numel(), stream)
+        self.do(lambda: self.queues.copy(target.data_ptr(), source.data_ptr(), target.numel(), stream))
+
+    @contextmanager
+    def capture(self) -> Iterator[Callable[[], None]]:
+        """Records what streams are told for a graph; gives what replays it."""
+        graph: list[Callable[[], None]] = []
+        self.graph = graph
+        try:
+            yield lambda: [call() for call in graph] and None
+        finally:
+            self.graph = None
 
     def keep(self, tensor: Tensor, stream: int) -> None:
         self.alive.append(tensor)
 
     def is_capturing(self) -> bool:
-        return False
+        return self.graph is not None
 
 
 class QueuedSession(CudaSession):
@@ -117,10 +142,12 @@ class QueuedSession(CudaSession):
         size = module.workspace_bytes(batch=batch, clips=False)
         workspace = torch.empty(size, dtype=torch.uint8)
         queued.alive.append(workspace)
-        module.step(
-            batch=batch, lrs=[(0, False)] * len(self._groups or scalars.lrs), grad_scale=0, found_inf=0,
-            max_grad_norm=None, skip_step_above=None, grad_norm=0, workspace=workspace.data_ptr(), stream=stream,
+        lrs = [(0, False)] * len(self._groups or scalars.lrs)
+        call = partial(
+            module.step, batch=batch, lrs=lrs, grad_scale=0, found_inf=0, max_grad_norm=None, skip_step_above=None,
+            grad_norm=0, workspace=workspace.data_ptr(), stream=stream,
         )  # fmt: skip
+        queued.do(call)
 
     def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
         sums = super().launch_square_sums(device, stream, table)

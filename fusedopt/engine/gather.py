@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health, Spread
+from ..offload.runtime import check_not_captured
 from ..offload.stream import Streamer, can_stream, is_streamed, on_device
 from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
@@ -22,6 +23,11 @@ from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
 from .sessions import streamer_of
+
+_READ_ON_HOST = (
+    "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on the "
+    "host, which a CUDA graph cannot record; step outside of the graph"
+)
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -349,6 +355,7 @@ class Gathered:
         None instead of a number, and nothing is to be stepped, if gradients were found not to be finite, or their norm
         to be too large.
         """
+        check_not_captured((scaling.found_inf, scaling.grad_scale), _READ_ON_HOST)
         found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
         square_sum = 0.0
         if self.ranks is not None and self._meets(scaling):

@@ -16,12 +16,18 @@ from ..backends.cpu import CpuSession
 from ..offload import homes, host
 from ..offload.disk import read_ahead, windows
 from ..offload.host import HostSide, Inner
+from ..offload.runtime import check_not_captured
 from ..offload.stream import Streamer
 from ..reference.norm import pairwise_sum
 from . import members, sharding
 from .gather import Gathered, Listed, Ranks, clipped
 from .reporting import Reporting
 from .sessions import let_go, streamer_of
+
+_STEPPED_BY_A_THREAD = (
+    "step_device='cpu' steps in a thread of the host, which a CUDA graph cannot record; step outside of the graph, or "
+    "pass state_device='cpu'"
+)
 
 
 class Partial(Reporting):
@@ -179,6 +185,8 @@ class Partial(Reporting):
 
     def _on_host(self) -> tuple[HostSide, Inner]:
         """What steps parameters of a device on the host, and the optimizer that it does so with."""
+        params = (sharding.local(param) for group in self.param_groups for param in group["params"])
+        check_not_captured(params, _STEPPED_BY_A_THREAD)
         if "_host_side" not in self.__dict__:
             self._host_side = HostSide(partial(_twin_of, type(self), self.defaults))
         inner = self._host_side.mirror(self.param_groups, self.__dict__["state"])

@@ -16,7 +16,7 @@ from ..storage.allocation import Request, allocate, within
 from ..storage.state import Slot
 from . import disk
 from .plan import rounded
-from .runtime import Runtime, runtime_of
+from .runtime import Runtime, check_not_captured, runtime_of
 
 
 class Wanted(NamedTuple):
@@ -35,6 +35,10 @@ class Wanted(NamedTuple):
 RESERVE_BYTES = 1 << 30
 PLACES = ("device", "host", "disk")
 _DISK = "disk:"
+_MADE_BEFORE = (
+    "states are made in the first step, and a CUDA graph that is captured then would set them to zero in each replay; "
+    "take a step, or load a state dict, before capturing"
+)
 
 # Pinned memory, by the name of a runtime, for as long as something lies in it.
 _SLABS: dict[str, list[weakref.ref[Tensor]]] = {}
@@ -146,8 +150,10 @@ def place(wanted: Iterable[Wanted]) -> list[Tensor]:
 
     Raises:
         OSError: A disk is full. Nothing was made then.
+        ValueError: A CUDA graph is being captured.
     """
     listed = list(wanted)
+    check_not_captured((item.local for item in listed), _MADE_BEFORE)
     tensors: list[Tensor | None] = [None] * len(listed)
     members: dict[str, list[int]] = {"device": [], "host": [], "disk": [], "auto": [], "cpu": []}
     for i, item in enumerate(listed):

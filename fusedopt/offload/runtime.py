@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,9 @@ class Runtime(Protocol):
 
     def is_capturing(self) -> bool:
         """Whether launches are recorded for a graph."""
+
+    def finish(self, device: torch.device) -> None:
+        """Lets the host go on when a device has done all that it was told to, graphs included."""
 
 
 class CudaRuntime:
@@ -125,6 +129,9 @@ class CudaRuntime:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def finish(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+
 
 RUNTIMES: list[Runtime] = [CudaRuntime()]
 
@@ -132,3 +139,15 @@ RUNTIMES: list[Runtime] = [CudaRuntime()]
 def runtime_of(tensor: Tensor) -> Runtime | None:
     """The runtime of the device that a tensor is on; None for those of the CPU, and devices without one."""
     return next((runtime for runtime in RUNTIMES if runtime.owns(tensor)), None)
+
+
+def check_not_captured(tensors: Iterable[Tensor | None], why: str) -> None:
+    """Raises ValueError if what the device of one of these tensors is told is recorded for a CUDA graph.
+
+    Args:
+        tensors: On any devices.
+        why: Why that cannot be recorded, and what to do instead, as a sentence.
+    """
+    runtimes = (None if tensor is None else runtime_of(tensor) for tensor in tensors)
+    if any(runtime is not None and runtime.is_capturing() for runtime in runtimes):
+        raise ValueError(why)

@@ -18,9 +18,17 @@ from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
 from .homes import slabs_of
 from .plan import Piece, Window, is_cut_at_chunks, least_size, plan, rounded, tensors_of
-from .runtime import Runtime, runtime_of
+from .runtime import Runtime, check_not_captured, runtime_of
 
 STREAM_BYTES = 64 << 20
+_COUNTED_ON_HOST = (
+    "record_health() counts a step's states after it, which a CUDA graph cannot record where they are on the host; "
+    "step outside of the graph, or stop recording"
+)
+_CLIPS = (
+    "a step that clips and has states on the host waits for the gradients' norm, which a CUDA graph cannot record; step "
+    "outside of the graph, or leave max_grad_norm out"
+)
 _SLOTS = 2
 
 
@@ -69,6 +77,7 @@ class Streamer:
         self._sessions: dict[torch.device, DeviceSession] = {}
         self._rings: dict[torch.device, _Ring] = {}
         self._filled: set[torch.device] = set()  # whose tables have this step's tensors
+        self._captured: list[_Ring] = []  # each for a graph, which replays it
         self.stream_bytes = STREAM_BYTES
         self.traffic = Traffic()
 
@@ -102,6 +111,9 @@ class Streamer:
 
     def wait(self) -> None:
         """Waits until what steps have copied is on the host."""
+        for ring in self._captured:  # who replays a graph tells nobody
+            if not ring.runtime.is_capturing():
+                ring.runtime.finish(ring.device)
         for ring in self._rings.values():
             if not ring.runtime.is_capturing():
                 ring.runtime.synchronize(ring.ended)
@@ -151,14 +163,10 @@ class Streamer:
 
     def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
         """The sums of each parameter by its place in the param groups."""
+        check_not_captured((entry.param for entries in self._entries.values() for entry in entries), _CLIPS)
         parts: dict[tuple[int, int], Tensor] = {}
         for device, entries in self._entries.items():
             ring, session = self._fill(device), self._sessions[device]
-            if ring.runtime.is_capturing():
-                raise ValueError(
-                    "a step that clips and has states on the host waits for the gradients' norm, which a CUDA graph "
-                    "cannot record; step outside of the graph, or leave max_grad_norm out"
-                )
             pieces: dict[int, list[tuple[Piece, Tensor]]] = {}
             with session._backend.guard(device) as stream:
                 for window, table in zip(ring.windows, ring.tables):
@@ -181,6 +189,9 @@ class Streamer:
     # ---- a step ------------------------------------------------------------------------------------
 
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+        if counts_health:
+            params = (entry.param for entries in self._entries.values() for entry in entries)
+            check_not_captured(params, _COUNTED_ON_HOST)
         health: Health = {}
         for device, entries in self._entries.items():
             before = (
@@ -203,6 +214,8 @@ class Streamer:
     def _stream(self, device: torch.device, grad_multipliers: list[float]) -> None:
         ring, session = self._fill(device), self._sessions[device]
         runtime, entries = ring.runtime, self._entries[device]
+        if runtime.is_capturing():
+            self._captured.append(self._rings.pop(device))
         scalars = Scalars(grad_multipliers, [lr_on(group.lr, device) for group in self._groups], Scaling(), None)
         with session._backend.guard(device) as pointer:
             current = runtime.current_stream(device)
