@@ -22,6 +22,8 @@ from .range_test import RangeTest, range_test
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
 from .records import read_run
+from .report import report
+from .report_pages import Report
 from .search import load_search, read_search, search
 from .search_result import Search, SearchTrial
 from .search_space import Choice, Range, Space
@@ -46,6 +48,7 @@ __all__ = [
     "RangeTest",
     "Recipe",
     "Recommendation",
+    "Report",
     "Search",
     "SearchTrial",
     "Space",
@@ -61,6 +64,7 @@ __all__ = [
     "read_run",
     "read_search",
     "recommend",
+    "report",
     "search",
     "validate",
 ]

@@ -89,10 +89,11 @@ class Comparison:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """Means over seeds of the finalists, judged; None if it was stopped before."""
+        """Means over seeds of the finalists that did not fail, judged; None if it was stopped before."""
         if not self.is_finished:
             return None
-        return evaluated(self.metrics, self._of(self.rounds[-1][0]), self.finalists)
+        well = [name for name in self.finalists if name not in self.failed] or self.finalists
+        return evaluated(self.metrics, self._of(self.rounds[-1][0]), well)
 
     @property
     def failed(self) -> dict[str, str]:
