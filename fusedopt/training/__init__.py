@@ -16,7 +16,7 @@ from .estimate import Estimate, estimate
 from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
 from .intervals import Interval
-from .loops import Progress
+from .loops import Outcome, Progress, run
 from .presets import Preset, find_preset, preset, presets
 from .range_test import RangeTest, range_test
 from .recipe import Recipe
@@ -42,6 +42,7 @@ __all__ = [
     "Findings",
     "Interval",
     "Metric",
+    "Outcome",
     "Preset",
     "Progress",
     "Range",
@@ -65,6 +66,7 @@ __all__ = [
     "read_search",
     "recommend",
     "report",
+    "run",
     "search",
     "validate",
 ]

@@ -239,9 +239,11 @@ class Comparison:
         """What the numbers of the table mean."""
         lines = []
         if len(self.seeds) > 1:
+            together = f" for all {self.pairs} pairs together" if self.pairs > 1 else ""
+            how = " (Bonferroni)" if self.pairs > 1 else ""
             lines.append(
-                f"Means over {len(self.seeds)} seeds. In brackets: paired t intervals over seeds, which hold for all "
-                f"{self.pairs} pairs together with {percent(self.level)} (Bonferroni)."
+                f"Means over {len(self.seeds)} seeds. In brackets: paired t intervals over seeds, which hold{together} "
+                f"with {percent(self.level)}{how}."
             )
         if len(self.rounds) > 1:
             rounds = ", ".join(f"{len(names)} to step {until:,}" for until, names in self.rounds)
