@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from . import check, compare, info, kernels, memory, presets, range_test, report, schedule, search, train, validate
+from . import (
+    check,
+    compare,
+    info,
+    kernels,
+    memory,
+    monitor,
+    presets,
+    range_test,
+    report,
+    schedule,
+    search,
+    train,
+    validate,
+)
 
 app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
@@ -19,6 +33,7 @@ app.command("search", epilog=search.EPILOG)(search.search)
 app.command("lr-range", epilog=range_test.EPILOG)(range_test.range_test)
 app.command("report", epilog=report.EPILOG)(report.report)
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("monitor", epilog=monitor.EPILOG)(monitor.monitor)
 app.command("compile-kernels")(kernels.compile_kernels)
 
 

@@ -9,6 +9,7 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 ```
 """
 
+from .anomalies import Anomaly, Detector, Limits
 from .changes import ABSENT, Change, Diff
 from .compare import compare, load_comparison
 from .comparison import Comparison, Trial
@@ -17,11 +18,12 @@ from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
 from .intervals import Interval
 from .loops import Outcome, Progress, run
+from .monitor import Monitor, StopTraining, TrainingWarning
+from .monitor_runs import Run, read_run
 from .presets import Preset, find_preset, preset, presets
 from .range_test import RangeTest, range_test
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
-from .records import read_run
 from .report import report
 from .report_pages import Report
 from .search import load_search, read_search, search
@@ -31,9 +33,11 @@ from .validate import validate
 
 __all__ = [
     "ABSENT",
+    "Anomaly",
     "Change",
     "Choice",
     "Comparison",
+    "Detector",
     "Diff",
     "Estimate",
     "Evaluation",
@@ -41,7 +45,9 @@ __all__ = [
     "Finding",
     "Findings",
     "Interval",
+    "Limits",
     "Metric",
+    "Monitor",
     "Outcome",
     "Preset",
     "Progress",
@@ -50,9 +56,12 @@ __all__ = [
     "Recipe",
     "Recommendation",
     "Report",
+    "Run",
     "Search",
     "SearchTrial",
     "Space",
+    "StopTraining",
+    "TrainingWarning",
     "Trial",
     "compare",
     "estimate",

@@ -13,8 +13,9 @@ from .changes import ABSENT, flat
 from .compare import load_comparison
 from .comparison import Comparison, percent
 from .evaluate import Metric
+from .monitor_runs import read_run
 from .recipe import LABELS, Recipe
-from .records import environment, read_run
+from .records import environment
 from .report_pages import Block, Code, Heading, Picture, Report, Rows, Text
 from .search import load_search
 from .search_result import Search, shown
@@ -141,7 +142,7 @@ def _of_search(found: Search) -> Iterator[Block]:
         yield Heading("Curves")
         series = {}
         for trial in found.order[:_CURVES]:
-            records = read_run(found.folder / "runs" / f"{trial.number}.jsonl")
+            records = read_run(found.folder / "runs" / f"{trial.number}.jsonl").records
             series[f"trial {trial.number}"] = [[(r["step"], r["loss"]) for r in records if r.get("loss") is not None]]
         unit = f" ({found.metric.unit})" if found.metric.name == "loss" and found.metric.unit else ""
         caption = f"Training loss of the best {len(series)} trials, averaged over 2 % of the steps"
@@ -218,11 +219,11 @@ def _dimensions(found: Search) -> Picture:
 
 
 def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
-    records = read_run(path)
+    run = read_run(path)
+    records = run.records
     if not records:
         raise ValueError(f"{path} has no records yet; train a step first")
-    numbers = [key for key in dict.fromkeys(k for r in records for k in r) if key != "step"]
-    numbers = [key for key in numbers if any(_is_number(record.get(key)) for record in records)]
+    numbers = run.names()
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records if _is_number(record.get("loss"))]
     if losses:
@@ -239,6 +240,9 @@ def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
         metric = Metric(key, unit=UNITS.get(key, ""))
         rows.append([key, *map(metric.shown, (values[0], values[-1], min(values), max(values)))])
     yield Rows(rows)
+    if run.anomalies:
+        yield Heading("Anomalies")
+        yield Rows([["step", "what"], *([f"{each.step:,}", each.message] for each in run.anomalies)], is_text=True)
     yield Heading("Curves")
     order = [key for key in _FIELDS_OF_RUNS if key in numbers] + [k for k in numbers if k not in _FIELDS_OF_RUNS]
     for key in order:

@@ -109,11 +109,19 @@ def test_a_report_of_a_search(tmp_path: Path) -> None:
 
 def test_a_report_of_a_run(tmp_path: Path) -> None:
     lines = [{"step": i, "loss": 5 / i, "lr": 1e-3, "grad_norm": 2.0, "tokens_per_second": 900.0} for i in range(1, 41)]
-    lines[7]["loss"] = float("nan")
+    lines[7]["loss"] = "NaN"  # as Monitor writes it
+    lines[7]["anomalies"] = [{"kind": "nonfinite", "value": "NaN", "limit": 0.0, "message": "the loss is NaN"}]
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 41, "lo')
     text = check_page(report(path, RECIPES["low"]), tmp_path)
-    for part in ("Step 40: the loss is", "tokens/s", "grad\\_norm", "lr: 0.05", "Schedule: the learning rate over 40"):
+    for part in (
+        "Step 40: the loss is",
+        "tokens/s",
+        "grad\\_norm",
+        "lr: 0.05",
+        "| 8 | the loss is NaN |",
+        "Schedule: the learning rate over 40",
+    ):
         assert part in text
     assert "## Schedule" not in report(path).markdown()
 
