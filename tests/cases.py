@@ -89,6 +89,26 @@ def _ademamix_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "t_alpha_beta3": length}
 
 
+def _in_training(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The schedulefree package's class, in the mode in which steps are taken."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        self.train()
+
+    return type(cls.__name__, (cls,), {"__init__": init})
+
+
+_SCHEDULE_FREE: dict[str, tuple[dict[str, Any], ...]] = {
+    "SGDScheduleFree": ({"lr": 1e-2}, {"momentum": 0.5, "warmup_steps": 5, "weight_decay": 0.1, "r": 1.0}),
+    "AdamWScheduleFree": (
+        {"lr": 1e-2},
+        {"weight_decay": 0.1, "warmup_steps": 5},
+        {"betas": (0.5, 0.95), "eps": 1e-4, "weight_lr_power": 1.0},
+    ),
+    "RAdamScheduleFree": ({"lr": 1e-2}, {"weight_decay": 0.1, "silent_sgd_phase": False}),
+}
+
 CASES = [
     Case(
         "adamw",
@@ -156,6 +176,10 @@ CASES = [
             {"momentum": 0.9, "dampening": 0.1},
             {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
         ),
+    ),
+    *(
+        Case(name, getattr(fusedopt, name), _in_training(_peers("schedulefree", name)), kwargs, ({}, *variants))
+        for name, (kwargs, *variants) in _SCHEDULE_FREE.items()
     ),
 ]
 

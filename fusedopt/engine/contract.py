@@ -45,6 +45,9 @@ class Contract(Optimizer):
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
 
+    # Whether torch.compile may trace a step; else it runs as it is, between graphs.
+    compiles: ClassVar[bool] = True
+
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
 
@@ -90,6 +93,12 @@ class Contract(Optimizer):
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         """What a state begins with."""
         return 0.0
+
+    def before_step(self) -> None:
+        """Raises ValueError if no step may be taken now."""
+
+    def after_step(self) -> None:
+        """What else a step changes, once it is taken."""
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A complete param group from a state dict that another package may have written, as ours are."""

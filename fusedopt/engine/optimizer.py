@@ -173,11 +173,14 @@ class FusedOptimizer(Contract):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and not self._repeats:
+        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and self._is_traced():
             compiled.step(self)
         else:
             self._take_step()
         return loss
+
+    def _is_traced(self) -> bool:
+        return self.compiles and not self._repeats
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
@@ -188,6 +191,7 @@ class FusedOptimizer(Contract):
         if members.only_wants_state(self):
             members.init_state(self, lambda param: param.grad is not None)
             return
+        self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
         spread = self._agreement().spread(self)
@@ -200,6 +204,7 @@ class FusedOptimizer(Contract):
                 self.last_grad_norm = norm
             if self._health is not None:
                 self._health.add(counts)
+            self.after_step()
         finally:
             let_go(self._sessions())
 

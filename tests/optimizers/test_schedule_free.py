@@ -1,0 +1,174 @@
+"""Schedule-free optimizers: modes, averages, checkpoints, and the schedulefree package on the demo's GPT."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import copied, make_params, peer, saved, train
+
+import fusedopt
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from gpt import Config, Training
+
+CLASSES = [fusedopt.SGDScheduleFree, fusedopt.AdamWScheduleFree, fusedopt.RAdamScheduleFree]
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "8bit": {"state_dtype": {"exp_avg_sq": "8bit"}, "min_quantized_numel": 1},
+    "split24": {"master_weights": "split24", "dtype": torch.bfloat16},
+}
+
+
+def make(cls: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    if cls is fusedopt.SGDScheduleFree and isinstance(kwargs.get("state_dtype"), dict):
+        del kwargs["state_dtype"]
+    return cls(make_params([(64, 64), (7,)], dtype), lr=1e-2, **kwargs)
+
+
+def values(optimizer: Any) -> list[torch.Tensor]:
+    model = torch.nn.ParameterList(optimizer.param_groups[0]["params"])
+    return list(fusedopt.fp32_parameters(optimizer, model).values())
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("form", FORMS)
+def test_eval_is_the_average_and_train_goes_back(cls: Any, form: str) -> None:
+    """The weights of evaluation are the weighted mean of z, which is what the paper evaluates."""
+    optimizer = make(cls, **FORMS[form], weight_decay=0.01)
+    sums, weights = [torch.zeros_like(v, dtype=torch.float64) for v in values(optimizer)], 0.0
+    before = 0.0
+    for step in range(12):
+        train(optimizer, 1, first=step)
+        weight = optimizer.param_groups[0]["weight_sum"] - before
+        before += weight
+        weights += weight
+        for total, state in zip(sums, optimizer.state.values()):
+            total += weight * state["z"].double()
+    y = values(optimizer)
+    bits = [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
+    optimizer.eval()
+    # Each step rounds its weights in float32, or to 16 and 8 bits.
+    tolerance = {"rtol": 2e-3, "atol": 2e-4} if form == "split24" else {"rtol": 1e-4, "atol": 1e-5}
+    for x, total in zip(values(optimizer), sums):
+        torch.testing.assert_close(x.double(), total / weights, **tolerance)
+    assert any(not torch.equal(a, b) for a, b in zip(values(optimizer), y))
+    with pytest.raises(ValueError, match=r"the weights are the averages that eval\(\) put there.*call the optimizer's"):
+        optimizer.step()
+    optimizer.eval()  # again: nothing
+    optimizer.train()
+    for back, was in zip(values(optimizer), y):
+        torch.testing.assert_close(back, was, **tolerance)
+    optimizer.train()
+    assert len(bits) == 2
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_checkpoints_in_either_mode(cls: Any, form: str, mode: str) -> None:
+    """What is loaded goes on as what was saved, bit for bit; the weights come with the model's own state dict."""
+    optimizer = train(make(cls, **FORMS[form]), 6)
+    getattr(optimizer, mode)()
+    state = saved(optimizer.state_dict())
+    other = make(cls, **FORMS[form])
+    for param, source in zip(other.param_groups[0]["params"], optimizer.param_groups[0]["params"]):
+        param.data.copy_(source.data)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["train_mode"] == (mode == "train")
+    for each in (optimizer, other):
+        each.train()
+        train(each, 4, first=6)
+    for a, b in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"]):
+        assert torch.equal(a, b)
+    assert optimizer.param_groups[0]["k"] == other.param_groups[0]["k"] == 10
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_checkpoint_of_the_package_goes_on(cls: Any) -> None:
+    theirs_class = getattr(peer("schedulefree"), cls.__name__)
+    params = make_params([(64, 64), (7,)], torch.float32)
+    theirs = theirs_class(params, lr=1e-2)
+    theirs.train()
+    train(theirs, 5)
+    ours = cls(copied(params), lr=1.0)
+    ours.load_state_dict(saved(theirs.state_dict()))
+    train(theirs, 5, first=5)
+    train(ours, 5, first=5)
+    ours.eval(), theirs.eval()
+    for a, b in zip(ours.param_groups[0]["params"], params):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # ten steps, rounded in another order
+    assert {float(state["step"]) for state in ours.state.values()} == {10}
+
+
+def test_warmup_and_weights() -> None:
+    optimizer = make(fusedopt.AdamWScheduleFree, warmup_steps=4)
+    seen = []
+    for step in range(6):
+        train(optimizer, 1, first=step)
+        seen.append(optimizer.param_groups[0]["scheduled_lr"])
+    assert seen == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    assert optimizer.param_groups[0]["weight_sum"] == pytest.approx(sum(lr**2 for lr in seen))
+
+
+def test_a_step_that_fails_counts_nothing() -> None:
+    optimizer = train(make(fusedopt.AdamWScheduleFree), 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(64, 64).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.grad_scale = torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        (fusedopt.AdamWScheduleFree, {"betas": (0.0, 0.9)}, r"betas\[0\]=0\.0 leaves no average in the weights"),
+        (fusedopt.SGDScheduleFree, {"momentum": 0.0}, r"momentum=0\.0 leaves no average"),
+        (fusedopt.AdamWScheduleFree, {"warmup_steps": -1}, "warmup_steps=-1.0 is negative"),
+        (fusedopt.AdamWScheduleFree, {"state_dtype": {"z": "8bit"}}, "z is the weights themselves"),
+    ],
+)
+def test_errors(cls: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls([torch.nn.Parameter(torch.ones(3))], **kwargs)
+
+
+def test_compiled_steps_run_as_they_are() -> None:
+    runs = []
+    for compiles in (False, True):
+        optimizer = make(fusedopt.AdamWScheduleFree)
+        step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        params = optimizer.param_groups[0]["params"]
+        for number in range(4):
+            for param in params:
+                param.grad = torch.full_like(param, 0.1 * (number + 1))
+            step()
+        runs.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
+def test_losses_are_those_of_the_package_on_the_demos_gpt(name: str) -> None:
+    module = peer("schedulefree")
+    steps = 12
+    losses = []
+    for cls in (getattr(fusedopt, name), getattr(module, name)):
+        lr = 0.5 if name.startswith("SGD") else 2e-3
+        training = Training(lambda groups, config, cls=cls, lr=lr: cls(groups, lr=lr), replace(Config(), batch=2))
+        training.scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1.0)
+        training.optimizer.train()
+        for _ in range(steps):
+            training.step()
+        training.optimizer.eval()
+        losses.append(training.validation_loss())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
