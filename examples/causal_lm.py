@@ -24,7 +24,7 @@ def windows(data: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
 
     train, held_out = load_text()

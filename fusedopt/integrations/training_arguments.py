@@ -45,7 +45,7 @@ def choose(
     elif given["max_grad_norm"] is not None and _sees_parts(args):
         raise ValueError(
             f"max_grad_norm={given['max_grad_norm']!r} in the step would clip each part of a sharded gradient by "
-            "itself under DeepSpeed and FSDP; leave it to the training's arguments, which clip before the step"
+            "itself under DeepSpeed and FSDP1; leave it to the training's arguments, which clip before the step"
         )
     cls, arguments = resolved(name, given)
     cls([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **arguments)  # raises what Trainer would
@@ -53,8 +53,11 @@ def choose(
 
 
 def _sees_parts(args: Any) -> bool:
-    """Whether steps see parts of gradients, of which they cannot take the norm of the whole."""
-    return bool(getattr(args, "deepspeed", None) or getattr(args, "fsdp", None))
+    """Whether steps see parts of gradients that do not say so: DeepSpeed's and FSDP1's. FSDP2's are DTensors."""
+    if getattr(args, "deepspeed", None):
+        return True
+    version = int((getattr(args, "fsdp_config", None) or {}).get("version", 2))  # Trainer's default
+    return bool(getattr(args, "fsdp", None)) and version == 1
 
 
 def _from_arguments(cls: type[FusedOptimizer], args: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def optimizer(
 
     Trainer decides what decays, as always. Clipping moves into the step: the optimizer gets ``args.max_grad_norm``, and
     Trainer is told not to clip by setting that to 0. (It then still measures the norm, to log it; `FusedTrainer` and
-    `enable` spare it that.) Under DeepSpeed and FSDP clipping stays where it is, since there a step sees but a part of
+    `enable` spare it that.) Under DeepSpeed and FSDP1 clipping stays where it is, since there a step sees but a part of
     each gradient.
 
     Args:

@@ -268,7 +268,7 @@ def test_sharded_steps_do_not_clip(tmp_path: Path) -> None:
     assert args.max_grad_norm == 1.0
     with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 in the step would clip each part"):
         ours.optimizer(args, max_grad_norm=0.5)
-    args.fsdp = None
+    args.fsdp_config = {"version": 2}
     assert ours.optimizer(args)[1]["max_grad_norm"] == 1.0
 
 
