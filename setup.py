@@ -72,5 +72,5 @@ setup(
     cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild},
     packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.triton_kernels"],
     package_dir={"fusedopt": "fusedopt", "fusedopt.triton_kernels": "triton_kernels"},
-    package_data={"fusedopt": ["py.typed", "*.pyi"]},
+    package_data={"fusedopt": ["py.typed", "*.pyi"], "fusedopt.training": ["*.yaml", "presets/*.yaml"]},
 )

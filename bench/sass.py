@@ -63,7 +63,7 @@ class Instruction:
     @property
     def is_rare(self) -> bool:
         """Whether the way that warps usually go does not lead here."""
-        return self.opcode.startswith("PMTRIG") or (self.opcode.startswith("CALL") and self.predicate == "")
+        return self.opcode.startswith(("PMTRIG", "CALL")) and self.predicate == ""
 
     @property
     def is_load(self) -> bool:

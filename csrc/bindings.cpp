@@ -76,10 +76,13 @@ PYBIND11_MODULE(_core, module) {
       .def("__len__", &TensorTable::size)
       .def("clear", &TensorTable::clear)
       .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a,
-           "rounding"_a, "master"_a, "master_key"_a, "param_group"_a = 0, "positions"_a = std::vector<int64_t>())
+           "rounding"_a, "master"_a, "master_key"_a, "skips_blocks"_a = false, "param_group"_a = 0,
+           "positions"_a = std::vector<int64_t>())
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
+      .def("collect_shards", &TensorTable::collect_shards, py::kw_only(), "group"_a, "positions"_a, "params"_a,
+           "grads"_a, "states"_a, "places"_a)
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
-           "master"_a, "step"_a, "first_index"_a)
+           "master"_a, "step"_a, "first_index"_a, "segment"_a = 0, "segment_stride"_a = 0)
       .def("count_versions", &TensorTable::count_versions)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
       .def("rows", &bytes_of<&TensorTable::rows>)

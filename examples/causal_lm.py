@@ -24,7 +24,7 @@ def windows(data: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
 
     train, held_out = load_text()
@@ -42,7 +42,7 @@ def main() -> None:
         adam_beta2=0.99,
         warmup_steps=30,
         lr_scheduler_type="cosine",
-        logging_steps=50,
+        logging_steps=min(50, steps),
         save_strategy="no",
         report_to=["tensorboard"] if find_spec("tensorboard") else [],
         use_cpu=True,

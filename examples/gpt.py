@@ -68,7 +68,10 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         recent = F.pad(x, (self.recent - 1, 0)).unfold(1, self.recent, 1)
-        x = self.bytes(recent + 256 * torch.arange(self.recent)).sum(-2) + self.positions.weight[: x.shape[1]]
+        x = (
+            self.bytes(recent + 256 * torch.arange(self.recent, device=x.device)).sum(-2)
+            + self.positions.weight[: x.shape[1]]
+        )
         return self.head(self.norm(self.blocks(x)))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:

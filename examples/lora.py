@@ -45,7 +45,7 @@ def loss_on(model: torch.nn.Module, data: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)

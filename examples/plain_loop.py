@@ -46,7 +46,7 @@ def train(model: Any, optimizer: fusedopt.FusedOptimizer, scheduler: Any, data: 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
 
     data, held_out = load_text()

@@ -61,7 +61,7 @@ def main() -> None:
         optim="lion_8bit",
         max_steps=steps,
         per_device_train_batch_size=32,
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         weight_decay=0.1,
         warmup_steps=20,
         save_strategy="no",

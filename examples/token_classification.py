@@ -50,7 +50,7 @@ def load() -> tuple[list[dict], list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
 
     train, held_out = load()

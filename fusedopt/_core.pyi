@@ -43,10 +43,21 @@ class TensorTable:
         rounding: int,
         master: int,
         master_key: str,
+        skips_blocks: bool = ...,
         param_group: int = ...,
         positions: list[int] = ...,
     ) -> None: ...
     def collect(self, *, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]: ...
+    def collect_shards(
+        self,
+        *,
+        group: int,
+        positions: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        places: list[tuple[int, int, int]],
+    ) -> list[int]: ...
     def add(
         self,
         *,
@@ -58,6 +69,8 @@ class TensorTable:
         master: Tensor | None,
         step: Tensor,
         first_index: int,
+        segment: int = ...,
+        segment_stride: int = ...,
     ) -> bool: ...
     def count_versions(self) -> None: ...
     def batch(self, *, grad_multipliers: list[float]) -> int: ...

@@ -8,6 +8,7 @@ import inspect
 import io
 import pydoc
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_what_a_diff_adds_is_code_that_runs(page: Path) -> None:
     assert [line for line in added if line.strip().rstrip(",") not in lines] == []
 
 
+def forget_accelerators() -> None:
+    """What accelerate keeps for the whole process: its first Accelerator decides for all that follow."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace that begins with the model of the guide's first page."""
@@ -53,6 +61,7 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     if page.stem == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this torch does not run on a CPU")
     monkeypatch.chdir(tmp_path)
+    forget_accelerators()
     # Inductor takes most of a minute; test_compile.py has it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
@@ -71,6 +80,7 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+        forget_accelerators()
 
 
 def test_troubleshooting_quotes_messages() -> None:

@@ -14,8 +14,8 @@ from cases import peer
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "gpt"))
 PAGE = (ROOT / "docs" / "frameworks" / "examples.md").read_text()
-# Those whose frameworks the others run as well take their time in `make test-all`.
-FAST = ("causal_lm", "lightning_digits", "lora", "plain_loop", "token_classification")
+# One for each framework; the others are left to `make test-all`.
+FAST = ("causal_lm", "lightning_digits", "plain_loop")
 
 
 def form(text: str) -> list[str]:

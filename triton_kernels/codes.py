@@ -10,6 +10,12 @@ _TOO_LARGE = tl.constexpr(0x7F7D0000)  # magnitudes from here on spoil their blo
 
 
 @triton.jit
+def is_too_large(x):
+    """Whether a number would spoil its block, inf and NaN included."""
+    return (bits_of(x) & 0x7FFFFFFF).to(tl.int32) >= _TOO_LARGE
+
+
+@triton.jit
 def decode_codes(codes, scales, SIGNED: tl.constexpr):
     """The numbers of codes, given the scale of each block (both uint8)."""
     unit = float_of(scales.to(tl.uint32) << 23)

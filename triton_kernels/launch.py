@@ -143,7 +143,10 @@ class Plan:
         has_codes = np.zeros(len(rows), bool)
         for state in range(4):
             has_codes |= (formats >> (13 + 3 * state)) & 7 == CODES.value
-        length = np.where(has_codes, filled[:, table.ROW.value], numel)
+        segment = filled[:, table.SEGMENT.value]
+        length = np.where(segment > 0, segment, np.where(has_codes, filled[:, table.ROW.value], numel))
+        gap = np.where(segment > 0, filled[:, table.SEGMENT_STRIDE.value] - segment, 0)
+        filled[:, table.ROW_GAP.value] = gap
         filled[:, table.ROW.value] = length
         filled[:, table.IS_ALIGNED.value] = (filled[:, _POINTERS] % 16 == 0).all(1)
         filled[:, table.FIRST_CHUNK.value] = (np.cumsum(chunks) - chunks)[order]

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from . import table as words
 from .arithmetic import float_of
-from .codes import BLOCK
-from .formats import draw
+from .codes import BLOCK, is_too_large
+from .formats import CODES, draw
 from .table import find_row
 from .tiles import load_dense, load_param, load_state, store_param, store_state
 
@@ -25,6 +25,27 @@ def draw_for(row, derived, STREAM: tl.constexpr, firsts):
     key = tl.load(derived + words.KEYS + STREAM).to(tl.uint32, bitcast=True)
     firsts = tl.load(row + words.FIRST_INDEX) + firsts
     return draw(key, firsts[:, None], tl.arange(0, BLOCK)[None, :])
+
+
+@triton.jit
+def unspoilt(p, s, STATES: tl.constexpr, FORMATS: tl.constexpr, place, scales):
+    """Where a tile's numbers and scales are stored if what is not finite is left as it was: csrc/cpu/undo.inl."""
+    begin, offsets, mask = place
+    first, order, exists = scales
+    is_spoilt = is_too_large(p)
+    HAS_CODES: tl.constexpr = (
+        (((FORMATS >> 13) & 7) == CODES)
+        or (((FORMATS >> 16) & 7) == CODES)
+        or (((FORMATS >> 19) & 7) == CODES)
+        or (((FORMATS >> 22) & 7) == CODES)
+    )
+    for k in tl.static_range(STATES):
+        is_spoilt = is_spoilt | is_too_large(s[k])
+    if HAS_CODES:
+        of_blocks = tl.max((is_spoilt & mask).to(tl.int32), 1) != 0
+        return (begin, offsets, mask & (of_blocks[:, None] == 0)), (first, order, exists & (of_blocks == 0))
+    else:
+        return (begin, offsets, mask & (is_spoilt == 0)), scales
 
 
 @triton.jit
@@ -52,6 +73,7 @@ def step_tile(
         offsets = order[:, None] * BLOCK + lanes
         place = (begin * BLOCK, offsets, offsets >= 0)
         firsts = (begin + order) * BLOCK
+        drawn = firsts
         scales = (begin, order, order >= 0)
     else:
         block = begin + order
@@ -60,6 +82,7 @@ def step_tile(
         exists = block < blocks
         mask = exists[:, None] & (column[:, None] + lanes < length)
         firsts = row_of * length + column
+        drawn = firsts + row_of * tl.load(row + words.ROW_GAP)
         place = (begin * 0, firsts[:, None] + lanes, mask)
         scales = (begin * 0, block, exists)
 
@@ -74,15 +97,19 @@ def step_tile(
         g = NORMALIZE(row, derived, g, s, hyper, place, COUNT, WHOLE)
     p, s, rooted = UPDATE(p, g, s, hyper)
 
+    STORES_WHOLE: tl.constexpr = WHOLE and ((FORMATS >> 29) & 1) == 0
+    if ((FORMATS >> 29) & 1) == 1:
+        place, scales = unspoilt(p, s, STATES, FORMATS, place, scales)
+
     random = tl.zeros((COUNT, BLOCK), tl.uint32)  # where nothing is drawn
     for k in tl.static_range(STATES):
         # States 2 k and 2 k + 1 share a stream, which is drawn for the first of them that is rounded stochastically.
         if ((FORMATS >> (25 + k)) & 1) == 1 and not (k % 2 == 1 and ((FORMATS >> (24 + k)) & 1) == 1):
-            random = draw_for(row, derived, k // 2, firsts)
-        store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, WHOLE)
+            random = draw_for(row, derived, k // 2, drawn)
+        store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, STORES_WHOLE)
     if ((FORMATS >> 12) & 1) == 1:
-        random = draw_for(row, derived, 2, firsts)
-    store_param(row, p, random, FORMATS, place, WHOLE)
+        random = draw_for(row, derived, 2, drawn)
+    store_param(row, p, random, FORMATS, place, STORES_WHOLE)
 
 
 @triton.jit(do_not_specialize=["count"])

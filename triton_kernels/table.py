@@ -11,7 +11,8 @@ STATES = tl.constexpr(3)  # four of them
 SCALES = tl.constexpr(7)  # four, of 8-bit states
 STEP = tl.constexpr(11)
 NUMEL = tl.constexpr(12)
-ROW = tl.constexpr(13)  # blocks of codes do not cross multiples of this; without codes, all elements are one row
+# Blocks of codes, and segments, do not cross multiples of this; without any, all elements are one row.
+ROW = tl.constexpr(13)
 FIRST_INDEX = tl.constexpr(14)
 GROUP = tl.constexpr(15)
 # From bit 0 on, the DTypes of parameter, gradient and master, and the Master, three bits each; 12 the parameter's
@@ -21,11 +22,14 @@ ROW_AVERAGES = tl.constexpr(17)  # of a second moment that is factored
 COLUMN_AVERAGES = tl.constexpr(18)
 ROW_COUNT = tl.constexpr(19)  # of one of the tensor's matrices
 COLUMN_COUNT = tl.constexpr(20)
-FIRST_PROGRAM = tl.constexpr(21)  # of the tensor, in the launch that steps it
-IS_ALIGNED = tl.constexpr(22)  # every buffer lies on a multiple of 16 bytes
-FIRST_SUM_PROGRAM = tl.constexpr(23)  # of the tensor, in the launch that adds squares
-FIRST_CHUNK = tl.constexpr(24)  # where its sums go
-WIDTH = tl.constexpr(26)  # so that rows lie on multiples of 16 bytes, as of the next tables
+SEGMENT = tl.constexpr(21)  # elements that follow each other in the global tensor, too; 0 if all do
+SEGMENT_STRIDE = tl.constexpr(22)
+ROW_GAP = SEGMENT_STRIDE  # in its place: how much more the global tensor's index grows from row to row than the place
+FIRST_PROGRAM = tl.constexpr(23)  # of the tensor, in the launch that steps it
+IS_ALIGNED = tl.constexpr(24)  # every buffer lies on a multiple of 16 bytes
+FIRST_SUM_PROGRAM = tl.constexpr(25)  # of the tensor, in the launch that adds squares
+FIRST_CHUNK = tl.constexpr(26)  # where its sums go
+WIDTH = tl.constexpr(28)  # so that rows lie on multiples of 16 bytes, as of the next tables
 
 # A row of the table of param groups; their hyperparameters follow, as float64.
 LR = tl.constexpr(0)  # a pointer, or 0

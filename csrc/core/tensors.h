@@ -73,6 +73,7 @@ struct HealthCounts {
   int64_t codes = 0;             // 8-bit codes written
   int64_t saturated_codes = 0;   // of them, at the end of their range
   int64_t nonfinite_blocks = 0;  // blocks of codes that hold inf or NaN
+  int64_t skipped = 0;           // elements that were left as they were (skips_blocks)
 };
 
 // All of them by name.
@@ -87,6 +88,7 @@ constexpr HealthCount kHealthCounts[] = {
     {"codes", &HealthCounts::codes},
     {"saturated_codes", &HealthCounts::saturated_codes},
     {"nonfinite_blocks", &HealthCounts::nonfinite_blocks},
+    {"skipped", &HealthCounts::skipped},
 };
 static_assert(sizeof(kHealthCounts) / sizeof(HealthCount) == sizeof(HealthCounts) / sizeof(int64_t));
 
@@ -103,8 +105,12 @@ struct TensorDesc {
   int64_t numel = 0;                          // elements held here
   int64_t row = 0;                            // blocks of codes do not cross multiples of this many elements
   int64_t first_index = 0;                    // index of the first of them in the global tensor, for random bits
-  int32_t group = 0;                          // which GroupDesc steps it
-  int64_t position = 0;                       // within its group: reductions go in list order
+  // A shard of columns is a segment of each row: elements that follow each other in the global tensor, too.
+  int64_t segment = 0;         // how many that are; 0 if all do
+  int64_t segment_stride = 0;  // from where one begins in the global tensor to where the next does
+  int32_t group = 0;           // which GroupDesc steps it
+  bool skips_blocks = false;   // leaves as it was what a step would make inf, NaN or too large for a block
+  int64_t position = 0;        // within its group: reductions go in list order
 };
 
 }  // namespace fusedopt

@@ -160,6 +160,7 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
     // A strip is a run of random bits, whose key changes where the upper half of an index does. Where blocks are
     // stored, this holds but for 2^32.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
+    if (tensor.segment != 0) return 0;
     if (!has_weights || !has_gradient_strips<Rule>(tensor, context) || index % kRun != 0) return 0;
     if (length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
     bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks

@@ -3,11 +3,15 @@
 // rules add here, they do not multiply.
 #pragma once
 
+#include <optional>
+#include <type_traits>
+
 #include "cpu/formats.inl"
 #include "cpu/health.inl"
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
 #include "cpu/strips.inl"
+#include "cpu/undo.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -34,13 +38,21 @@ FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<
 }
 
 // How many elements from `at` on make a tile: to the end of the chunk and, where there are blocks, of the row.
-FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool has_blocks, int64_t at, int64_t end) {
+FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool ends_with_rows, int64_t at, int64_t end) {
   int64_t n = end - at < kTile ? end - at : kTile;
-  if (has_blocks) {
+  if (ends_with_rows) {
     const int64_t left = at < tensor.row ? tensor.row - at : tensor.row - at % tensor.row;
     if (n > left) n = left;
   }
   return static_cast<int>(n);
+}
+
+template <class Rule>
+FUSEDOPT_FN bool has_blocks(const TensorDesc& tensor) {
+  for (int k = 0; k < Rule::kStates; ++k) {
+    if (tensor.states[k].is_blockwise()) return true;
+  }
+  return false;
 }
 
 // The random bits of n elements from `index` of the global tensor.
@@ -57,7 +69,22 @@ void draw(uint32_t stream_key, uint64_t index, int n, uint32_t* random) {
   }
 }
 
-template <class Rule, bool kHasBlocks>
+// The random bits of n elements of a tensor from `at` on.
+void draw(const TensorDesc& tensor, uint32_t stream_key, int64_t at, int n, uint32_t* random) {
+  if (tensor.segment == 0) return draw(stream_key, static_cast<uint64_t>(tensor.first_index + at), n, random);
+  for (int done = 0; done < n;) {
+    const int64_t number = (at + done) / tensor.segment, place = at + done - number * tensor.segment;
+    const int64_t left = tensor.segment - place;
+    const int count = left < n - done ? static_cast<int>(left) : n - done;
+    const int64_t index = tensor.first_index + number * tensor.segment_stride + place;
+    draw(stream_key, static_cast<uint64_t>(index), count, random + done);
+    done += count;
+  }
+}
+
+// kSkips: tensor.skips_blocks, a constant because keeping bytes in this loop costs memory-bound steps a tenth of their
+// time.
+template <class Rule, bool kHasBlocks, bool kSkips = false>
 void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
   alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[kSlots<Rule>][kTile], spare[kTile], before[kTile];
@@ -66,12 +93,15 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
   [[maybe_unused]] alignas(64) float normalized[kIsNormalizing<Rule> ? kTile : 1];
   [[maybe_unused]] MatrixPlace place = MatrixPlace::of(tensor.factors, begin);
   const bool draws_for_param = tensor.param.rounding == Rounding::kStochastic;
+  bool ends_with_rows = kHasBlocks;
+  if constexpr (kSkips) ends_with_rows = has_blocks<Rule>(tensor);
 
   const int64_t end = begin + length;
   for (int64_t at = begin; at < end;) {
-    const uint64_t index = static_cast<uint64_t>(tensor.first_index + at);
-    const int n = tile_length(tensor, kHasBlocks, at, end);
+    const int n = tile_length(tensor, ends_with_rows, at, end);
 
+    [[maybe_unused]] std::conditional_t<kSkips, std::optional<Undo>, char> undo{};
+    if constexpr (kSkips) undo.emplace(tensor, Rule::kStates, at, n);
     float* p = load_param(tensor, at, n, param_tile, spare);
     const float* g = load(tensor.grad, at, n, grad_tile);
     float* s[kSlots<Rule>];
@@ -93,17 +123,26 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       update_tile<Rule>(p, g, s, kKeepRoots ? spare : nullptr, n, context.grad_multiplier, hyper);
     }
 
+    if constexpr (kSkips) {
+      undo->judge(p);
+      for (int k = 0; k < Rule::kStates; ++k) undo->judge(s[k]);
+    }
+
     int stream_held = -1;
     for (int k = 0; k < Rule::kStates; ++k) {
       const Buffer& state = tensor.states[k];
       if (state.rounding == Rounding::kStochastic && stream_held != k / 2) {
         stream_held = k / 2;
-        draw(context.stream_keys[stream_held], index, n, random);
+        draw(tensor, context.stream_keys[stream_held], at, n, random);
       }
       store_state(state, tensor.row, at, n, s[k], kKeepRoots && k == Rule::kRooted ? spare : nullptr, random, k & 1);
     }
-    if (draws_for_param) draw(context.stream_keys[kParamStream], index, n, random);
+    if (draws_for_param) draw(tensor, context.stream_keys[kParamStream], at, n, random);
     store_param(tensor, at, n, p, spare, random);
+    if constexpr (kSkips) {
+      const int64_t skipped = undo->put_back();
+      if (health != nullptr) health->skipped += skipped;
+    }
     if (health != nullptr) {
       count_stalled(before, load_param(tensor, at, n, param_tile, spare), g, n, *health);
       for (int k = 0; k < Rule::kStates; ++k) count_codes(tensor.states[k], tensor.row, at, n, *health);
@@ -116,15 +155,15 @@ template <class Rule>
 void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                 HealthCounts* health) {
 #if defined(__AVX2__)
-  if (health == nullptr) {
+  if (health == nullptr && !tensor.skips_blocks) {
     const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
     begin += taken;
     length -= taken;
   }
 #endif
-  bool has_blocks = false;
-  for (int k = 0; k < Rule::kStates; ++k) has_blocks |= tensor.states[k].is_blockwise();
-  if (has_blocks) {
+  if (tensor.skips_blocks) {
+    if constexpr (!kIsNormalizing<Rule>) step_tiles<Rule, true, true>(tensor, context, begin, length, health);
+  } else if (has_blocks<Rule>(tensor)) {
     step_tiles<Rule, true>(tensor, context, begin, length, health);
   } else {
     step_tiles<Rule, false>(tensor, context, begin, length, health);

@@ -46,8 +46,16 @@ constexpr bool has_second_moment() {
   return false;
 }
 
+// By how much more the global tensor's index grows from row to row than the place does.
+template <bool kHasRows>
+struct DeviceRowGap {
+  int64_t row_gap;
+};
+template <>
+struct DeviceRowGap<false> {};
+
 template <class Rule, bool kQuantized>
-struct DeviceTensor : DeviceFactors<is_factored<Rule>()> {
+struct DeviceTensor : DeviceFactors<is_factored<Rule>()>, DeviceRowGap<kQuantized> {
   static constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // C++ has no empty arrays
 
   void* param;

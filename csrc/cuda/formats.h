@@ -20,7 +20,7 @@ struct Formats {
   uint32_t is_aligned : 1;   // whole tiles lie on multiples of 16 bytes in every buffer
 
   // At least so many blocks fit on a multiprocessor. That leaves 168 registers per thread, with which no rule spills.
-  static constexpr int kResidentBlocks = 3;
+  static constexpr int resident_blocks(int) { return 3; }
 
   // Whether a kernel for these formats can step a tensor with `found`.
   static constexpr bool fit(const Formats&, int) { return true; }
@@ -42,7 +42,8 @@ struct Formats {
 template <DType kParam, Master kMaster, DType kState>
 struct UsualFormats : Formats {
   static_assert(kMaster == Master::kNone || kMaster == Master::kSplit24);
-  static constexpr int kResidentBlocks = 5;  // 96 registers
+  // 80 or 96 registers. A warp that loads one state less has fewer bytes under way, so there have to be more of them.
+  static constexpr int resident_blocks(int states) { return states < 2 ? 6 : 5; }
 
   FUSEDOPT_FN explicit UsualFormats(const Formats& found) : Formats(found) {}
 

@@ -8,19 +8,10 @@
 
 #include "core/tensors.h"
 #include "cuda/descriptors.h"
-
-#define FUSEDOPT_DEVICE __device__ __forceinline__
+#include "cuda/instructions.cuh"
 
 namespace fusedopt::cuda {
 namespace {
-
-// Marks what few warps do. The compiler leaves it a branch, instead of computing both ways and selecting, and
-// bench/sass.py knows which way warps go: the instruction triggers an event that nobody has asked for.
-FUSEDOPT_DEVICE void rarely() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("pmevent 0;");
-#endif
-}
 
 // The last tensor that begins at a block or before it.
 template <class Tensor>
@@ -129,12 +120,11 @@ FUSEDOPT_DEVICE void load_numbers(const void* data, const Place& place, Raw& raw
   load_words<kRun>(source + place.runs[1], raw.words + kRun);
 }
 
-template <class Number>
+template <class Number, bool kWhole>
 FUSEDOPT_DEVICE void store_numbers(const Raw& raw, void* data, const Place& place) {
   Number* target = static_cast<Number*>(data) + place.begin;
   constexpr int kRun = static_cast<int>(sizeof(Number));
-  if (!place.is_whole) {
-    rarely();
+  if constexpr (!kWhole) {
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       if (place.holds(j)) target[place.offset(j)] = raw.get<Number>(j);
@@ -172,14 +162,15 @@ FUSEDOPT_DEVICE void load_one(const void* data, DType dtype, int64_t i, Raw& raw
   }
 }
 
-FUSEDOPT_DEVICE void store(const Raw& raw, void* data, DType dtype, const Place& place) {
+template <bool kWhole>
+FUSEDOPT_DEVICE void store(void* data, DType dtype, const Place& place, const Raw& raw) {
   switch (size_of(dtype)) {
     case 4:
-      return store_numbers<uint32_t>(raw, data, place);
+      return store_numbers<uint32_t, kWhole>(raw, data, place);
     case 2:
-      return store_numbers<uint16_t>(raw, data, place);
+      return store_numbers<uint16_t, kWhole>(raw, data, place);
     default:
-      return store_numbers<uint8_t>(raw, data, place);
+      return store_numbers<uint8_t, kWhole>(raw, data, place);
   }
 }
 

@@ -124,7 +124,9 @@ inline Formats formats_of(const TensorDesc& tensor, int states, int64_t row) {
   return formats;
 }
 
+// Whether a tensor is stepped row by row: blocks of codes do not cross rows, nor random bits segments.
 inline bool is_quantized(const TensorDesc& tensor, int states) {
+  if (tensor.segment != 0) return true;
   for (int k = 0; k < states; ++k) {
     if (tensor.states[k].is_blockwise()) return true;
   }

@@ -21,7 +21,8 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
   }
   filled.master = tensor.master.data;
   filled.numel = tensor.numel;
-  filled.row = kQuantized ? tensor.row : tensor.numel;
+  filled.row = !kQuantized ? tensor.numel : tensor.segment != 0 ? tensor.segment : tensor.row;
+  if constexpr (kQuantized) filled.row_gap = tensor.segment == 0 ? 0 : tensor.segment_stride - tensor.segment;
   filled.first_index = tensor.first_index;
   filled.formats = formats_of(tensor, Rule::kStates, filled.row);
   if constexpr (is_factored<Rule>()) {
@@ -33,12 +34,16 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
 }
 
 // Whether tensors of a rule may have these formats; if not, there is no kernel. Without states, one of the lists of
-// formats that differ in states is enough; second moments that are not factored are float32.
+// formats that differ in states is enough; second moments that are not factored are float32. Three states in codes,
+// none of whose roots the rule has at hand, need more registers than the usual kernels have: the general one takes
+// them.
 template <class Rule, class TensorFormats>
 constexpr bool kMayHave = true;
 template <class Rule, DType kParam, Master kMaster, DType kState>
 constexpr bool kMayHave<Rule, UsualFormats<kParam, kMaster, kState>> =
-    Rule::kStates == 0 ? kState == kParam : (!has_second_moment<Rule>() || kState == DType::kFloat32);
+    Rule::kStates == 0 ? kState == kParam
+                       : (!has_second_moment<Rule>() || kState == DType::kFloat32) &&
+                             !(kState == DType::kUInt8 && Rule::kStates > 2 && Rule::kRooted < 0);
 
 template <class Rule, bool kQuantized>
 struct Kernel {

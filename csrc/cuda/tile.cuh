@@ -83,17 +83,18 @@ FUSEDOPT_DEVICE void for_each_state(const Use& use) {
   for_each_of(use, std::make_integer_sequence<int, Rule::kStates>{});
 }
 
-// `first_block`: of codes, of the tile.
+// `first_block`: of codes, of the tile. `first_index`: of the tensor's first element, as seen from the tile's row.
 template <class Rule, bool kQuantized, class TensorFormats>
 FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
-                               const Derived<Rule>& derived, const Place& place, int64_t first_block) {
+                               const Derived<Rule>& derived, const Place& place, int64_t first_block,
+                               int64_t first_index) {
   constexpr int kSlots = DeviceTensor<Rule, kQuantized>::kSlots;
   const auto has_codes = [&](int k) { return kQuantized && formats.state(k) == DType::kUInt8; };
   const auto scales_of = [&](int k) { return tensor.scales[kQuantized ? k : 0] + first_block; };
 
   // All loads, before anything waits for the first.
   Raw raw_param, raw_master, raw_grad, raw_states[kSlots];
-  uint8_t scales[kSlots][2];
+  uint32_t scales[kSlots][2];
   [[maybe_unused]] float rows[kLane], columns[kLane];
   const auto load_all = [&](auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
@@ -112,14 +113,14 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   }
   if constexpr (is_factored<Rule>()) load_factors(tensor, place, rows, columns);
 
-  float p[kLane], g[kLane], s[kSlots][kLane];
-  decode_param(raw_param, raw_master, formats, p);
-  decode(raw_grad, formats.grad(), g);
+  Numbers param, grad, states[kSlots];
+  decode_param(raw_param, raw_master, formats, param.at);
+  decode(raw_grad, formats.grad(), grad.at);
   for_each_state<Rule>([&](auto k) {
     if (has_codes(k)) {
-      decode_codes<Rule::kSigned[k]>(raw_states[k], scales[k], s[k]);
+      decode_codes<Rule::kSigned[k]>(raw_states[k], scales[k], states[k].at);
     } else {
-      decode(raw_states[k], formats.state(k), s[k]);
+      decode(raw_states[k], formats.state(k), states[k].at);
     }
   });
 
@@ -131,9 +132,10 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
 #pragma unroll
       for (int j = 0; j < kLane; ++j) {
         if constexpr (is_factored<Rule>()) {
-          g[j] = normalize<kClamped>(g[j] * multiplier, rows[j], columns[j], moments);
+          grad.at[j] = normalize<kClamped>(grad.at[j] * multiplier, rows[j], columns[j], moments);
         } else {
-          g[j] = normalize<kClamped>(g[j] * multiplier, s[Rule::kSecondMoment][j], moments);
+          const float second = states[Rule::kSecondMoment].at[j];
+          grad.at[j] = normalize<kClamped>(grad.at[j] * multiplier, second, moments);
         }
       }
     };
@@ -145,37 +147,55 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
     multiplier = 1.0f;
   }
 
-  float roots[kLane];
-#pragma unroll
-  for (int j = 0; j < kLane; ++j) {
-    float state[kSlots];
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) state[k] = s[k][j];
-    roots[j] = Rule::update(p[j], g[j] * multiplier, state, derived.hyper);
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) s[k][j] = state[k];
-  }
+  const Numbers roots = Rule::update(param, grad * multiplier, states, derived.hyper);
 
-  uint32_t random[kLane] = {};
+  // What was loaded is not needed any more, so what is stored takes its place.
+  const Source source(first_index + place.begin);
+  uint32_t random[kLane];  // of what is rounded stochastically
+  [[maybe_unused]] uint32_t fractions[kLane];
   for_each_state<Rule>([&](auto k) {
     const bool rounds = formats.rounds_state(k);
-    // States 2 k and 2 k + 1 share a stream.
-    if (k % 2 == 0 && (rounds || (k + 1 < Rule::kStates && formats.rounds_state(k + 1)))) {
-      draw(derived.stream_keys[k / 2], tensor.first_index, place, random);
+    // States 2 k and 2 k + 1 share a stream, if there are as many.
+    const bool next_rounds = k + 1 < Rule::kStates ? formats.rounds_state(k + 1) : rounds;
+    if (k % 2 == 0) {
+      if (rounds || next_rounds) {
+        draw(derived.stream_keys[k / 2], source, place, random);
+        if constexpr (kQuantized) take_fractions(rounds, next_rounds, random, fractions);
+      } else if constexpr (kQuantized) {
+        stay_here();
+#pragma unroll
+        for (int j = 0; j < kLane; ++j) fractions[j] = kHalves;
+      }
     }
     if (has_codes(k)) {
-      store_codes<Rule::kSigned[k], k == Rule::kRooted>(tensor.states[k], scales_of(k), rounds, place, s[k], roots,
-                                                        random, k & 1);
+      constexpr bool kSigned = Rule::kSigned[k];
+      const Numbers own = kSigned || k == Rule::kRooted ? roots : root(states[k]);
+      encode_codes<kSigned>(states[k].at, own.at, fractions, k & 1, place, raw_states[k], scales[k]);
     } else {
-      store(tensor.states[k], formats.state(k), rounds, place, s[k], random, k & 1);
+      encode(states[k].at, formats.state(k), rounds, random, k & 1, raw_states[k]);
     }
   });
-  if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], tensor.first_index, place, random);
-  store_param(tensor.param, tensor.master, formats, place, p, random);
+  if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], source, place, random);
+  encode_param(param.at, formats, random, raw_param, raw_master);
+
+  const auto store_all = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    for_each_state<Rule>([&](auto k) {
+      store<kWhole>(tensor.states[k], formats.state(k), place, raw_states[k]);
+      if (has_codes(k)) store_scales<kWhole>(scales_of(k), place, scales[k]);
+    });
+    store_param<TensorFormats, kWhole>(tensor.param, tensor.master, formats, place, raw_param, raw_master);
+  };
+  if (place.is_whole) {
+    store_all(std::true_type{});
+  } else {
+    rarely();
+    store_all(std::false_type{});
+  }
 }
 
 template <class Rule, bool kQuantized, class TensorFormats>
-__global__ void __launch_bounds__(kThreads, TensorFormats::kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule::kStates))
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
@@ -183,18 +203,27 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::kResidentBlocks)
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
-  // Without codes, a tensor is one row.
+  // Without codes, a tensor is one row. `left`: of the row, from the beginning of the tile on.
   const int64_t row_tiles = divided_up(tensor.row, kTile), row_blocks = divided_up(tensor.row, kBlock);
-  int64_t row = kQuantized ? tile / row_tiles : 0, row_tile = tile - row * row_tiles;
+  const int64_t row = kQuantized ? tile / row_tiles : 0, row_tile = tile - row * row_tiles;
+  int64_t begin = row * tensor.row + row_tile * kTile, left = tensor.row - row_tile * kTile;
+  int64_t first_block = row * row_blocks + row_tile * (kTile / kBlock), first_index = tensor.first_index;
+  if constexpr (kQuantized) first_index += row * tensor.row_gap;
 #pragma unroll 1
-  for (int i = 0; i < kTilesEach && row * tensor.row + row_tile * kTile < tensor.numel; ++i) {
-    const int64_t column = row_tile * kTile, left = tensor.row - column;
-    const Place place = place_of(lane, row * tensor.row + column, static_cast<int>(left < kTile ? left : kTile),
-                                 tensor.formats.is_aligned, formats.is_split());
-    step_tile(tensor, formats, derived, place, row * row_blocks + column / kBlock);
-    row_tile += kWarps;
+  for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
+    const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile), tensor.formats.is_aligned,
+                                 formats.is_split());
+    step_tile(tensor, formats, derived, place, first_block, first_index);
+    begin += kWarps * kTile;
+    left -= kWarps * kTile;
+    first_block += kWarps * (kTile / kBlock);
     if constexpr (kQuantized) {
-      for (; row_tile >= row_tiles; row_tile -= row_tiles) ++row;
+      while (left <= 0) {  // in a later row, whose blocks begin anew
+        begin += tensor.row - row_tiles * kTile;
+        left += row_tiles * kTile;
+        first_block += row_blocks - row_tiles * (kTile / kBlock);
+        first_index += tensor.row_gap;
+      }
     }
   }
 }

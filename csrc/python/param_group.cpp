@@ -23,15 +23,17 @@ py::object interned(const std::string& text) {
 
 ParamGroup::ParamGroup(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                        const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                       int param_group, std::vector<int64_t> positions)
+                       bool skips_blocks, int param_group, std::vector<int64_t> positions)
     : rounding(static_cast<Rounding>(rounding)),
       master(static_cast<Master>(master)),
       master_key(interned(master_key)),
+      skips_blocks(skips_blocks),
       param_group(param_group),
       positions(std::move(positions)) {
   desc.rule = find_rule(rule);
   desc.seed = seed;
   const RuleInfo& info = rules()[desc.rule];
+  if (skips_blocks && info.normalizes) throw py::value_error("rule '" + rule + "' cannot skip blocks");
   for (const RuleField& field : info.fields) {
     const auto found = config.find(field.name);
     if (found == config.end())

@@ -25,7 +25,7 @@ struct ParamGroup {
   // See TensorTable::add_group.
   ParamGroup(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
              const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-             int param_group, std::vector<int64_t> positions);
+             bool skips_blocks, int param_group, std::vector<int64_t> positions);
 
   bool is_factored() const { return static_cast<bool>(factor_keys[0]); }  // second moments are
 
@@ -40,6 +40,7 @@ struct ParamGroup {
   Rounding rounding;                            // of parameters
   Master master;
   pybind11::object master_key;
+  bool skips_blocks;
   int param_group;
   std::vector<int64_t> positions;
 };

@@ -1,5 +1,7 @@
 #include "python/record.h"
 
+#include <algorithm>
+
 #include "core/portable.h"
 #include "storage/blockwise8.h"
 
@@ -24,14 +26,16 @@ bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::
 
 // How many elements of a parameter lie in a row that blocks of codes do not cross.
 int64_t row_of(const TensorView& param) {
-  return param.ndim < 2 || param.numel == 0 ? 0 : param.numel / param.shape[0];
+  if (param.ndim == 1) return param.numel;  // a flat buffer is one row
+  return param.ndim == 0 || param.numel == 0 ? 0 : param.numel / param.shape[0];
 }
 
 bool is_scales_of(const TensorView& scales, const TensorView& param) {
   if (param.numel == 0) return scales.dtype == DType::kUInt8 && scales.numel == 0;
   const int64_t row = row_of(param);
-  return row > 0 && scales.dtype == DType::kUInt8 && scales.ndim == 2 && scales.shape[0] == param.shape[0] &&
-         scales.shape[1] == divided_up(row, kBlock);
+  if (row == 0 || scales.dtype != DType::kUInt8 || scales.ndim != std::min(param.ndim, 2)) return false;
+  return scales.shape[scales.ndim - 1] == divided_up(row, kBlock) &&
+         (scales.ndim == 1 || scales.shape[0] == param.shape[0]);
 }
 
 // Whether they have a number for each row and each column of a parameter's matrices: those of its last two dimensions,

@@ -11,14 +11,14 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-constexpr size_t kRowWords = 3 + 2 * kMaxStates + 6 + 4;
+constexpr size_t kRowWords = 3 + 2 * kMaxStates + 6 + 4 + 2;
 
 // Pointers, sizes, group, formats in one word, and factors (triton_kernels/table.py names them).
 void write_row(const TensorDesc& tensor, int64_t* row) {
   const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); };
   int64_t formats = static_cast<int64_t>(tensor.param.dtype) | static_cast<int64_t>(tensor.grad.dtype) << 3 |
                     static_cast<int64_t>(tensor.master.dtype) << 6 | static_cast<int64_t>(tensor.master_format) << 9 |
-                    static_cast<int64_t>(tensor.param.rounding) << 12;
+                    static_cast<int64_t>(tensor.param.rounding) << 12 | static_cast<int64_t>(tensor.skips_blocks) << 29;
   *row++ = address(tensor.param.data);
   *row++ = address(tensor.grad.data);
   *row++ = address(tensor.master.data);
@@ -38,6 +38,8 @@ void write_row(const TensorDesc& tensor, int64_t* row) {
   *row++ = address(tensor.factors.columns);
   *row++ = tensor.factors.row_count;
   *row++ = tensor.factors.column_count;
+  *row++ = tensor.segment;
+  *row++ = tensor.segment_stride;
 }
 
 }  // namespace
@@ -52,20 +54,25 @@ void TensorTable::clear() {
 
 void TensorTable::add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                             const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                            int param_group, const std::vector<int64_t>& positions) {
-  groups_.emplace_back(rule, config, seed, roundings, rounding, master, master_key, param_group, positions);
+                            bool skips_blocks, int param_group, const std::vector<int64_t>& positions) {
+  groups_.emplace_back(rule, config, seed, roundings, rounding, master, master_key, skips_blocks, param_group,
+                       positions);
   if (!positions.empty()) is_sorted_ = false;
 }
 
-bool TensorTable::take(int group, int64_t position, const ParamObjects& objects, int64_t first_index, Record& record) {
+bool TensorTable::take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place,
+                       Record& record) {
   TensorDesc& desc = lists_.tensors.emplace_back();
   if (!record.describe(groups_[group], objects, device_, desc)) {
     lists_.tensors.pop_back();
     return false;
   }
-  desc.first_index = first_index;
+  desc.first_index = place.first_index;
+  desc.segment = place.segment;
+  desc.segment_stride = place.segment_stride;
   desc.group = group;
   desc.position = position;
+  desc.skips_blocks = groups_[group].skips_blocks;
   versions_.add(objects.param, record.implementation());
   return true;
 }
@@ -94,7 +101,7 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
     ParamObjects objects;
     objects.param = param;
     objects.grad = grad.ptr();
-    if (objects.find(settings, entries.find(param)) && take(group, i, objects, 0, records[i])) {
+    if (objects.find(settings, entries.find(param)) && take(group, i, objects, {}, records[i])) {
       alive_.push_back(std::move(grad));  // nothing else may hold it while it is read without the GIL
     } else {
       missed.push_back(i);
@@ -103,8 +110,43 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
   return missed;
 }
 
+std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<int64_t>& positions,
+                                                 const py::list& params, const py::list& grads, const py::list& states,
+                                                 const std::vector<std::array<int64_t, 3>>& places) {
+  const size_t count = positions.size();
+  if (params.size() != count || grads.size() != count || states.size() != count || places.size() != count) {
+    throw py::value_error("lists of shards must have one length");
+  }
+  const ParamGroup& settings = groups_.at(group);
+  if (records_.size() < groups_.size()) records_.resize(groups_.size());
+  std::vector<Record>& records = records_[group];
+  std::vector<int64_t> missed;
+  constexpr size_t kAhead = 8;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t position = positions[i];
+    const size_t ahead = i + kAhead < count ? static_cast<size_t>(positions[i + kAhead]) : records.size();
+    if (ahead < records.size()) records[ahead].prefetch(settings.states.size());
+    if (records.size() <= static_cast<size_t>(position)) records.resize(static_cast<size_t>(position) + 1);
+    ParamObjects objects;
+    objects.param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+    objects.grad = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i));
+    const GlobalPlace place{places[i][0], places[i][1], places[i][2]};
+    if (objects.find(settings, PyList_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i))) &&
+        take(group, position, objects, place, records[static_cast<size_t>(position)])) {
+      is_sorted_ = false;
+    } else {
+      missed.push_back(position);
+    }
+  }
+  for (const py::handle list : {py::handle(params), py::handle(grads), py::handle(states)}) {
+    alive_.push_back(py::reinterpret_borrow<py::object>(list));
+  }
+  return missed;
+}
+
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
-                      py::handle master, py::handle step, int64_t first_index) {
+                      py::handle master, py::handle step, int64_t first_index, int64_t segment,
+                      int64_t segment_stride) {
   const size_t dense = groups_.at(group).states.size();
   if (states.size() != dense + (groups_[group].is_factored() ? 2 : 0))
     throw py::value_error("one tuple of tensors is needed for every state of the rule");
@@ -123,7 +165,7 @@ bool TensorTable::add(int group, int64_t position, py::handle param, py::handle 
     objects.scales[k] = tensors.size() == 2 ? PyTuple_GET_ITEM(tensors.ptr(), 1) : nullptr;
   }
   Record unused;
-  if (!take(group, position, objects, first_index, unused)) return false;
+  if (!take(group, position, objects, {first_index, segment, segment_stride}, unused)) return false;
   for (const py::handle tensor : {param, grad, step, master, py::handle(states)}) {
     alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
   }

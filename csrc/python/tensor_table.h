@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <map>
 #include <string>
 #include <vector>
@@ -18,6 +19,11 @@
 #include "python/versions.h"
 
 namespace fusedopt {
+
+// Where the elements of a shard are in the global tensor (core/tensors.h).
+struct GlobalPlace {
+  int64_t first_index = 0, segment = 0, segment_stride = 0;
+};
 
 class TensorTable {
  public:
@@ -32,17 +38,24 @@ class TensorTable {
   // parameters are listed, for sums in list order; no positions if it has all of the param group.
   void add_group(const std::string& rule, const std::map<std::string, double>& config, uint32_t seed,
                  const std::vector<int>& roundings, int rounding, int master, const std::string& master_key,
-                 int param_group, const std::vector<int64_t>& positions);
+                 bool skips_blocks, int param_group, const std::vector<int64_t>& positions);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
   // those that have a gradient and do not fit, for the caller to look at more closely.
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
 
+  // The same of shards, of which what is held here is given: parameters, gradients, dicts of their state, and places in
+  // the global tensors. Returns which of `positions`, in their group, do not fit.
+  std::vector<int64_t> collect_shards(int group, const std::vector<int64_t>& positions, const pybind11::list& params,
+                                      const pybind11::list& grads, const pybind11::list& states,
+                                      const std::vector<std::array<int64_t, 3>>& places);
+
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
-           pybind11::handle master, pybind11::handle step, int64_t first_index);
+           pybind11::handle master, pybind11::handle step, int64_t first_index, int64_t segment,
+           int64_t segment_stride);
 
   // Tells autograd that the parameters have been written. `step` does so itself.
   void count_versions() { versions_.count(); }
@@ -64,7 +77,7 @@ class TensorTable {
   size_t size() const { return lists_.tensors.size(); }
 
  private:
-  bool take(int group, int64_t position, const ParamObjects& objects, int64_t first_index, Record& record);
+  bool take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place, Record& record);
   void list_groups(const std::vector<double>& grad_multipliers);
   void sort();
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Backend, GroupStep, ParamStep, Scaling, Session
+from .base import Backend, GroupStep, ParamStep, Scaling, Session, Shards
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .device import DeviceSession
@@ -22,6 +22,7 @@ __all__ = [
     "ParamStep",
     "Scaling",
     "Session",
+    "Shards",
     "candidates",
     "first",
     "names",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .. import _core
+from ..reference.asking import Asking, Extent
 from ..storage.masters import KEYS
 from ..storage.state import StateSpec
 
@@ -20,6 +21,10 @@ Reference = Callable[..., "tuple[Tensor, ...]"]
 # are GroupSteps, everybody else's are param groups.
 Health = dict[tuple[int, int], dict[str, int]]
 HEALTH_COUNTS = _core.health_counts
+
+# The same, for rules that take sums over a whole parameter, of a shard of one; it is also told whole=.
+AskingReference = Callable[..., "Asking[tuple[Tensor, ...]]"]
+ASKING: dict[str, AskingReference] = {}
 
 # Every compiled rule's equation in plain torch, by the rule's name; FusedOptimizer's subclasses fill it.
 REFERENCES: dict[str, Reference] = {}
@@ -38,6 +43,7 @@ class GroupStep:
         maximize: Whether the gradient is negated.
         rounding: How 16-bit parameters are rounded.
         master: What they keep beside them: None, or one of masters.KEYS.
+        skips_blocks: Whether weights stay as they were whose step would not be finite (storage/skipping.py).
         layout: Name of the layout; empty if all parameters have the same.
         param_group: Index of the param group.
         lr: The learning rate, where it is a tensor on the parameters' device; `hyper` has 1 in its place.
@@ -51,6 +57,7 @@ class GroupStep:
     maximize: bool
     rounding: str = "nearest"
     master: str | None = None
+    skips_blocks: bool = False
     layout: str = ""
     param_group: int = 0
     lr: Tensor | None = None
@@ -76,6 +83,18 @@ class Scaling:
     max_grad_norm: float | None = None
 
 
+class Spread(Protocol):
+    """The whole of a sharded parameter."""
+
+    @property
+    def extent(self) -> Extent:
+        """Its size."""
+
+    @staticmethod
+    def sums(asked: Sequence[tuple[Spread, str, Tensor]]) -> list[Tensor]:
+        """The sums over all shards of what is here: over their "rows", "columns", or "all" of them."""
+
+
 @dataclass(frozen=True)
 class ParamStep:
     """One parameter in one step.
@@ -92,7 +111,27 @@ class ParamStep:
     states: tuple[tuple[Tensor, ...], ...]
     step: Tensor
     master: Tensor | None = None
-    first_index: int = 0  # of this shard in the global tensor, for random bits
+    # Where the elements of a shard are in the global tensor, in row-major order, for random bits.
+    first_index: int = 0
+    segment: int = 0  # how many follow each other there as they do here; 0 if all do
+    segment_stride: int = 0  # from where one such segment begins to where the next does
+    indices: Tensor | None = None  # of each, if they are not as regular as that
+    spread: Spread | None = None  # where the rest of it is, if its rule takes sums over all of it
+
+
+@dataclass
+class Shards:
+    """What is held here of parameters of a group, one after the other.
+
+    `positions` are their places among the parameters of their GroupStep, `states` their states by name, `places` as
+    ParamStep's first_index, segment and segment_stride.
+    """
+
+    positions: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Session(Protocol):
@@ -106,6 +145,9 @@ class Session(Protocol):
 
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         """Takes what it can of a group as it lies; returns the positions left with a gradient."""
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        """Takes what it can of a group's shards as they lie; returns the positions left."""
 
     def add(self, entry: ParamStep) -> bool:
         """Takes one parameter whose tensors are plain, contiguous and of one shape; False if it cannot."""
@@ -128,6 +170,7 @@ class Backend(Protocol):
     """A way to take steps on some kind of tensors."""
 
     name: str
+    skips_blocks: bool  # whether it steps groups that ask for it (GroupStep)
 
     def refusal(self, param: Tensor) -> str | None:
         """Why it cannot step this parameter, as a clause; None if it can."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep
-from .table import PARAM_DTYPES, add_entry, add_groups
+from .base import GroupStep, Health, ParamStep, Shards
+from .table import PARAM_DTYPES, add_entry, add_groups, add_shards
 
 
 class CpuSession:
@@ -29,6 +29,9 @@ class CpuSession:
         if group in self._waits:
             return [i for i, param in enumerate(params) if param.grad is not None]
         return self._table.collect(group=group, params=params, state=state)
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        return shards.positions if group in self._waits else add_shards(self._table, group, shards)
 
     def add(self, entry: ParamStep) -> bool:
         if entry.group in self._waits:
@@ -53,6 +56,7 @@ class CpuBackend:
     """See Backend."""
 
     name = "cpu"
+    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":

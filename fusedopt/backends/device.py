@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling
-from .eager import count_health, weights
-from .table import add_entry, add_groups
+from .base import GroupStep, Health, ParamStep, Scaling, Shards
+from .eager import count_health, step_param, weights
+from .table import add_entry, add_groups, add_shards
 
 
 class DeviceBackend(Protocol):
@@ -49,6 +49,8 @@ class Scalars:
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
 
+    skips_blocks: ClassVar[bool] = False  # whether its kernels can; groups that ask for it are left to others if not
+
     def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
         self._tables: dict[torch.device, _core.TensorTable] = {}
@@ -58,6 +60,7 @@ class DeviceSession:
         # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
         self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any]]] = {}
         self._added: list[ParamStep] = []
+        self._shards: list[tuple[int, Shards, set[int]]] = []
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
@@ -76,6 +79,7 @@ class DeviceSession:
         self._begun.clear()
         self._collected.clear()
         self._added.clear()
+        self._shards.clear()
         for table in self._tables.values():
             table.clear()
 
@@ -92,13 +96,25 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self._backend.unusable(params[0].device) is not None:
+        if self._leaves(group) or self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
+    def _leaves(self, group: int) -> bool:
+        return self._groups[group].skips_blocks and not self.skips_blocks
+
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        if not shards.params or self._leaves(group):
+            return shards.positions
+        if self._backend.unusable(shards.params[0].device) is not None:
+            return shards.positions
+        left = add_shards(self._table(shards.params[0]), group, shards)
+        self._shards.append((group, shards, set(left)))
+        return left
+
     def add(self, entry: ParamStep) -> bool:
-        if not add_entry(self._table(entry.param), entry):
+        if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True
@@ -128,13 +144,17 @@ class DeviceSession:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
         entries = self._entries() if counts_health else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
+        shadows = [_copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
         norm = None
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
-        health = {
-            (entry.group, entry.position): count_health(self._groups[entry.group], entry, held)
-            for entry, held in zip(entries, before)
-        }
+        health = {}
+        for entry, held, shadow in zip(entries, before, shadows):
+            group = self._groups[entry.group]
+            skipped = 0
+            if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
+                skipped = step_param(group, shadow, _multiplier(grad_multipliers[entry.group], scaling, norm))
+            health[entry.group, entry.position] = count_health(group, entry, held, skipped)
         return health, norm
 
     def _launch(
@@ -172,7 +192,35 @@ class DeviceSession:
                         master=master if isinstance(master, Tensor) else None,
                     )
                 )
+        for index, shards, left in self._shards:
+            group = self._groups[index]
+            for position, param, grad, held in zip(shards.positions, shards.params, shards.grads, shards.states):
+                if position in left:
+                    continue
+                states = tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states)
+                master = held.get(group.master_key) if group.master_key else None
+                entries.append(ParamStep(index, position, param.detach(), grad, states, held["step"], master))
         return entries
+
+
+def _copy(entry: ParamStep) -> ParamStep:
+    """The same parameter, in tensors of its own."""
+    return replace(
+        entry,
+        param=entry.param.clone(),
+        states=tuple(tuple(part.clone() for part in held) for held in entry.states),
+        step=entry.step.clone(),
+        master=None if entry.master is None else entry.master.clone(),
+    )
+
+
+def _multiplier(sign: float, scaling: Scaling, norm: Tensor | None) -> float:
+    """What gradients were multiplied by, nearly: the norm is rounded, which no number's being finite hangs on."""
+    multiplier = sign if scaling.grad_scale is None else sign / float(scaling.grad_scale.item())
+    if norm is None or scaling.max_grad_norm is None:
+        return multiplier
+    coefficient = scaling.max_grad_norm / (float(norm.item()) + 1e-6)
+    return multiplier * (1.0 if coefficient > 1.0 else coefficient)
 
 
 @contextmanager

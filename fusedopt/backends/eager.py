@@ -9,28 +9,66 @@ import torch
 from torch import Tensor
 
 from ..reference.arithmetic import rounded
+from ..reference.asking import Asking, all_here
 from ..reference.dense import round_stochastic
 from ..reference.norm import square_sums
-from ..reference.random import random_bits
-from ..storage import quantization
+from ..reference.random import bits_at
+from ..storage import quantization, skipping
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
-from .base import HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep
+from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 _PARAM_STREAM = 4  # after the four states that a rule has at most
 
 
-def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> None:
-    """Steps one parameter in place: decode, reference, encode."""
+def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> int:
+    """Steps one parameter in place: decode, reference, encode. Returns how many weights it left as they were."""
+    return all_here(asking_step(group, entry, grad_multiplier))
+
+
+def step_spread(steps: Sequence[Asking[int]], entries: Sequence[ParamStep]) -> list[int]:
+    """Takes steps that ask for sums over shards together, so that ranks meet once for each sum that they ask for.
+
+    Returns what each of them returns.
+    """
+    results = [0] * len(steps)
+    totals: list[Tensor | None] = [None] * len(steps)
+    left = list(range(len(steps)))
+    while left:
+        asked, asking = [], []
+        for i in left:
+            try:
+                over, numbers = steps[i].send(totals[i])  # type: ignore[arg-type]
+            except StopIteration as end:
+                results[i] = end.value
+                continue
+            spread = entries[i].spread
+            assert spread is not None
+            asked.append((spread, over, numbers))
+            asking.append(i)
+        if asked:
+            for i, total in zip(asking, asked[0][0].sums(asked)):
+                totals[i] = total
+        left = asking
+    return results
+
+
+def asking_step(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> Asking[int]:
+    """The same, of a parameter that may be a shard, which asks for sums over the whole."""
     step = int(entry.step.item()) + 1
 
     def bits(rounding: str, state: int, stored: torch.dtype) -> Tensor | None:
         if rounding == "nearest" or stored not in (*SIXTEEN_BIT, torch.uint8):
             return None
-        shape, device = entry.param.shape, entry.param.device
-        return random_bits(shape, device, seed=group.seed, step=step, first_index=entry.first_index, state=state)
+        param, begin = entry.param, entry.first_index
+        index = entry.indices
+        if index is None:
+            index = torch.arange(begin, begin + param.numel(), dtype=torch.int64, device=param.device)
+            if entry.segment:
+                index += (index - begin) // entry.segment * (entry.segment_stride - entry.segment)
+        return bits_at(index.to(param.device), seed=group.seed, step=step, state=state).reshape(param.shape)
 
     param = weights(group, entry)
     grad = _numbers(entry.grad, entry.param).to(param.dtype)
@@ -38,11 +76,20 @@ def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> No
     states = (_state(spec, held, entry.param) for spec, held in zip(group.states, entry.states))
     told: dict[str, Any] = {"dtype": entry.param.dtype} if group.layout else {}
     hyper = group.hyper if group.lr is None else {**group.hyper, "lr": float(group.lr.item())}
-    results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+    if entry.spread is None:
+        results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+    else:
+        told["whole"] = entry.spread.extent
+        results = yield from ASKING[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+    stored = skipping.Stored.of(entry.param, entry.master, entry.states) if group.skips_blocks else None
     for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
         _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
     _write_weights(group, entry, results[0], bits(group.rounding, _PARAM_STREAM, entry.param.dtype))
     entry.step.add_(1)
+    if stored is None:
+        return 0
+    is_complex = entry.param.is_complex()
+    return stored.put_back(skipping.spoilt(results, has_blocks=stored.has_blocks, is_complex=is_complex))
 
 
 def _real(x: Tensor) -> Tensor:
@@ -87,13 +134,14 @@ def _write(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
     _real(target).copy_(value)
 
 
-def count_health(group: GroupStep, entry: ParamStep, before: Tensor) -> dict[str, int]:
-    """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it."""
+def count_health(group: GroupStep, entry: ParamStep, before: Tensor, skipped: int) -> dict[str, int]:
+    """What csrc/cpu/health.inl counts, after a step; `before` are the weights before it, `skipped` how many it left."""
     grad = _numbers(entry.grad, entry.param)
     unmoved = _same_bits(before, weights(group, entry)) & (grad != 0)
     counts = dict.fromkeys(HEALTH_COUNTS, 0)
     counts["stalled"] += int(unmoved.sum())
     counts["nonfinite_grads"] += int((~grad.isfinite()).sum())
+    counts["skipped"] += skipped
     for spec, held in zip(group.states, entry.states):
         if len(held) == 2:
             top = 0x7F if spec.is_signed else 0xFF
@@ -122,6 +170,9 @@ class EagerSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
 
+    def collect_shards(self, group: int, shards: Shards) -> list[int]:
+        return shards.positions
+
     def add(self, entry: ParamStep) -> bool:
         self._entries.append(entry)
         return True
@@ -134,12 +185,20 @@ class EagerSession:
 
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
         health: Health = {}
-        for entry in self._entries:
-            group = self._groups[entry.group]
-            before = weights(group, entry).clone() if counts_health else None
-            step_param(group, entry, grad_multipliers[entry.group])
-            if before is not None:
-                health[entry.group, entry.position] = count_health(group, entry, before)
+        before = [weights(self._groups[e.group], e).clone() for e in self._entries] if counts_health else []
+        skipped = [0] * len(self._entries)
+        asking = []
+        for i, entry in enumerate(self._entries):
+            if entry.spread is None:
+                skipped[i] = step_param(self._groups[entry.group], entry, grad_multipliers[entry.group])
+            else:
+                asking.append(i)
+        spread = [self._entries[i] for i in asking]
+        steps = [asking_step(self._groups[e.group], e, grad_multipliers[e.group]) for e in spread]
+        for i, count in zip(asking, step_spread(steps, spread)):
+            skipped[i] = count
+        for entry, held, count in zip(self._entries, before, skipped):
+            health[entry.group, entry.position] = count_health(self._groups[entry.group], entry, held, count)
         self._entries = []
         return health
 
@@ -148,6 +207,7 @@ class EagerBackend:
     """See Backend."""
 
     name = "eager"
+    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.dtype not in DTYPES:

@@ -8,7 +8,7 @@ import torch
 
 from .. import _core
 from ..storage.state import DTYPES
-from .base import GroupStep, ParamStep
+from .base import GroupStep, ParamStep, Shards
 
 # What the core calls these by (csrc/core/tensors.h).
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in enumerate(_core.dtypes)}
@@ -44,13 +44,28 @@ def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions:
             rounding=ROUNDING_CODES[group.rounding],
             master=MASTER_CODES[group.master],
             master_key=group.master_key,
+            skips_blocks=group.skips_blocks,
             param_group=group.param_group,
             positions=places or [],
         )
 
 
+def add_shards(table: _core.TensorTable, group: int, shards: Shards) -> list[int]:
+    """Adds shards; the positions of those that do not fit."""
+    return table.collect_shards(
+        group=group,
+        positions=shards.positions,
+        params=shards.params,
+        grads=shards.grads,
+        states=shards.states,
+        places=shards.places,
+    )
+
+
 def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:
     """Adds one parameter; False if it does not fit."""
+    if entry.indices is not None or entry.spread is not None:
+        return False
     return table.add(
         group=entry.group,
         position=entry.position,
@@ -60,4 +75,6 @@ def add_entry(table: _core.TensorTable, entry: ParamStep) -> bool:
         master=entry.master,
         step=entry.step,
         first_index=entry.first_index,
+        segment=entry.segment,
+        segment_stride=entry.segment_stride,
     )

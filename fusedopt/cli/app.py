@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from . import check, info, kernels, schedule
+from . import check, info, kernels, memory, presets, schedule, validate
 
 app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(presets.app, name="presets")
 app.command("info")(info.show)
 app.command("check")(check.check)
+app.command("validate", epilog=validate.EPILOG)(validate.validate)
+app.command("memory", epilog=memory.MEMORY_EPILOG)(memory.memory)
+app.command("recommend", epilog=memory.RECOMMEND_EPILOG)(memory.recommend)
 app.command("compile-kernels")(kernels.compile_kernels)
 
 

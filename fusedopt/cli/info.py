@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
 from ..backends import info
-
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: everything as JSON.")]
+from .sentences import AsJson
 
 
 def show(as_json: AsJson = False) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +14,7 @@ from rich.console import Console
 
 from ..schedules import Schedule, create_schedule, picture
 from ..schedules.names import training_schedules
+from .sentences import sentences
 
 app = typer.Typer(help="Look at learning rate schedules.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -45,7 +44,7 @@ def list_schedules() -> None:
 @app.command()
 def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, png: Png = None) -> None:
     """Draws schedules: into a picture with --png, else with characters."""
-    with _sentences():
+    with sentences():
         schedules = [_schedule(name, steps, warmup, lr) for name in names]
         if png is not None:
             labels = [name.replace(":", "\n", 1).replace(",", ", ") for name in names]
@@ -60,7 +59,7 @@ def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, 
 @app.command()
 def dump(name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, csv: Csv = None) -> None:
     """Writes step, multiplier and, with --lr, the learning rate of every step as CSV."""
-    with _sentences():
+    with sentences():
         multipliers = _schedule(name, steps, warmup, lr)(np.arange(steps), lr)
         columns = {"step": range(steps), "multiplier": multipliers.tolist()}
         if lr is not None:
@@ -71,15 +70,6 @@ def dump(name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, cs
             sys.stdout.write(text)
         else:
             csv.write_text(text)
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Ends with the sentence of an error instead of its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise SystemExit(str(error)) from error
 
 
 def _schedule(spec: str, steps: int, warmup: float, lr: float | None) -> Schedule:

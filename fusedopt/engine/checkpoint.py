@@ -67,7 +67,7 @@ def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held:
             if spec.name in held or other not in held:
                 found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
                 raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
-            if param.dim() < 2 or spec.extent != "elements":
+            if param.dim() < 1 or spec.extent != "elements":
                 raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
             shape = param.shape if key == spec.codes else scales_shape(param.shape)
             _check_tensor(held, key, shape, (torch.uint8,), where)
@@ -221,7 +221,7 @@ def restore(optimizer: Contract) -> None:
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue
-                sources = [_local_part(kept[key], param) for key in keys]
+                sources = [_local_part(kept[key], param, spec.dims_for(param.dim())) for key in keys]
                 for key in keys:
                     del held[key]
                 slots = slots_of(spec, group, param, sharding.local(param))
@@ -231,7 +231,7 @@ def restore(optimizer: Contract) -> None:
     for (held, param, slot, source), tensor in zip(targets, allocate(requests)):
         tensor.copy_(source)
         is_step = slot.key == "step"
-        held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
 
 
 def _converted(spec: StateSpec, slots: list[Slot], sources: list[Tensor]) -> list[Tensor]:
@@ -263,11 +263,14 @@ def _masters(
     return []
 
 
-def _local_part(tensor: Tensor, param: Tensor) -> Tensor:
-    """What this rank holds of a state, which may come as a DTensor or whole."""
-    if sharding.is_dtensor(param) and not sharding.is_dtensor(tensor):
+def _local_part(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """What this rank holds of a state, which may come whole, or as a DTensor in any placements."""
+    if sharding.is_dtensor(param):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-        tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+        mesh, placements = param.device_mesh, sharding.placements_like(param, dims)  # type: ignore[attr-defined]
+        if not sharding.is_dtensor(tensor):
+            tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+        elif tensor.placements != placements:  # type: ignore[attr-defined]
+            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
     return sharding.local(tensor)

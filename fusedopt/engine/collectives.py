@@ -11,11 +11,13 @@ import hashlib
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..reference.asking import Extent
 from . import sharding
 from .contract import Contract
 
@@ -105,7 +107,7 @@ def _ordered_sum(values: Iterable[float]) -> float:
 # ---- one optimizer's ranks ---------------------------------------------------------------------------
 
 
-class Spread:
+class Meshes:
     """The meshes that an optimizer's parameters are on, and the explicit groups that their norm is summed over.
 
     Args:
@@ -174,8 +176,9 @@ class Agreement:
     def __init__(self) -> None:
         self._key: object = None
         self._hashes: dict[Any, float] = {}
+        self._meshes: Meshes | None = None
 
-    def spread(self, optimizer: Contract) -> Spread | None:
+    def meshes(self, optimizer: Contract) -> Meshes | None:
         """Where the numbers of a step are; None if they are all here. Raises if the ranks disagree on the step.
 
         They compare what they are about to do whenever one of them has another list of parameters or other options.
@@ -183,49 +186,56 @@ class Agreement:
         if _distributed() is None:
             return None
         groups = optimizer.param_groups
-        key = [(tuple(map(repr, map(group.get, _AGREED))), tuple(map(id, group["params"]))) for group in groups]
+        # Where the parameters are the same, so are their meshes.
+        key = [
+            (*map(repr, map(group.get, _AGREED)), id(group["grad_norm_group"]), *map(id, group["params"]))
+            for group in groups
+        ]
         if key == self._key and not self._hashes and not any(group["grad_norm_group"] for group in groups):
             return None
-        spread = Spread(groups)
+        if key == self._key and self._meshes is not None:
+            return self._meshes
+        meshes = Meshes(groups)
         if key != self._key:
             refuse_flat_shards(groups)
             self._hashes = {}
             rules = [f"{type(optimizer).__name__} ({optimizer.rule(group)})" for group in groups]
-            told = {mesh: spread.settings(mesh, rules) for mesh in spread.meshes}
+            told = {mesh: meshes.settings(mesh, rules) for mesh in meshes.meshes}
             for mesh, settings in told.items():
                 hashed = _hash(settings)
                 # As long as that of a norm: ranks of which only some compare then find out, too.
-                none = (0.0,) * (1 + len(spread.groups))
-                row = _Row(hashed, _grads_hash(spread, mesh), 0.0, 0.0, none)
-                self._check(spread, mesh, row.over(groups_of(mesh)), settings)
+                none = (0.0,) * (1 + len(meshes.groups))
+                row = _Row(hashed, _grads_hash(meshes, mesh), 0.0, 0.0, none)
+                self._check(meshes, mesh, row.over(groups_of(mesh)), settings)
                 self._hashes[mesh] = hashed
             self._key = key
-        return spread or None
+        self._meshes = meshes if meshes else None
+        return self._meshes
 
     def total(
-        self, optimizer: Contract, spread: Spread, sums: dict[tuple[Any, Any], float], found_inf: float
+        self, optimizer: Contract, meshes: Meshes, sums: dict[tuple[Any, Any], float], found_inf: float
     ) -> tuple[float, float]:
         """The sum of squares of all gradients, wherever they are, and whether one was found not to be finite anywhere.
 
         Args:
             optimizer: Whose step it is.
-            spread: Its.
+            meshes: Its.
             sums: Of squares here, by (mesh or None, explicit group or None).
             found_inf: Not 0 if a gradient was found not to be finite here.
         """
-        explicit = [None, *spread.groups]
+        explicit = [None, *meshes.groups]
         by_group = {group: sums.get((None, group), 0.0) for group in explicit}
-        for i, mesh in enumerate(spread.meshes):
+        for i, mesh in enumerate(meshes.meshes):
             here = tuple(sums.get((mesh, group), 0.0) for group in explicit)
-            row = _Row(self._hashes[mesh], _grads_hash(spread, mesh), found_inf, by_group[None], here)
+            row = _Row(self._hashes[mesh], _grads_hash(meshes, mesh), found_inf, by_group[None], here)
             row = row.over(groups_of(mesh))
-            self._check(spread, mesh, row, None, optimizer)
+            self._check(meshes, mesh, row, None, optimizer)
             found_inf = row.found_inf
             if i == 0:
                 by_group[None] = row.plain
             for group, value in zip(explicit, row.sums):
                 by_group[group] += value
-        for group in spread.groups:
+        for group in meshes.groups:
             agreed = _hash(optimizer.common_max_grad_norm())
             row = _Row(agreed, 0.0, found_inf, 0.0, (by_group[group],)).over([group])
             if row.hash == _DISAGREED:
@@ -235,7 +245,7 @@ class Agreement:
 
     def _check(
         self,
-        spread: Spread,
+        meshes: Meshes,
         mesh: Any,
         row: _Row,
         settings: dict[str, Any] | None,
@@ -247,12 +257,12 @@ class Agreement:
         told = settings or {}
         if row.hash == _DISAGREED and settings is None and optimizer is not None:
             rules = [f"{type(optimizer).__name__} ({optimizer.rule(group)})" for group in optimizer.param_groups]
-            told = spread.settings(mesh, rules)
+            told = meshes.settings(mesh, rules)
         if row.hash != _DISAGREED:
-            places = spread.meshes[mesh]
+            places = meshes.meshes[mesh]
             told = {
                 f"the gradient of parameter {position} of group {index}": "one" if has else "none"
-                for (index, position), has in zip(places, spread.has_grads(mesh))
+                for (index, position), has in zip(places, meshes.has_grads(mesh))
             }
         self._raise(told, groups_of(mesh))
 
@@ -277,8 +287,48 @@ class Agreement:
         raise ValueError("ranks disagree about a step, and agree by now; take it again")
 
 
-def _grads_hash(spread: Spread, mesh: Any) -> float:
-    return float(zlib.crc32(spread.has_grads(mesh)))
+@dataclass(frozen=True)
+class ShardSums:
+    """The whole of a sharded parameter, and over which groups its sums go. See backends.base.Spread."""
+
+    extent: Extent
+    groups: dict[str, list[Any]]
+
+    @staticmethod
+    def sums(asked: Sequence[tuple[Any, str, Tensor]]) -> list[Tensor]:
+        """Those of several parameters at a time: ranks meet once for each list of groups."""
+        found: list[Tensor] = [numbers for _, _, numbers in asked]
+        by_groups: dict[tuple[str, ...], list[int]] = {}
+        for i, (spread, over, _) in enumerate(asked):
+            by_groups.setdefault(tuple(group.group_name for group in spread.groups[over]), []).append(i)
+        for names, members in by_groups.items():
+            if not names:  # all here
+                continue
+            spread, over, _ = asked[members[0]]
+            total = summed(torch.cat([found[i].reshape(-1) for i in members]), spread.groups[over])
+            for i, part in zip(members, torch.split(total, [found[i].numel() for i in members])):
+                found[i] = part.reshape(found[i].shape)
+        return found
+
+
+def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardSums | None:
+    """Where the sums go that a rule takes over a parameter; None if it takes none, or all of it is here."""
+    if not optimizer.takes_sums or not sharding.is_sharded(param):
+        return None
+    row_dim = optimizer.row_dim(group, param)
+    cuts = {i: p.dim for i, p in enumerate(param.placements) if not p.is_replicate()}
+    rows = [i for i, dim in cuts.items() if dim == row_dim]
+    columns = [i for i, dim in cuts.items() if row_dim is not None and dim > row_dim]
+    mesh, shape = param.device_mesh, param.shape
+    extent = Extent(shape.numel())
+    if row_dim is not None:
+        extent = Extent(shape.numel(), shape[row_dim], shape[row_dim + 1 :].numel())
+    dims = {"rows": rows, "columns": columns, "all": list(cuts)}
+    return ShardSums(extent, {over: groups_of(mesh, held) if held else [] for over, held in dims.items()})
+
+
+def _grads_hash(meshes: Meshes, mesh: Any) -> float:
+    return float(zlib.crc32(meshes.has_grads(mesh)))
 
 
 def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
@@ -288,7 +338,7 @@ def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
     if _distributed() is None:
         return here
     flag = torch.tensor([float(here)], dtype=torch.float64, device="cpu")
-    for mesh in Spread(param_groups).meshes:
+    for mesh in Meshes(param_groups).meshes:
         flag = summed(flag, groups_of(mesh))
     return bool(flag)
 

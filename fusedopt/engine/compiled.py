@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..backends import GroupStep, Scaling, candidates, new_sessions
 from ..storage.state import StateSpec
+from . import sharding
+from .collectives import shard_sums
 from .contract import Contract
-from .gather import Gathered, Listed, Member, let_go
+from .gather import Gathered, Listed, Member, Ranks, let_go
 
 
 class _Column(NamedTuple):
@@ -67,6 +69,7 @@ _COLUMNS = {
     "maximize": _Column("bool"),
     "rounding": _Column("str"),
     "master": _Column("str", lambda master: master or "", lambda text: text or None),
+    "skips_blocks": _Column("bool"),
     "layout": _Column("str"),
     "param_group": _Column("int"),
 }
@@ -126,15 +129,21 @@ def _step(
         try:
             gathered.begin()
             tensors = iter(zip(params, grads, steps))
+            listed: list[Listed] = []
             for i, size in enumerate(sizes):
                 entries = state_keys[i].split(";")
                 for position in range(size):
                     param, grad, step = next(tensors)
-                    layout, _, keys = entries[position].partition(":")
+                    layout, keys, where = entries[position].split(":")
                     state = {**{key: next(tensors_held) for key in _words(keys)}, "step": step}
                     member = Member(i, position, parts[i, layout], position)
-                    gathered.add(member, param, grad, state, candidates(backends[i]))
-            listed: Iterable[Listed] = (({}, param, grad) for param, grad in zip(params, grads))
+                    group = {} if owner is None else owner.param_groups[i]
+                    whole = _whole(group, where) if where else param
+                    spread = shard_sums(owner, group, whole) if where and owner is not None else None
+                    gathered.add(member, param, grad, state, candidates(backends[i]), spread, sharding.place(whole))
+                    listed.append((group, whole, grad))
+            if owner is not None and (meshes := owner._agreement().meshes(owner)) is not None:
+                gathered.ranks = Ranks(owner._agreement(), owner, meshes)
             _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), listed)
             gathered.write_back()
         finally:
@@ -143,12 +152,44 @@ def _step(
         grad_norm.copy_(norm)
 
 
+def _whole(group: dict[str, Any], position: str) -> Tensor:
+    """The DTensor of which a compiled step was given what is held here."""
+    if not group:
+        raise RuntimeError("the optimizer of this compiled step, which knows where its shards are, no longer exists")
+    param: Tensor = group["params"][int(position)]
+    return param
+
+
 _library.impl("step_", _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("fusedopt::step_", lib=_library)  # type: ignore[untyped-decorator]
 def _(*args: object, **kwargs: object) -> None:
     return None
+
+
+def _unwrapped(
+    keys: str, params: list[Tensor], grads: list[Tensor], states: list[Tensor], steps: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The lists of `_init_group` with what is held here of DTensors; torch.compile traces this.
+
+    The operator has no DTensors for arguments: how it is to be sharded is nothing that torch would have to know.
+    """
+    local_params, local_grads, local_states, at = [], [], [], 0
+    for entry, param, grad in zip(keys.split(";"), params, grads):
+        parts = entry.split(":")
+        count = len(_words(parts[1]))
+        held = states[at : at + count]
+        at += count
+        if parts[2] != "":
+            if grad.placements != param.placements:  # type: ignore[attr-defined]
+                grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+            param, grad = param.to_local(), grad.to_local()  # type: ignore[attr-defined]
+            held = [state.to_local() for state in held]  # type: ignore[attr-defined]
+        local_params.append(param)
+        local_grads.append(grad)
+        local_states += held
+    return local_params, local_grads, local_states, steps
 
 
 def step(optimizer: Contract) -> None:
@@ -167,6 +208,8 @@ def step(optimizer: Contract) -> None:
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
         # torch.compile takes a group without parameters for a constant, and would hand over a copy
         keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3]) if group["params"] else ""
+        if any([entry.split(":")[-1] != "" for entry in keys.split(";")]):  # a DTensor's position
+            lists = _unwrapped(keys, *lists)
         params += lists[0]
         grads += lists[1]
         states += lists[2]

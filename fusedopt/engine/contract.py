@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,14 +15,16 @@ from ..backends import GroupStep
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
+NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is not finite
+
 
 class Contract(Optimizer):
     """An optimizer as members, checkpoints, reports and compiled steps see it.
 
-    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch
-    (REFERENCES), and under which NAMES `create_optimizer` makes it, with which options. It answers two
-    questions about a param group: `rule`, which of them steps it, and `hyper`, its hyperparameters by name,
-    lr among them. One whose states hang on a parameter's shape has `layouts`, too.
+    A subclass declares its STATES, for every compiled rule it uses the same equation in plain torch (REFERENCES; and
+    ASKING, if it takes sums over a parameter that may be sharded), and under which NAMES `create_optimizer` makes it,
+    with which options. It answers two questions about a param group: `rule`, which of them steps it, and `hyper`, its
+    hyperparameters by name, lr among them. One whose states hang on a parameter's shape has `layouts`, too.
 
     Attributes:
         last_grad_norm: See `FusedOptimizer`.
@@ -29,10 +32,18 @@ class Contract(Optimizer):
 
     STATES: ClassVar[tuple[StateSpec, ...]] = ()
     REFERENCES: ClassVar[dict[str, backends.base.Reference]] = {}
+    ASKING: ClassVar[dict[str, backends.base.AskingReference]] = {}
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # What a name stands for elsewhere and not here: a warning to whoever makes an optimizer by it.
     NOTES: ClassVar[dict[str, str]] = {}
+
+    # What validation goes by: learning rates that are usual, and a sentence for whoever is above; the largest weight
+    # decay that is; and the RMS of an update over the learning rate, None where it depends on the gradients' size.
+    USUAL_LR: ClassVar[tuple[float, float]] = (1e-8, 1e-2)
+    USUAL_LR_NOTE: ClassVar[str] = ""
+    USUAL_WEIGHT_DECAY: ClassVar[float] = 0.1
+    UPDATE_RMS: ClassVar[float | None] = 1.0
 
     # Whether a learning rate that is a tensor on the parameters' device is read there; else `hyper` waits for it.
     derives_on_device: ClassVar[bool] = True
@@ -42,11 +53,17 @@ class Contract(Optimizer):
     # Whether a gradient that is sparse may be taken for one with zeros: nothing moves where it has no number.
     takes_sparse: ClassVar[bool] = False
 
+    # Whether rules take sums over a whole parameter: steps of shards then meet other ranks.
+    takes_sums: ClassVar[bool] = False
+
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
 
-    # Whether torch.compile may trace a step; else it runs as it is, between graphs.
-    compiles: ClassVar[bool] = True
+    # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
+    changes_groups: ClassVar[bool] = False
+
+    # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
+    why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
     has_warned = False  # that nothing is quantized
@@ -86,6 +103,10 @@ class Contract(Optimizer):
         """Which of its group's layouts a parameter has, by its global shape."""
         return ""
 
+    def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
+        """The dimension that counts the rows of a parameter's matrices, of those that take sums over them."""
+        return None
+
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         """Why the equation cannot step a parameter, as a sentence; None if it can."""
         return None
@@ -96,9 +117,14 @@ class Contract(Optimizer):
 
     def before_step(self) -> None:
         """Raises ValueError if no step may be taken now."""
+        if self.changes_groups and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"a step of {type(self).__name__} cannot be captured in a CUDA graph: its param groups change in every "
+                "step, and replays would not see it; call step() outside of the graph"
+            )
 
     def after_step(self) -> None:
-        """What else a step changes, once it is taken."""
+        """Changes param groups after a step that was taken; for optimizers with `changes_groups`."""
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A complete param group from a state dict that another package may have written, as ours are."""
@@ -136,6 +162,18 @@ class Contract(Optimizer):
             )
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
+        reason = self.why_no_block_is_skipped
+        if checks.one_of("nonfinite", group["nonfinite"], NONFINITE) == "skip_block" and reason is not None:
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
+                "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
+            )
+        chosen = backends.candidates(group["backend"])
+        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
+            raise ValueError(
+                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
+                "it; use backend='auto', which leaves such groups to a backend that has"
+            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         checks.process_group("grad_norm_group", group["grad_norm_group"])
@@ -166,6 +204,7 @@ class Contract(Optimizer):
             maximize=group["maximize"],
             rounding=masters.rounding_of(group),
             master=group["master_weights"],
+            skips_blocks=group["nonfinite"] == "skip_block",
             layout=layout,
             param_group=index,
             lr=lr,
@@ -198,6 +237,10 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _agreement(self) -> Any:
+        """What it has told other ranks (collectives.Agreement), for as long as the optimizer lives."""
         raise NotImplementedError
 
     def _sessions(self) -> dict[str, backends.Session]:

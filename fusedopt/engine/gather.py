@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from ..backends.base import Health
+from ..backends.base import Health, Spread
 from ..reference.norm import CHUNK, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
+from ..storage.placement import Place
 from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
-from .collectives import Agreement, Spread
+from .collectives import Agreement, Meshes
 from .contract import Contract
 
 # Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
@@ -72,11 +73,11 @@ class Ranks(NamedTuple):
 
     agreement: Agreement
     optimizer: Contract
-    spread: Spread
+    meshes: Meshes
 
     def total(self, sums: dict[tuple[Any, Any], float], found_inf: float) -> tuple[float, float]:
         """See Agreement.total."""
-        return self.agreement.total(self.optimizer, self.spread, sums, found_inf)
+        return self.agreement.total(self.optimizer, self.meshes, sums, found_inf)
 
 
 class Member(NamedTuple):
@@ -96,6 +97,7 @@ class Gathered:
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
         takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
+        sums_over_shards: Whether rules take sums over whole parameters.
     """
 
     def __init__(
@@ -105,8 +107,10 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
+        sums_over_shards: bool = False,
     ) -> None:
         self._takes_sums = takes_sums
+        self._sums_over_shards = sums_over_shards
         self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
@@ -114,6 +118,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, as far as that is known without waiting for a device
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -136,8 +141,25 @@ class Gathered:
             if positions is not None and len(positions) < len(params):
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
-            left += [self.member(part, entry) for entry in session.collect(part, params, state)]
+            missed = session.collect(part, params, state)
+            if missed and not self._sums_over_shards:
+                missed = self._collect_shards(session, part, params, missed, state)
+            left += [self.member(part, entry) for entry in missed]
         return sorted(left)
+
+    def _collect_shards(
+        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
+    ) -> list[int]:
+        """Hands over the shards among those parameters; what is left of them all."""
+        shards, wrappers, others = sharding.as_they_lie(params, missed, state)
+        if not wrappers:
+            return missed
+        left = session.collect_shards(part, shards)
+        if left:
+            held = set(left)
+            wrappers = [wrapper for entry, wrapper in zip(shards.positions, wrappers) if entry not in held]
+        self._wrappers += wrappers
+        return sorted(others + left)
 
     def add(
         self,
@@ -146,8 +168,20 @@ class Gathered:
         grad: Tensor,
         held: dict[str, Tensor],
         candidates: Sequence[backends.Backend],
+        spread: Spread | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Hands a checked parameter to the first backend that takes it."""
+        """Hands a checked parameter to the first backend that takes it.
+
+        Args:
+            member: Its place in the lists.
+            param: The parameter, or what is held here of it.
+            grad: Its gradient.
+            held: Its state.
+            candidates: Backends, the best first.
+            spread: Where the rest of it is, if its rule takes sums over all of it.
+            place: Where `param` is in the whole, if it does not know that itself.
+        """
         local = sharding.local(param)
         if local is not param:
             self._wrappers.append(param)
@@ -164,13 +198,19 @@ class Gathered:
             states=tuple(tuple(sharding.local(held[key]) for key in spec.keys_in(held)) for spec in settings.states),
             step=held["step"],
             master=None if kind is None else sharding.local(held[masters.KEYS[kind]]),
-            first_index=sharding.first_index(param),
+            spread=spread,
+            **(place or sharding.place(param))._asdict(),
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
             if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
                 return
-        raise AssertionError(f"no backend took parameter {member.position} of group {member.group}, which was checked")
+        names = " or ".join(repr(backend.name) for backend in candidates)
+        raise ValueError(
+            f"parameter {member.position} of group {member.group}, of shape {tuple(param.shape)}, cannot be stepped by "
+            f"backend={names} as it is sharded: its rule takes sums over the whole, or its shards are no evenly spread "
+            "runs of elements; use backend='auto'"
+        )
 
     def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
         """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
@@ -239,14 +279,14 @@ class Gathered:
         sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
         return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
 
-    def square_sums_by_place(self, spread: Spread, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
+    def square_sums_by_place(self, meshes: Meshes, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
         """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
         grads: list[Tensor] = []
         places: list[tuple[Any, Any] | None] = []
         for group, param, grad in listed:
             grads.append(sharding.local_grad(grad, param))
             mesh = param.device_mesh if sharding.is_dtensor(param) else None  # type: ignore[attr-defined]
-            counts = mesh is None or spread.counts_here(param)
+            counts = mesh is None or meshes.counts_here(param)
             places.append((mesh, group["grad_norm_group"]) if counts else None)
         parts = self._chunk_sums(grads)
         if len(parts) == 1:
@@ -277,12 +317,18 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or (scaling.max_grad_norm is None and scaling.found_inf is None)):
+        if is_on_one and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
+            self.is_taken = True
             counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
         return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
+
+    def _meets(self, scaling: Scaling) -> bool:
+        """Whether ranks have something to tell each other before they step, or will meet within the step."""
+        is_summed = self.ranks is not None and self.ranks.optimizer.takes_sums
+        return is_summed or scaling.max_grad_norm is not None or scaling.found_inf is not None
 
     def multiplier(self, scaling: Scaling, listed: Iterable[Listed]) -> tuple[float | None, Tensor | None]:
         """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices, and ranks.
@@ -291,9 +337,9 @@ class Gathered:
         """
         found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
         square_sum = 0.0
-        if self.ranks is not None and (scaling.max_grad_norm is not None or scaling.found_inf is not None):
+        if self.ranks is not None and self._meets(scaling):
             clips = scaling.max_grad_norm is not None
-            sums = self.square_sums_by_place(self.ranks.spread, listed) if clips else {}
+            sums = self.square_sums_by_place(self.ranks.meshes, listed) if clips else {}
             square_sum, found_inf = self.ranks.total(sums, found_inf)
         if found_inf:
             return None, None
@@ -307,6 +353,7 @@ class Gathered:
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, gradients times a number; returns what was counted."""
+        self.is_taken = True
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:

@@ -149,13 +149,22 @@ def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None
     make_state(optimizer, wanted)
 
 
+def is_forbidden(found_inf: Tensor | None, *, waits: bool) -> bool:
+    """Whether a step is known to be forbidden by gradients that are not finite; another device is asked if it waits."""
+    return found_inf is not None and (waits or found_inf.device.type == "cpu") and bool(found_inf.item())
+
+
 def only_wants_state(optimizer: Contract) -> bool:
     """Whether a step is asked for as torch.distributed.checkpoint does to have state: the first, lr and gradients 0.
 
-    A step that counted would leave `step` at 1 in an optimizer that has seen no gradient.
+    A step that counted would leave `step` at 1 in an optimizer that has seen no gradient. torch asks with a learning
+    rate of 0 on the CPU; one on another device is not waited for.
     """
-    lrs = (group["lr"] for group in optimizer.param_groups)
-    if any(optimizer.state.values()) or any(lr is None or float(lr) != 0.0 for lr in lrs):
+
+    def is_zero(lr: Any) -> bool:
+        return lr is not None and (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+    if any(optimizer.state.values()) or not all(is_zero(group["lr"]) for group in optimizer.param_groups):
         return False
     has_grads = any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
     return has_grads and not collectives.any_nonzero(optimizer.param_groups)
@@ -182,7 +191,9 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         if first is not None:
             _begin(tensor, first)
         is_step = slot.key == "step"
-        optimizer.state[param][slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape)
+        optimizer.state[param][slot.key] = (
+            tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
+        )
     if wanted:
         reports.warn_if_nothing_is_quantized(optimizer)
     return bool(wanted)

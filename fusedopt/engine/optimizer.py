@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Scaling, Session, new_sessions
-from ..backends.base import REFERENCES, Health
-from . import checkpoint, compiled, members, reports
-from .collectives import Agreement
+from ..backends.base import ASKING, REFERENCES, Health
+from . import checkpoint, compiled, members, reports, sharding
+from .collectives import Agreement, shard_sums
 from .contract import Contract
 from .gather import Gathered, Ranks, let_go
 from .options import note_own_defaults, spell_out
@@ -48,6 +48,11 @@ class FusedOptimizer(Contract):
         master_weights: What 16-bit parameters keep beside them so that small updates are not lost: "kahan" (2
             bytes), "split24" (1 byte), "split32" (2 bytes, exactly a float32 run), "float32" (4 bytes); None
             keeps nothing. float16 parameters take "float32" only. Others ignore it: they need none.
+        nonfinite: What becomes of weights whose step would leave inf, NaN or a number of 3.36e38 or more in them or
+            in their states: "propagate", as in torch, or "skip_block", which leaves them as they were, states included;
+            `health_report` counts them. With an 8-bit state, which such a number spoils for all of its block of 64,
+            the block is left; else the single weight. Not in optimizers that take means over a parameter. See
+            docs/options.md.
         seed: Seed of stochastic rounding, an int in [0, 2**32).
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`. Of DTensors it is that of the
@@ -74,6 +79,7 @@ class FusedOptimizer(Contract):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         REFERENCES.update(cls.REFERENCES)
+        ASKING.update(cls.ASKING)
         if "NAMES" in cls.__dict__:
             CLASSES.update(dict.fromkeys(cls.NAMES, cls))
         if "__init__" in cls.__dict__:
@@ -97,6 +103,7 @@ class FusedOptimizer(Contract):
         min_quantized_numel: int = 4096,
         rounding: str | None = None,
         master_weights: str | None = None,
+        nonfinite: str = "propagate",
         seed: int = 0,
         max_grad_norm: float | None = None,
         grad_norm_group: ProcessGroup | None = None,
@@ -123,6 +130,7 @@ class FusedOptimizer(Contract):
             "min_quantized_numel": min_quantized_numel,
             "rounding": rounding,
             "master_weights": master_weights,
+            "nonfinite": nonfinite,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "grad_norm_group": grad_norm_group,
@@ -173,14 +181,12 @@ class FusedOptimizer(Contract):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and self._is_traced():
+        is_plain = not self._repeats and not self.changes_groups and getattr(self, "found_inf", None) is None
+        if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
             self._take_step()
         return loss
-
-    def _is_traced(self) -> bool:
-        return self.compiles and not self._repeats
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
@@ -194,17 +200,16 @@ class FusedOptimizer(Contract):
         self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
-        spread = self._agreement().spread(self)
-        if spread is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+        meshes = self._agreement().meshes(self)
+        if meshes is None and members.is_forbidden(found_inf, waits=self.changes_groups):
             return
         try:
             take = self._step_in_rounds if self._repeats else self._step_at_once
-            counts, norm = take(scaling, None if spread is None else Ranks(self._agreement(), self, spread))
+            counts, norm = take(scaling, None if meshes is None else Ranks(self._agreement(), self, meshes))
             if norm is not None:
                 self.last_grad_norm = norm
             if self._health is not None:
                 self._health.add(counts)
-            self.after_step()
         finally:
             let_go(self._sessions())
 
@@ -214,6 +219,8 @@ class FusedOptimizer(Contract):
         params = ((group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
         found = gathered.step(scaling, params, counts_health=self._health is not None)
         gathered.write_back()
+        if gathered.is_taken:
+            self.after_step()
         return found
 
     def _step_in_rounds(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
@@ -235,6 +242,8 @@ class FusedOptimizer(Contract):
                 break
             counts |= gathered.step_times(multiplier, counts_health=self._health is not None)
             gathered.write_back()
+        else:
+            self.after_step()
         return counts, norm
 
     def _sessions(self) -> dict[str, Session]:
@@ -249,13 +258,16 @@ class FusedOptimizer(Contract):
         return self._agreement_cache
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
-        """Everything that this step touches, or what is at these positions of each group, checked.
-
-        Makes missing state; changes nothing else.
-        """
+        """Everything that this step touches, or what is at these positions, checked; only makes missing state."""
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
-        gathered = Gathered(self._sessions(), groups, positions, takes_sums=max_grad_norm is not None)
+        gathered = Gathered(
+            self._sessions(),
+            groups,
+            positions,
+            takes_sums=max_grad_norm is not None,
+            sums_over_shards=self.takes_sums,
+        )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
             return gathered
@@ -265,7 +277,8 @@ class FusedOptimizer(Contract):
             left = gathered.collect(self.param_groups, self.state)
         for member in left:
             param = self.param_groups[member.group]["params"][member.position]
-            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group))
+            spread = shard_sums(self, self.param_groups[member.group], param)
+            gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group), spread)
         return gathered
 
     def _init_group(
@@ -279,8 +292,9 @@ class FusedOptimizer(Contract):
         """Appends a group's tensors to the lists, making missing state.
 
         Returns:
-            Each parameter's layout, a colon, and the keys of what it appended to `states`, joined by commas;
-            parameters by semicolons. One string, because torch.compile takes what this returns for a constant.
+            Of each parameter, joined by colons: its layout; the keys of what it appended to `states`, joined by
+            commas; its position if it is a DTensor. Parameters are joined by semicolons. One string, because
+            torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -299,7 +313,8 @@ class FusedOptimizer(Contract):
             grads.append(param.grad)
             held = self.state[param]
             own = checkpoint.state_keys(self, group, param, held)
-            keys.append(self.layout_of(group, param) + ":" + ",".join(own))
+            where = str(position) if sharding.is_dtensor(param) else ""
+            keys.append(":".join((self.layout_of(group, param), ",".join(own), where)))
             states.extend(held[key] for key in own)
             steps.append(held["step"])
         return ";".join(keys)

@@ -29,6 +29,7 @@ class Options(TorchFlags, total=False):
     min_quantized_numel: int
     rounding: str | None
     master_weights: str | None
+    nonfinite: str
     seed: int
     max_grad_norm: float | None
     grad_norm_group: ProcessGroup | None

@@ -165,6 +165,7 @@ _MEANINGS = {
     "nonfinite_grads": "gradients that were inf or NaN",
     "saturated_codes": "8-bit codes at the end of their range",
     "nonfinite_blocks": "8-bit blocks that hold inf or NaN",
+    "skipped": "weights left as they were (skip_block)",
 }
 
 

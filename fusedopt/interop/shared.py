@@ -102,7 +102,7 @@ def dense(specs: Sequence[StateSpec], param: Tensor, held: dict[str, Any]) -> di
             value = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
         else:
             continue
-        found[spec.name] = sharding.like_param(value, param, spec.shape_for(param.shape))
+        found[spec.name] = sharding.like_param(value, param, spec.shape_for(param.shape), spec.dims_for(param.dim()))
     return found
 
 

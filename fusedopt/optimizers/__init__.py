@@ -1,6 +1,7 @@
 """What is computed: a file per optimizer, and how one is made from its name."""
 
-from .adafactor import Adafactor, recommended_adafactor
+from .adafactor import Adafactor
+from .adafactor_presets import recommended_adafactor
 from .adafactor_schedule import AdafactorSchedule
 from .adagrad import Adagrad
 from .adamw import Adam, AdamW

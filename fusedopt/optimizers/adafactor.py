@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.base import Reference
+from ..backends.base import AskingReference, Reference
 from ..engine import sharding
+from ..engine.collectives import shard_sums
 from ..engine.fp32 import full_precision
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
-from ..reference.adafactor import Knobs, actual_lr, adafactor_matrix, adafactor_vector, relative_lr, scaled_lr
+from ..reference.adafactor import (
+    Knobs,
+    actual_lr,
+    adafactor_matrix,
+    adafactor_vector,
+    asking_matrix,
+    asking_vector,
+    relative_lr,
+    scaled_lr,
+)
 from ..storage.state import StateSpec
 
 if TYPE_CHECKING:
@@ -89,7 +99,16 @@ class Adafactor(FusedOptimizer):
         "adafactor_momentum_matrix": adafactor_matrix,
         "adafactor_momentum_vector": adafactor_vector,
     }
+    why_no_block_is_skipped = "one such number spoils means over its row, its column and the parameter"
+    ASKING: ClassVar[dict[str, AskingReference]] = {
+        "adafactor_matrix": asking_matrix,
+        "adafactor_vector": asking_vector,
+        "adafactor_momentum_matrix": asking_matrix,
+        "adafactor_momentum_vector": asking_vector,
+    }
+    takes_sums = True
     derives_on_device = False  # which lr it has decides what else it may have
+    USUAL_LR = (1e-8, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adafactor": {}}
 
     def __init__(
@@ -196,8 +215,7 @@ class Adafactor(FusedOptimizer):
     # ---- states ----------------------------------------------------------------------------------
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
-        layouts = self.layouts(group).values()
-        return list(dict.fromkeys(spec for specs in layouts for spec in specs))
+        return list(dict.fromkeys(spec for specs in self.layouts(group).values() for spec in specs))
 
     def layouts(self, group: dict[str, Any]) -> dict[str, Sequence[StateSpec]]:
         first = () if group["beta1"] is None else (_FIRST,)
@@ -207,14 +225,21 @@ class Adafactor(FusedOptimizer):
     def layout_of(self, group: dict[str, Any], param: Tensor) -> str:
         return "matrix" if param.ndim > 1 else "vector"
 
+    def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
+        if param.dim() < 2:
+            return None
+        return 0 if group["fold_conv"] else param.dim() - 2
+
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         if param.is_complex():
             return f"its dtype is {param.dtype}, for which Adafactor is not defined; step its real view instead"
-        if sharding.is_sharded(param):
-            return (
-                "it is a sharded DTensor, and Adafactor's means over rows, columns and the whole would need "
-                "communication, which does not exist yet; use Replicate(), or another optimizer for it"
-            )
+        if group["fold_conv"] and param.dim() > 2 and sharding.is_dtensor(param):
+            cut = [p.dim for p in param.placements if not p.is_replicate()]  # type: ignore[attr-defined]
+            if any(dim != 0 for dim in cut):
+                return (
+                    f"it is a DTensor sharded along dimension {max(cut)}, which fold_conv=True folds into the columns; "
+                    "shard it along dimension 0, or use fold_conv=False"
+                )
         return None
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -278,9 +303,12 @@ class Adafactor(FusedOptimizer):
             step = int(self.state.get(param, {}).get("step", 0))
             if step > 0 and param.numel() > 0:
                 weights = full_precision(self, group, param)
+                knobs = Knobs(**self.hyper(group))
+                if sharding.is_sharded(param):
+                    return scaled_lr(knobs, step, float(self._rms_of(group, param)))
                 rows = self.state[param].get(_ROW.name)
                 shape = (-1,) if rows is None else (-1, rows.shape[-1], self.state[param][_COL.name].shape[-1])
-                return actual_lr(Knobs(**self.hyper(group)), step, weights.reshape(shape))
+                return actual_lr(knobs, step, weights.reshape(shape))
         return None
 
     # ---- as the AdafactorSchedule of transformers asks -----------------------------------------------
@@ -304,6 +332,9 @@ class Adafactor(FusedOptimizer):
 
     def _rms_of(self, group: dict[str, Any], param: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(full_precision(self, group, param), dtype=torch.float64)
+        sums = shard_sums(self, group, param)
+        if sums is not None:
+            norm = sums.sums([(sums, "all", norm * norm)])[0].sqrt()
         return norm / param.numel() ** 0.5
 
     @torch.no_grad()
@@ -367,38 +398,3 @@ def _check_lr(group: dict[str, Any]) -> None:
             "warmup_init=True with relative_step=False has no learning rate to warm up; pass relative_step=True, or "
             "warmup_init=False and a scheduler"
         )
-
-
-# ---- presets -----------------------------------------------------------------------------------------
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "t5": {"scale_parameter": True, "relative_step": True, "warmup_init": True},
-    "external_lr": {
-        "lr": 1e-3,
-        "clip_threshold": 1.0,
-        "decay_rate": -0.8,
-        "weight_decay": 0.0,
-        "scale_parameter": False,
-        "relative_step": False,
-        "warmup_init": False,
-    },
-}
-
-
-def recommended_adafactor(params: Any, preset: str = "t5", **overrides: Any) -> Adafactor:
-    """Makes an Adafactor with settings that are known to work.
-
-    Args:
-        params: Parameters, (name, parameter) pairs, or dicts of param groups.
-        preset: "t5", the relative learning rate with its warm-up, scaled by the parameters, as T5 is fine-tuned; or
-            "external_lr", a plain learning rate of 1e-3, which a scheduler may drive.
-        **overrides: Arguments of `Adafactor` that win over the preset's.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        ValueError: The preset is unknown, or an override does not go with it.
-        TypeError: A keyword is unknown.
-    """
-    return Adafactor(params, **{**_PRESETS[checks.one_of("preset", preset, _PRESETS)], **overrides})

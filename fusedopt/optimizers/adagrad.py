@@ -42,6 +42,8 @@ class Adagrad(FusedOptimizer):
     STATES = (StateSpec("sum", is_signed=False),)
     takes_sparse = True
     REFERENCES: ClassVar[dict[str, Reference]] = {"adagrad": adagrad}
+    USUAL_LR = (1e-6, 0.1)
+    UPDATE_RMS = None  # it falls with the root of the number of steps
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"adagrad": {}}
 
     def __init__(  # type: ignore[misc]  # torch takes some of the options by position

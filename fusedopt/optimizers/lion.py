@@ -38,6 +38,9 @@ class Lion(FusedOptimizer):
 
     STATES = (StateSpec("exp_avg"),)
     REFERENCES: ClassVar[dict[str, Reference]] = {"lion": lion}
+    USUAL_LR = (1e-9, 3e-4)
+    USUAL_LR_NOTE = "every weight moves by lr in each step, so the paper takes a third to a tenth of AdamW's"
+    USUAL_WEIGHT_DECAY = 1.0  # by the same factor larger
     # transformers' Trainer gives Lion the betas of Adam, so two of the names mean those.
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {
         "lion": {},

@@ -36,7 +36,8 @@ class _ScheduleFree(FusedOptimizer):
         "schedule_free_adam": schedule_free,
     }
     derives_on_device = False  # the weights of averages are added up from it
-    compiles = False  # a step changes its param groups
+    changes_groups = True
+    why_no_block_is_skipped = "its weight would be missing from the averages of a parameter's other steps"
 
     # ---- what the equations differ in ------------------------------------------------------------
 
@@ -90,6 +91,7 @@ class _ScheduleFree(FusedOptimizer):
         }
 
     def before_step(self) -> None:
+        super().before_step()
         if not all(group["train_mode"] for group in self.param_groups):
             raise ValueError(
                 "the weights are the averages that eval() put there, and steps are taken elsewhere; "

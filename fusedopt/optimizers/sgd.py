@@ -47,6 +47,8 @@ class SGD(FusedOptimizer):
         "sgd_momentum": sgd,
         "sgd_nesterov": partial(sgd, nesterov=True),
     }
+    USUAL_LR = (1e-6, 1.0)
+    UPDATE_RMS = None
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"sgd": {}}
 
     def __init__(

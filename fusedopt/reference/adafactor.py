@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import root, rounded
+from .asking import Asking, Extent, all_here
 from .factored import column_sums, row_sums, unit_sums, weighted_column_sums
 from .norm import chunk_sums, pairwise_sum, square_sums
 
@@ -66,11 +67,16 @@ def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
     Returns:
         What the update is multiplied by.
     """
+    return all_here(_actual_lr(knobs, step, param, Extent(param.numel())))
+
+
+def _actual_lr(knobs: Knobs, step: int, param: Tensor, whole: Extent) -> Asking[float]:
     if not knobs.scale_parameter:
         return relative_lr(knobs, step)
     squares = param.double() * param.double()
     sums = unit_sums(squares) if param.dim() > 1 else chunk_sums(squares)
-    return scaled_lr(knobs, step, _rms(pairwise_sum(sums), param))
+    total = yield "all", pairwise_sum(sums)
+    return scaled_lr(knobs, step, _rms(total, whole))
 
 
 def scaled_lr(knobs: Knobs, step: int, rms: float) -> float:
@@ -78,8 +84,8 @@ def scaled_lr(knobs: Knobs, step: int, rms: float) -> float:
     return _at_least(rms, knobs.eps2) * relative_lr(knobs, step)
 
 
-def _rms(square_sum: Tensor, x: Tensor) -> float:
-    return math.sqrt(square_sum.item() / x.numel())
+def _rms(square_sum: Tensor, whole: Extent) -> float:
+    return math.sqrt(square_sum.item() / whole.numel)
 
 
 def _at_least(value: float, least: float) -> float:
@@ -96,17 +102,17 @@ def _torchs_eps(knobs: Knobs, dtype: torch.dtype) -> float:
 
 
 def _matrix_update(
-    grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs, whole: Extent
+) -> Asking[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The update of (batch, rows, columns), double sums of its squares by unit or matrix, and the new moments."""
-    rows, cols = grad.shape[-2:]
     squares = grad.double() * grad.double()
-    row_mean, col_mean = row_sums(squares) / cols, column_sums(squares) / rows
+    row_mean = (yield "columns", row_sums(squares)) / whole.columns
+    col_mean = (yield "rows", column_sums(squares)) / whole.rows
     if not knobs.is_torch:
         row_mean, col_mean = row_mean + knobs.eps1, col_mean + knobs.eps1
     row = _averages(row_mean.to(grad.dtype), row, step, knobs)
     col = _averages(col_mean.to(grad.dtype), col, step, knobs)
-    mean = (row_sums(row.double()) / rows).to(grad.dtype).unsqueeze(-1)
+    mean = ((yield "rows", row_sums(row.double())) / whole.rows).to(grad.dtype).unsqueeze(-1)
     if knobs.is_torch:
         eps = _torchs_eps(knobs, dtype)
         mean = torch.maximum(mean, torch.full_like(mean, eps))
@@ -149,11 +155,12 @@ def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
 
 
 def _applied(
-    param: Tensor, update: Tensor, sums: Tensor, exp_avg: Tensor | None, step: int, knobs: Knobs
-) -> tuple[Tensor, ...]:
+    param: Tensor, update: Tensor, sums: Tensor, exp_avg: Tensor | None, step: int, knobs: Knobs, whole: Extent
+) -> Asking[tuple[Tensor, ...]]:
     """The new parameter and, if it was given, the new first moment."""
-    lr = actual_lr(knobs, step, param)
-    denominator = _at_least(_rms(pairwise_sum(sums), update) / knobs.clip_threshold, 1.0)
+    lr = yield from _actual_lr(knobs, step, param, whole)
+    total = yield "all", pairwise_sum(sums)
+    denominator = _at_least(_rms(total, whole) / knobs.clip_threshold, 1.0)
     param = _decayed(param, lr, knobs)
     if exp_avg is None:
         return (param - rounded(lr / denominator, param) * update,)
@@ -166,6 +173,14 @@ def _applied(
 def adafactor_matrix(
     param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, **hyper: float
 ) -> tuple[Tensor, ...]:
+    """See `asking_matrix`, of a parameter that is all here."""
+    whole = Extent(param.numel(), states[-2].shape[-1], states[-1].shape[-1])
+    return all_here(asking_matrix(param, grad, *states, step=step, dtype=dtype, whole=whole, **hyper))
+
+
+def asking_matrix(
+    param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, whole: Extent, **hyper: float
+) -> Asking[tuple[Tensor, ...]]:
     """One step of Adafactor for a parameter of at least two dimensions.
 
     Args:
@@ -176,34 +191,44 @@ def adafactor_matrix(
             one matrix for each index of the leading ones.
         step: This step's number, from 1.
         dtype: Of the parameter as it is stored.
+        whole: The size of the parameter of which this may be a shard.
         **hyper: See Knobs.
 
     Returns:
         The new parameter, followed by the new states in the order they were given.
     """
-    if param.numel() == 0:
+    if whole.numel == 0:
         return param, *states
     knobs = Knobs(**hyper)
     *first, row, col = states
     rows, cols = row.shape[-1], col.shape[-1]
-    matrices = (-1, rows, cols)
-    update, sums, new_row, new_col = _matrix_update(
-        grad.reshape(matrices), row.reshape(-1, rows), col.reshape(-1, cols), step, dtype, knobs
+    count = row.numel() // rows if rows else col.numel() // max(1, cols)  # a shard may have no rows, or no columns
+    matrices = (count, rows, cols)
+    update, sums, new_row, new_col = yield from _matrix_update(
+        grad.reshape(matrices), row.reshape(count, rows), col.reshape(count, cols), step, dtype, knobs, whole
     )
     exp_avg = first[0].reshape(matrices) if first else None
-    applied = _applied(param.reshape(matrices), update, sums, exp_avg, step, knobs)
+    applied = yield from _applied(param.reshape(matrices), update, sums, exp_avg, step, knobs, whole)
     return *(x.reshape(param.shape) for x in applied), new_row.reshape(row.shape), new_col.reshape(col.shape)
 
 
 def adafactor_vector(
     param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, **hyper: float
 ) -> tuple[Tensor, ...]:
+    """See `asking_vector`, of a parameter that is all here."""
+    whole = Extent(param.numel())
+    return all_here(asking_vector(param, grad, *states, step=step, dtype=dtype, whole=whole, **hyper))
+
+
+def asking_vector(
+    param: Tensor, grad: Tensor, *states: Tensor, step: int, dtype: torch.dtype, whole: Extent, **hyper: float
+) -> Asking[tuple[Tensor, ...]]:
     """The same for a parameter with fewer dimensions, whose last state is the second moment, of the same shape."""
-    if param.numel() == 0:
+    if whole.numel == 0:
         return param, *states
     knobs = Knobs(**hyper)
     *first, average = states
     update, sums, average = _vector_update(grad, average, step, dtype, knobs)
     exp_avg = first[0].reshape(-1) if first else None
-    applied = _applied(param.reshape(-1), update.reshape(-1), sums, exp_avg, step, knobs)
+    applied = yield from _applied(param.reshape(-1), update.reshape(-1), sums, exp_avg, step, knobs, whole)
     return *(x.reshape(param.shape) for x in applied), average

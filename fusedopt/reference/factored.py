@@ -34,7 +34,7 @@ def weighted_column_sums(values: Tensor, weights: Tensor) -> Tensor:
     """
     slabs = _slabs(values * weights.unsqueeze(-1))
     slabs = torch.nn.functional.pad(slabs, (0, 0, 0, -slabs.shape[-2] % _WEIGHED_ROWS))
-    groups = slabs.reshape(*slabs.shape[:-2], -1, _WEIGHED_ROWS, slabs.shape[-1])
+    groups = slabs.reshape(*slabs.shape[:-2], slabs.shape[-2] // _WEIGHED_ROWS, _WEIGHED_ROWS, slabs.shape[-1])
     first, second, third, fourth = (groups * groups).unbind(-2)
     return pairwise_sum(ordered_sum(((first + second) + (third + fourth)).double()).movedim(-2, -1))
 
@@ -47,6 +47,8 @@ def unit_sums(values: Tensor) -> Tensor:
     """
     slabs = _slabs(values)
     columns = slabs.shape[-1]
+    if columns == 0:  # as a shard may have none
+        return values.new_zeros(0)
     whole = columns - columns % CHUNK
     parts = []
     if whole:  # (batch, slabs, panels, rows, columns of a panel)
@@ -60,6 +62,8 @@ def unit_sums(values: Tensor) -> Tensor:
 def _slabs(values: Tensor) -> Tensor:
     """Matrices (..., rows, columns) as (..., slabs, rows of one, columns), filled up with rows of zeros."""
     rows = values.shape[-2]
+    if rows == 0:  # a shard of a matrix may have none
+        return values.reshape(*values.shape[:-2], 1, 0, values.shape[-1])
     height = -(-rows // max(1, min(_MAX_SLABS, rows // _MIN_ROWS)))
     padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % height))
     return padded.reshape(*padded.shape[:-2], padded.shape[-2] // height, height, padded.shape[-1])

@@ -37,13 +37,18 @@ def random_bits(
     Returns:
         int32 tensor of that shape, values 0 to 65535.
     """
-    key = torch.tensor((seed * _GOLDEN + step) & _MASK, dtype=torch.int64, device=device)
-    key = _fmix((_fmix(key) + state // 2) & _MASK)
     index = torch.arange(first_index, first_index + shape.numel(), dtype=torch.int64, device=device)
+    return bits_at(index, seed=seed, step=step, state=state).reshape(shape)
+
+
+def bits_at(index: Tensor, *, seed: int, step: int, state: int) -> Tensor:
+    """The same for elements of the global tensor at any indices, int64."""
+    key = torch.tensor((seed * _GOLDEN + step) & _MASK, dtype=torch.int64, device=index.device)
+    key = _fmix((_fmix(key) + state // 2) & _MASK)
     high = index >> 32
     keys = torch.where(high == 0, key, _fmix(key ^ high))
     low = index & _MASK
     # One hash for each aligned run of 64 elements, and a Weyl sequence within it.
     bits = (_fmix(((low >> 6) * _GOLDEN + keys) & _MASK) + (low & 63) * _GOLDEN) & _MASK
     half = bits & 0xFFFF if state % 2 else bits >> 16
-    return half.to(torch.int32).reshape(shape)
+    return half.to(torch.int32)

@@ -1,7 +1,7 @@
 """8-bit blockwise states in plain torch: the truth for csrc/storage/blockwise8.h, which explains the format.
 
 A parameter is seen as (first dimension, rest); blocks of 64 elements run along a row, the last of a row may
-be short. Codes have the parameter's shape, scales the shape (first dimension, blocks of a row).
+be short. Codes have the parameter's shape, scales the shape (first dimension, blocks of a row). A vector is one row.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from torch import Tensor
 BLOCK = 64
 
 _MAGNITUDE = 0x7FFFFFFF
-_TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
+TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:
-    """The shape of the scales of a parameter, or of the shard of one, of at least two dimensions."""
-    return torch.Size([shape[0], -(-shape[1:].numel() // BLOCK)])
+    """The shape of the scales of a parameter, or of the shard of one, of at least one dimension."""
+    return torch.Size([*shape[: _row_dim(shape)], -(-shape[_row_dim(shape) :].numel() // BLOCK)])
+
+
+def _row_dim(shape: torch.Size) -> int:
+    """The dimension that rows begin with: a vector is one row."""
+    return min(1, len(shape) - 1)
 
 
 def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Stores numbers in 8 bits.
 
     Args:
-        values: float32 tensor of at least two dimensions.
+        values: float32 tensor of at least one dimension.
         is_signed: Whether there are negative ones.
         bits: int32 tensor of the same shape, 16 random bits each, to round stochastically; None rounds to
             nearest.
@@ -33,10 +38,10 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
         Codes of the same shape and their scales, both uint8.
     """
     shift, ceiling = (13, 0x3FBFF) if is_signed else (15, 0x1FEFF)
-    blocks = _blocked(values)
+    blocks = blocked(values)
     code = blocks.view(torch.int32)
     largest = (code & _MAGNITUDE).amax(dim=-1, keepdim=True)
-    is_plain = (largest > 0) & (largest < _TOO_LARGE)
+    is_plain = (largest > 0) & (largest < TOO_LARGE)
 
     exponent = ((largest.long() + ceiling) >> 23).clamp(min=32)
     scale = exponent - shift
@@ -44,35 +49,38 @@ def encode(values: Tensor, *, is_signed: bool, bits: Tensor | None = None) -> tu
     size = torch.where(is_plain, blocks, 0.0).double().abs()
     steps = size * _float_of((254 - scale) << 23).double()
     q = steps.sqrt().floor()
-    threshold = 0.5 if bits is None else ((_blocked(bits).long() >> 1) | 1) * 2.0**-15
+    threshold = 0.5 if bits is None else ((blocked(bits).long() >> 1) | 1) * 2.0**-15
     q = (q + (steps - q * q > threshold * (2.0 * q + 1.0))).long()
     # Unsigned, a variance never becomes zero while its mean is alive.
     changed, to = ((q != 0) & (code < 0), q | 0x80) if is_signed else ((q == 0) & (size != 0), torch.ones_like(q))
     q = torch.where(is_plain, torch.where(changed, to, q), 0)
     scale = torch.where(is_plain, scale, torch.where(largest > 0, 255, 0))
-    return _unblocked(q.to(torch.uint8), values.shape), scale.squeeze(-1).to(torch.uint8)
+    return unblocked(q.to(torch.uint8), values.shape), scale.to(torch.uint8).reshape(scales_shape(values.shape))
 
 
 def decode(codes: Tensor, scales: Tensor, *, is_signed: bool) -> Tensor:
     """The float32 numbers that `encode` stored, of the shape of the codes."""
-    blocks = _blocked(codes).int()
+    blocks = blocked(codes).int()
     q = (blocks & 0x7F if is_signed else blocks).float()
-    sizes = (q * q) * _float_of(scales.long() << 23).unsqueeze(-1)
+    sizes = (q * q) * _float_of(scales.long() << 23).reshape(*blocks.shape[:2], 1)
     if is_signed:
         sizes = (sizes.view(torch.int32) | ((blocks & 0x80) << 24)).view(torch.float32)
-    return _unblocked(sizes, codes.shape)
+    return unblocked(sizes, codes.shape)
 
 
-def _blocked(values: Tensor) -> Tensor:
-    """(rows, blocks, BLOCK), short blocks filled up with zeros."""
-    blocks = scales_shape(values.shape)
-    rows = values.reshape(values.shape[0], values.shape[1:].numel())
-    missing = blocks[1] * BLOCK - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, missing)).reshape(*blocks, BLOCK)
+def blocked(values: Tensor) -> Tensor:
+    """A parameter's numbers as (rows, blocks, BLOCK), short blocks filled up with zeros."""
+    shape = values.shape
+    row_dim = _row_dim(shape)
+    rows = values.reshape(shape[:row_dim].numel(), shape[row_dim:].numel())
+    blocks = -(-rows.shape[1] // BLOCK)
+    padded = torch.nn.functional.pad(rows, (0, blocks * BLOCK - rows.shape[1]))
+    return padded.reshape(rows.shape[0], blocks, BLOCK)
 
 
-def _unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
-    return blocks.flatten(1)[:, : shape[1:].numel()].reshape(shape)
+def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse, of a parameter's shape."""
+    return blocks.flatten(1)[:, : shape[_row_dim(shape) :].numel()].reshape(shape)
 
 
 def _float_of(bits: Tensor) -> Tensor:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .placement import why_blocks_are_cut
 from .quantization import BLOCK, scales_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EIGHT_BIT = "8bit"
+# From this size on a vector is no bias: it is a buffer in which FSDP1, DeepSpeed or apex hold many parameters.
+FLAT_NUMEL = 2**18
 FORMATS = (*DTYPES, EIGHT_BIT)
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROUNDINGS = ("nearest", "stochastic")
@@ -46,6 +49,14 @@ class StateSpec:
     always_float32: str = ""
     extent: str = "elements"
     is_folded: bool = False
+
+    def dims_for(self, ndim: int) -> tuple[int, ...] | None:
+        """Which of a parameter's dimensions its own are, stored densely; None for all. Folded columns begin with 1."""
+        if self.extent == "elements":
+            return None
+        if self.is_folded:
+            return (0,) if self.extent == "rows" else (1,)
+        return tuple(range(ndim - 1)) if self.extent == "rows" else (*range(ndim - 2), ndim - 1)
 
     def shape_for(self, shape: torch.Size) -> torch.Size:
         """Its shape, stored densely, for a parameter (or a shard of one) of a shape."""
@@ -140,18 +151,19 @@ def requested_format(spec: StateSpec, state_dtype: str | dict[str, str]) -> str:
 def why_not_quantized(spec: StateSpec, group: dict[str, Any], param: Tensor) -> str:
     """Why a state of a parameter that 8 bits are asked for is kept in float32; empty if it is not.
 
-    Decided by the global shape alone, so that it does not hang on how a parameter is sharded.
+    Decided by the global shape, and never by one rank's shard: all ranks decide alike, and where all shards hold whole
+    blocks it does not hang on how a parameter is sharded.
     """
     if spec.unquantized or spec.always_float32:
         return spec.unquantized or spec.always_float32
     shape = param.shape
-    if len(shape) < 2:
+    if len(shape) == 0 or (len(shape) == 1 and shape.numel() < FLAT_NUMEL):
         return f"{len(shape)}-dimensional"
     if shape.numel() < group["min_quantized_numel"]:
         return f"fewer than {group['min_quantized_numel']} elements"
-    if shape[1:].numel() < BLOCK:
+    if len(shape) > 1 and shape[1:].numel() < BLOCK:
         return f"rows shorter than {BLOCK} elements"
-    return ""
+    return why_blocks_are_cut(param, scales_shape(shape), BLOCK)
 
 
 def stored_format(spec: StateSpec, group: dict[str, Any], param: Tensor) -> str | torch.dtype:
@@ -172,12 +184,14 @@ class Slot(NamedTuple):
         shape: Of what is held here.
         global_shape: Of the whole, where the parameter is sharded.
         dtype: Its dtype.
+        dims: Which of the parameter's dimensions its own are; None for all.
     """
 
     key: str
     shape: torch.Size
     global_shape: torch.Size
     dtype: torch.dtype
+    dims: tuple[int, ...] | None = None
 
 
 def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor, local: Tensor) -> list[Slot]:
@@ -185,7 +199,8 @@ def slots_of(spec: StateSpec, group: dict[str, Any], param: Tensor, local: Tenso
     stored = stored_format(spec, group, param)
     if stored != EIGHT_BIT:
         dtype = stored if isinstance(stored, torch.dtype) else DTYPES[stored]
-        return [Slot(spec.name, spec.shape_for(local.shape), spec.shape_for(param.shape), dtype)]
+        shape, global_shape = spec.shape_for(local.shape), spec.shape_for(param.shape)
+        return [Slot(spec.name, shape, global_shape, dtype, spec.dims_for(param.dim()))]
     return [
         Slot(spec.codes, local.shape, param.shape, torch.uint8),
         Slot(spec.scales, scales_shape(local.shape), scales_shape(param.shape), torch.uint8),

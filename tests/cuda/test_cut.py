@@ -54,7 +54,7 @@ def test_what_was_found_before_a_cut_is_kept(tmp_path: Path, seed: int, how: str
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0.0, 0.8))
     running.send_signal(signal.Signals[how])
-    status = running.wait(timeout=20)
+    status = running.wait(timeout=60)
 
     time.sleep(0.1)
     told = (work / "told").read_text().split()
@@ -217,7 +217,7 @@ def test_tests_leave_their_outcomes(tmp_path: Path) -> None:
         time.sleep(0.02)
     time.sleep(0.3)  # from its name to its first line
     running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=20) == pytest.ExitCode.INTERRUPTED
+    assert running.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
     assert outcomes_in(tmp_path) == {
         "test_passes": "passed",
         "test_skips": "skipped",
@@ -235,11 +235,11 @@ def test_tests_leave_their_outcomes(tmp_path: Path) -> None:
 
 def test_processes_share_tests(tmp_path: Path) -> None:
     """Of five, the third process has the third one; what is thorough comes last."""
-    assert run_tests(tmp_path, "2/5").wait(timeout=30) == 1
+    assert run_tests(tmp_path, "2/5").wait(timeout=60) == 1
     assert outcomes_in(tmp_path) == {"test_fails": "failed"}
-    assert run_tests(tmp_path, "4/5").wait(timeout=30) == 0
+    assert run_tests(tmp_path, "4/5").wait(timeout=60) == 0
     assert list(outcomes_in(tmp_path)) == ["test_fails", "test_comes_last"]
-    assert run_tests(tmp_path, "7/8").wait(timeout=30) == 0  # others have them
+    assert run_tests(tmp_path, "7/8").wait(timeout=60) == 0  # others have them
 
 
 class Descends(torch.optim.SGD):

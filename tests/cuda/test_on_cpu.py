@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,29 @@ def test_intrinsic_functions(device: Device) -> None:
     assert list(output[13:16]) == [a, b, 32]
     d = np.float64(x)
     assert output.view(np.float64)[8] == d + d * (1 / np.sqrt(d))
+
+
+def test_sums_are_rounded_down(device: Device) -> None:
+    """Against fractions: of any exponents, of neighbours, and of what overflows, is zero or is not finite."""
+    generator = np.random.default_rng(0)
+    pairs = generator.integers(0, 2**32, (1000, 2)).astype(np.uint32)
+    pairs[::2, 1] = pairs[::2, 0] ^ generator.integers(0, 2**25, 500).astype(np.uint32) ^ np.uint32(2**31)
+    limits = np.array([0.0, -0.0, 1e-45, 1.0, 3.4028235e38, np.inf], np.float32)
+    special = [(x, y) for a in limits for b in limits for x in (a, -a) for y in (b, -b)]
+    pairs = np.concatenate([pairs, np.array(special, np.float32).view(np.uint32)])[: 32 * 32]
+    found = device("sums_rounded_down", 1, len(pairs), pairs.ravel(), len(pairs)).view(np.float32)
+    for (a, b), total in zip(pairs.view(np.float32), found, strict=True):
+        if not (np.isfinite(a) and np.isfinite(b)):
+            with np.errstate(invalid="ignore"):
+                assert np.isnan(total) if np.isnan(a + b) else total == a + b
+        elif np.isinf(total):
+            assert Fraction(float(a)) + Fraction(float(b)) < Fraction(float(-limits[4])), (a, b, total)
+        else:
+            exact, above = Fraction(float(a)) + Fraction(float(b)), np.nextafter(total, np.float32(np.inf))
+            assert Fraction(float(total)) <= exact, (a, b)
+            assert np.isinf(above) or exact < Fraction(float(above)), (a, b)
+            if exact == 0:  # -0, but of 0 and 0
+                assert np.signbit(total) != (a == b and not np.signbit(a) and not np.signbit(b)), (a, b)
 
 
 def test_numbers_are_those_of_ieee_whatever_the_host_does(device: Device) -> None:

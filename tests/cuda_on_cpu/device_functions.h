@@ -65,6 +65,19 @@ CUDA_ON_CPU_ARITHMETIC(d, double, __builtin_sqrt, __builtin_fma)
 __forceinline__ float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 __forceinline__ double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+// Rounded downwards: the sum rounded to nearest or, if the error of that says that it was rounded up, its neighbour.
+inline float __fadd_rd(float a, float b) {
+  const float sum = a + b;
+  if (!__builtin_isfinite(sum)) {
+    const bool overflows = __builtin_isfinite(a) && __builtin_isfinite(b) && sum > 0.0f;
+    return overflows ? __FLT_MAX__ : sum;
+  }
+  if (sum == 0.0f) return (a == 0.0f && b == 0.0f && !__builtin_signbit(a) && !__builtin_signbit(b)) ? 0.0f : -0.0f;
+  const float of_b = sum - a;
+  const float error = (a - (sum - of_b)) + (b - of_b);  // exact
+  return error < 0.0f ? nextafterf(sum, -INFINITY) : sum;
+}
+
 // Device code has these without std::.
 #define CUDA_ON_CPU_EXTREMES(type)                             \
   constexpr type min(type a, type b) { return b < a ? b : a; } \

@@ -35,6 +35,7 @@ const Entry kKernels[] = {
     {"votes", votes},
     {"shuffles", shuffles},
     {"intrinsics", intrinsics},
+    {"sums_rounded_down", sums_rounded_down},
     {"vectors", vectors},
     {"misaligned_load", misaligned_load},
     {"misaligned_store", misaligned_store},

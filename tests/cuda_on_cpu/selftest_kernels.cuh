@@ -160,6 +160,12 @@ __global__ void intrinsics(const unsigned* input, unsigned* output) {
   doubles[0] = __double_as_longlong(__dadd_rn(d, __dmul_rn(d, __ddiv_rn(1.0, __dsqrt_rn(d)))));
 }
 
+// Of the pairs of numbers in the input, one for each thread.
+__global__ void sums_rounded_down(const unsigned* input, unsigned* output) {
+  const unsigned* mine = input + 2 * threadIdx.x;
+  output[threadIdx.x] = __float_as_uint(__fadd_rd(__uint_as_float(mine[0]), __uint_as_float(mine[1])));
+}
+
 __global__ void vectors(const unsigned* input, unsigned* output) {
   const uint4 four = __ldg(reinterpret_cast<const uint4*>(input) + threadIdx.x);
   const float2 two = __ldcs(reinterpret_cast<const float2*>(input) + 2 * threadIdx.x);

@@ -67,9 +67,9 @@ def test_a_shard_equals_its_slice(world: tuple[int, int], backend: str, state_fo
     assert not isinstance(sharded.state[param]["step"], DTensor)
 
 
-def test_what_is_not_supported_yet_is_an_error(world: tuple[int, int]) -> None:
+def test_parts_of_sums_are_an_error(world: tuple[int, int]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh = init_device_mesh("cpu", (world[1],))
 
@@ -78,8 +78,9 @@ def test_what_is_not_supported_yet_is_an_error(world: tuple[int, int]) -> None:
         param.grad = torch.ones_like(param)
         return fusedopt.AdamW([param], **kwargs)
 
-    with pytest.raises(ValueError, match=r"DTensor placement is .*Shard.*only Shard\(0\) and Replicate"):
-        optimizer(Shard(1)).step()
+    message = r"placement is Partial.*, whose numbers are parts that are still to be summed; redistribute it"
+    with pytest.raises(ValueError, match=message):
+        optimizer(Partial()).step()
     optimizer(Replicate()).step()
 
 

@@ -125,4 +125,4 @@ def test_health_report_is_a_table_and_names_parameters() -> None:
     lines = str(report).splitlines()
     assert lines[0] == "2 steps, 8,192 elements"
     assert lines[3].startswith("weights that their gradient did not move")
-    assert len(lines) == 7
+    assert len(lines) == 8

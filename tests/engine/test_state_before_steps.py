@@ -44,7 +44,7 @@ def test_init_state_is_for_what_trains_and_checks_all_first() -> None:
     optimizer.init_state()
     assert list(optimizer.state) == [trained]
     bad = fusedopt.AdamW([trained, torch.nn.Parameter(torch.ones(3, device="meta"))])
-    with pytest.raises(ValueError, match="parameter 1 of group 0.*is on the meta device"):
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*is on the meta device"):
         bad.init_state()
     assert not bad.state
 

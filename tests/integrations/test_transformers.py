@@ -334,7 +334,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", RESUMED)
+@pytest.mark.parametrize("form", ["8bit", "split24", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_ten_and_ten_steps_are_twenty(form: str, tmp_path: Path) -> None:
     """Bit for bit, with dropout, a schedule, our callback, and what is stored in few bits."""
     options = dict(RESUMED[form])

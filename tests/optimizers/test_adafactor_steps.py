@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -201,11 +200,11 @@ def test_complex_parameters_are_refused(backend: str) -> None:
     assert not optimizer.state
 
 
-def test_sharded_parameters_are_refused_and_replicated_ones_stepped() -> None:
+def test_replicated_dtensors_are_stepped() -> None:
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -214,14 +213,11 @@ def test_sharded_parameters_are_refused_and_replicated_ones_stepped() -> None:
         (plain,) = make_params([(6, 4)], torch.float32)
         set_grads([plain], 0)
 
-        def placed(placement: Any, tensor: torch.Tensor) -> DTensor:
-            rows = slice(0, 3) if placement == Shard(0) else slice(None)
-            return DTensor.from_local(tensor.detach()[rows].clone(), mesh, [placement], run_check=False)
+        def placed(tensor: torch.Tensor) -> DTensor:
+            return DTensor.from_local(tensor.detach().clone(), mesh, [Replicate()], run_check=False)
 
-        sharded, replicated = (torch.nn.Parameter(placed(p, plain)) for p in (Shard(0), Replicate()))
-        sharded.grad, replicated.grad = placed(Shard(0), plain.grad), placed(Replicate(), plain.grad)
-        with pytest.raises(ValueError, match=r"is a sharded DTensor, and Adafactor's means.*use Replicate"):
-            Adafactor([sharded]).step()
+        replicated = torch.nn.Parameter(placed(plain))
+        replicated.grad = placed(plain.grad)
         ours, theirs = Adafactor([replicated]), Adafactor([plain])
         ours.step()
         theirs.step()

@@ -78,8 +78,8 @@ def test_the_text_has_an_end() -> None:
     report = optimizer.health_report()
     assert len(report.nonfinite) == 1500
     lines = str(report).splitlines()
-    assert len(lines) == 19
-    assert lines[10].split("  ")[0] == "parameter 0 of group 0"
+    assert len(lines) == 20
+    assert lines[11].split("  ")[0] == "parameter 0 of group 0"
     assert lines[-1] == "and 1,492 more parameters, in `nonfinite` of the report"
 
 
@@ -89,7 +89,7 @@ def test_nothing_is_said_where_all_are_finite() -> None:
     set_grads(optimizer.param_groups[0]["params"], 0)
     optimizer.step()
     assert optimizer.health_report().nonfinite == ()
-    assert len(str(optimizer.health_report()).splitlines()) == 7
+    assert len(str(optimizer.health_report()).splitlines()) == 8
 
 
 def test_recording_anew_begins_anew() -> None:

@@ -17,7 +17,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-LARGEST_WORLD = 4
 # Imported once, in the process that all others are forked from: importing torch takes longer than most tests.
 _PRELOADED = [
     "torch",
@@ -43,45 +42,41 @@ def _module(path: str) -> Any:
     return module
 
 
-def _serve(rank: int, connection: Any) -> None:
-    """One process: joins the groups that it is told to join, and runs what it is told to run."""
+def _serve(rank: int, world: int, store: str, connection: Any) -> None:
+    """One process: joins the group of its world, and runs what it is told to run."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    joined = None
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     while True:
         try:
-            task = connection.recv()
+            path, name, kwargs = connection.recv()
         except EOFError:
             return
-        world, store, path, name, kwargs = task
         try:
-            if joined != store:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+            if not dist.is_initialized():
                 init = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
                 dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT, **init)
-                joined = store
             torch.manual_seed(0)
             answer = (True, getattr(_module(path), name)(rank, world, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
-            joined = None if not dist.is_initialized() else joined
         connection.send(answer)
 
 
 class Ranks:
-    """Processes that are there for as long as tests run; started when they are first needed."""
+    """Processes that are there for as long as tests run; those of a world are started when it is first needed.
+
+    A process stays in its world: torch remembers what it works out about meshes, groups that are gone included.
+    """
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOADED)
-        self._processes: list[tuple[Any, Any]] = []
+        self._worlds: dict[int, list[tuple[Any, Any]]] = {}
         self._folder = tempfile.mkdtemp(prefix="ranks-")
         self._stores = itertools.count()
-        self._world, self._store = 0, ""
         atexit.register(self.close)
 
     def __call__(self, world: int, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
@@ -90,16 +85,14 @@ class Ranks:
         It is called as function(rank, world, **kwargs). A failure on any rank fails the test; what the others say then
         is that they waited.
         """
-        if not self._processes:
-            self._start()
-        if self._world != world:
-            self._world, self._store = world, f"{self._folder}/{next(self._stores)}"
-        connections = [connection for _, connection in self._processes[:world]]
+        if world not in self._worlds:
+            self._start(world)
+        connections = [connection for _, connection in self._worlds[world]]
         for connection in connections:
-            connection.send((world, self._store, function.__code__.co_filename, function.__qualname__, kwargs))
+            connection.send((function.__code__.co_filename, function.__qualname__, kwargs))
         answers = list(self._answers(connections))
         if not all(went_well for went_well, _ in answers):
-            self.close()  # they may be anywhere
+            self._end(world)  # they may be anywhere
             told = [f"rank {rank}: {said}" for rank, (went_well, said) in enumerate(answers) if not went_well]
             raise RanksFailedError("\n".join(told))
         return [answer for _, answer in answers]
@@ -113,24 +106,29 @@ class Ranks:
             except (EOFError, ConnectionError):
                 yield False, "its process has ended"
 
-    def _start(self) -> None:
-        for rank in range(LARGEST_WORLD):
+    def _start(self, world: int) -> None:
+        store = f"{self._folder}/{next(self._stores)}"
+        self._worlds[world] = []
+        for rank in range(world):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = self._context.Process(target=_serve, args=(rank, world, store, theirs), daemon=True)
             process.start()
             theirs.close()
-            self._processes.append((process, ours))
+            self._worlds[world].append((process, ours))
 
-    def close(self) -> None:
-        """Ends the processes; the next call starts others."""
-        for process, connection in self._processes:
+    def _end(self, world: int) -> None:
+        processes = self._worlds.pop(world)
+        for process, connection in processes:
             with contextlib.suppress(OSError):
                 connection.close()
             process.terminate()
-        for process, _ in self._processes:
+        for process, _ in processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
-        self._processes, self._world = [], 0
-        if not self._processes and not os.listdir(self._folder):
-            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Ends the processes; the next call starts others."""
+        for world in list(self._worlds):
+            self._end(world)
+        shutil.rmtree(self._folder, ignore_errors=True)

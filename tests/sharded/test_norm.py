@@ -167,9 +167,10 @@ def _flat_shards(rank: int, world: int) -> None:
 
     torch.manual_seed(0)
     model = FullyShardedDataParallel(torch.nn.Linear(9, 5), device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="is a shard of FullyShardedDataParallel.*grad_norm_group=model.process_group"):
-        optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=0.1)
-        model(torch.ones(1, 9)).sum().backward()
+    model(torch.ones(1, 9)).sum().backward()
+    optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=0.1)
+    message = r"is a shard of FullyShardedDataParallel.*grad_norm_group=model\.process_group"
+    with pytest.raises(ValueError, match=message):
         optimizer.step()
     optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=0.1, grad_norm_group=model.process_group)
     optimizer.step()

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import CASES, assert_same_bits, make_params, set_grads, train
+from cases import CASES, assert_same_bits, assert_same_run, make_params, set_grads, train
 from torch import Tensor
 
 import fusedopt
@@ -364,3 +364,27 @@ def test_no_rows(backend: str) -> None:
     optimizer.step()
     assert optimizer.state[params[0]]["exp_avg_codes"].shape == (0, 64)
     assert optimizer.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize("size", [2**18, 2**18 + 37])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_flat_buffers_are_one_row(size: int, backend: str) -> None:
+    """Vectors that are no biases: blocks run along them, as along a matrix of one row; smaller ones keep float32."""
+    runs = []
+    for shape in ((size,), (1, size)):
+        params = make_params([shape], torch.float32)
+        optimizer = train(fusedopt.AdamW(params, lr=1e-2, state_dtype="8bit", seed=5, backend=backend), 2)
+        runs.append((params[0], optimizer.state[params[0]]))
+    (vector, held), (matrix, other) = runs
+    assert held["exp_avg_codes"].shape == (size,)
+    assert held["exp_avg_scales"].shape == (-(-size // 64),)
+    assert_same_bits(vector.detach(), matrix.detach()[0])
+    for key in ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales"):
+        assert_same_bits(held[key], other[key].reshape(held[key].shape))
+    small = make_params([(2**18 - 1,), (64, 64)], torch.float32)
+    train(optimizer := fusedopt.AdamW(small, state_dtype="8bit"), 1)
+    assert "exp_avg" in optimizer.state[small[0]]
+    optimizer = train(fusedopt.AdamW([vector], state_dtype="8bit", backend=backend), 1)
+    again = fusedopt.AdamW([torch.nn.Parameter(vector.detach().clone())], state_dtype="8bit", backend=backend)
+    again.load_state_dict(optimizer.state_dict())
+    assert_same_run(again, optimizer)
