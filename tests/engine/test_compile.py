@@ -34,7 +34,7 @@ def new(case: Case, **kwargs: object) -> torch.optim.Optimizer:
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiled_steps_have_the_same_bits(case: Case, kwargs: dict) -> None:
-    """With a Tensor lr that a schedule changes: one graph for all steps, none broken; or none where steps are left out."""
+    """With a Tensor lr that a schedule changes: one graph for all steps, none broken; none if steps are left out."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     runs = []
