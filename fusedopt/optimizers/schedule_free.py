@@ -35,6 +35,7 @@ class _ScheduleFree(FusedOptimizer):
         "schedule_free_sgd": schedule_free,
         "schedule_free_adam": schedule_free,
     }
+    INTERPOLATION: ClassVar[str] = "betas[0]"  # which argument says how much of a parameter in training is the average
     derives_on_device = False  # the weights of averages are added up from it
     changes_groups = True
     why_no_block_is_skipped = "its weight would be missing from the averages of a parameter's other steps"
@@ -44,6 +45,10 @@ class _ScheduleFree(FusedOptimizer):
     def _interpolation(self, group: dict[str, Any]) -> float:
         """How much of a parameter is the average in training mode."""
         return float(group["betas"][0])
+
+    def _moment(self, group: dict[str, Any]) -> tuple[float, float]:
+        """Decay of the second moment, and what is added to its root."""
+        return float(group["betas"][1]), float(group["eps"])
 
     def _factor(self, group: dict[str, Any]) -> tuple[float, bool]:
         """What this step's lr is multiplied by, and whether it divides by the second moment."""
@@ -60,14 +65,10 @@ class _ScheduleFree(FusedOptimizer):
         checks.nonnegative("weight_decay", group["weight_decay"])
         checks.nonnegative("weight_lr_power", group["weight_lr_power"])
         checks.number("r", group["r"])
-        if "warmup_steps" in group:
-            checks.nonnegative("warmup_steps", group["warmup_steps"])
-        if "betas" in group:
-            checks.betas(group["betas"], (0.9, 0.999))
-            checks.nonnegative("eps", group["eps"])
-        name = "betas[0]" if "betas" in group else "momentum"
-        if not (value := checks.fraction(name, self._interpolation(group))) > 0:
-            raise ValueError(f"{name}={value!r} leaves no average in the weights; pass a number above 0, such as 0.9")
+        if not (value := checks.fraction(self.INTERPOLATION, self._interpolation(group))) > 0:
+            raise ValueError(
+                f"{self.INTERPOLATION}={value!r} leaves no average in the weights; pass a number above 0, such as 0.9"
+            )
 
     def _after(self, group: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """What a group will have seen after the step that comes, and the step's weight in the average."""
@@ -80,11 +81,12 @@ class _ScheduleFree(FusedOptimizer):
 
     def hyper(self, group: dict[str, Any]) -> dict[str, float]:
         seen, average = self._after(group)
+        beta2, eps = self._moment(group)
         return {
             "lr": seen["scheduled_lr"],
             "beta1": self._interpolation(group),
-            "beta2": float(group["betas"][1]) if "betas" in group else 0.0,
-            "eps": float(group.get("eps", 0.0)),
+            "beta2": beta2,
+            "eps": eps,
             "weight_decay": float(group["weight_decay"]),
             "average": average,
             "adaptive": float(self._factor(group)[1]),
@@ -160,6 +162,9 @@ class SGDScheduleFree(_ScheduleFree):
     """
 
     STATES = (_Z,)
+    INTERPOLATION = "momentum"
+    USUAL_LR = (1e-4, 50.0)
+    UPDATE_RMS = None
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_sgd": {}}
 
     def __init__(
@@ -179,8 +184,23 @@ class SGDScheduleFree(_ScheduleFree):
         }
         super().__init__(params, defaults, **options)
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        checks.nonnegative("warmup_steps", group["warmup_steps"])
+
+    def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        if "betas" in group:
+            raise ValueError(
+                f"betas={group['betas']!r} are of another optimizer, whose averages are not those of SGDScheduleFree; "
+                "load the state dict into an optimizer of its own kind, and begin this one with the averages"
+            )
+        return group
+
     def _interpolation(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])
+
+    def _moment(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 0.0, 0.0  # there is none
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         return (_Z,)
@@ -209,6 +229,7 @@ class AdamWScheduleFree(_ScheduleFree):
         TypeError: An argument is unknown or of the wrong type.
     """
 
+    USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_adamw": {}}
 
     def __init__(
@@ -228,6 +249,12 @@ class AdamWScheduleFree(_ScheduleFree):
             **{"weight_lr_power": weight_lr_power, "weight_decay": weight_decay},
         }
         super().__init__(params, defaults, **options)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        checks.betas(group["betas"], (0.9, 0.999))
+        super().check_group(group)
+        checks.nonnegative("eps", group["eps"])
+        checks.nonnegative("warmup_steps", group["warmup_steps"])
 
     def rule(self, group: dict[str, Any]) -> str:
         return "schedule_free_adam"
@@ -249,6 +276,7 @@ class RAdamScheduleFree(_ScheduleFree):
         TypeError: An argument is unknown or of the wrong type.
     """
 
+    USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_radam": {}}
 
     def __init__(
@@ -270,8 +298,15 @@ class RAdamScheduleFree(_ScheduleFree):
         super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        checks.betas(group["betas"], (0.9, 0.999))
         super().check_group(group)
+        checks.nonnegative("eps", group["eps"])
         checks.flag("silent_sgd_phase", group["silent_sgd_phase"])
+        if group["silent_sgd_phase"] and (beta2 := float(group["betas"][1])) <= 0.6:
+            raise ValueError(
+                f"betas[1]={beta2!r} averages over too few steps for RAdam ever to divide by them, and with "
+                "silent_sgd_phase=True nothing would move; pass a number above 0.6, such as 0.999"
+            )
 
     def rule(self, group: dict[str, Any]) -> str:
         return "schedule_free_adam"

@@ -182,6 +182,8 @@ def test_a_step_that_fails_counts_nothing() -> None:
     [
         (fusedopt.AdamWScheduleFree, {"betas": (0.0, 0.9)}, r"betas\[0\]=0\.0 leaves no average in the weights"),
         (fusedopt.SGDScheduleFree, {"momentum": 0.0}, r"momentum=0\.0 leaves no average"),
+        (fusedopt.RAdamScheduleFree, {"betas": (0.9, 0.6)}, r"betas\[1\]=0\.6 averages over too few steps"),
+        (fusedopt.AdamWScheduleFree, {"nonfinite": "skip_block"}, "its weight would be missing from the averages"),
         (fusedopt.AdamWScheduleFree, {"warmup_steps": -1}, "warmup_steps=-1.0 is negative"),
         (fusedopt.AdamWScheduleFree, {"state_dtype": {"z": "8bit"}}, "z is the weights themselves"),
     ],
