@@ -61,6 +61,7 @@ class Case:
         theirs_kwargs: Turns arguments of ours into theirs where they differ.
         error_ratio: Of the rms error against float64, ours to theirs, at most.
         late: Arguments that still matter after many steps.
+        least: How small arguments may be that elsewhere may be 0, a number for each number.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     theirs_kwargs: Callable[[dict[str, Any]], dict[str, Any]] = dict
     error_ratio: float = 1.1
     late: dict[str, Any] = field(default_factory=dict)
+    least: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_torchs(self) -> bool:
@@ -178,7 +180,14 @@ CASES = [
         ),
     ),
     *(
-        Case(name, getattr(fusedopt, name), _in_training(_peers("schedulefree", name)), kwargs, ({}, *variants))
+        Case(
+            name,
+            getattr(fusedopt, name),
+            _in_training(_peers("schedulefree", name)),
+            kwargs,
+            ({}, *variants),
+            least={"momentum": 0.01} if "SGD" in name else {"betas": (0.01, 0.61)},
+        )
         for name, (kwargs, *variants) in _SCHEDULE_FREE.items()
     ),
 ]
