@@ -70,8 +70,8 @@ def _from_arguments(cls: type[FusedOptimizer], args: Any) -> dict[str, Any]:
         found["betas"] = tuple(parsed.pop(f"beta{i}", value) for i, value in enumerate(values, 1))
         if "eps" in parameters:
             found["eps"] = args.adam_epsilon
-    if "warmup_steps" in parameters:
-        found["warmup_steps"] = _warmup_steps(args)
+    if "warmup_steps" in parameters and (steps := _warmup_steps(args)):
+        found["warmup_steps"] = steps
     for theirs, translated in _THEIRS.items():
         if theirs in parsed and theirs not in parameters:
             parsed.update(translated(parsed.pop(theirs)))

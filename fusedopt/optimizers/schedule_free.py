@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,11 +29,6 @@ _SEEN: dict[str, Any] = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_l
 class _ScheduleFree(FusedOptimizer):
     """What the three have in common: averages, their weights, and two modes."""
 
-    STATES: ClassVar[tuple[StateSpec, ...]] = (_Z, _SECOND)
-    REFERENCES: ClassVar[dict[str, Reference]] = {
-        "schedule_free_sgd": schedule_free,
-        "schedule_free_adam": schedule_free,
-    }
     INTERPOLATION: ClassVar[str] = "betas[0]"  # which argument says how much of a parameter in training is the average
     derives_on_device = False  # the weights of averages are added up from it
     changes_groups = True
@@ -162,6 +156,7 @@ class SGDScheduleFree(_ScheduleFree):
     """
 
     STATES = (_Z,)
+    REFERENCES: ClassVar[dict[str, Reference]] = {"schedule_free_sgd": schedule_free}
     INTERPOLATION = "momentum"
     USUAL_LR = (1e-4, 50.0)
     UPDATE_RMS = None
@@ -202,9 +197,6 @@ class SGDScheduleFree(_ScheduleFree):
     def _moment(self, group: dict[str, Any]) -> tuple[float, float]:
         return 0.0, 0.0  # there is none
 
-    def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
-        return (_Z,)
-
     def rule(self, group: dict[str, Any]) -> str:
         return "schedule_free_sgd"
 
@@ -229,6 +221,8 @@ class AdamWScheduleFree(_ScheduleFree):
         TypeError: An argument is unknown or of the wrong type.
     """
 
+    STATES = (_Z, _SECOND)
+    REFERENCES: ClassVar[dict[str, Reference]] = {"schedule_free_adam": schedule_free}
     USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_adamw": {}}
 
@@ -276,6 +270,8 @@ class RAdamScheduleFree(_ScheduleFree):
         TypeError: An argument is unknown or of the wrong type.
     """
 
+    STATES = (_Z, _SECOND)
+    REFERENCES: ClassVar[dict[str, Reference]] = {"schedule_free_adam": schedule_free}
     USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_radam": {}}
 
