@@ -76,11 +76,14 @@ class Scaling:
         grad_scale: Gradients are this many times too large.
         found_inf: Not 0 if one is not finite, and the step must not be taken.
         max_grad_norm: Clip to this norm; None does not.
+        skip_step_above: Above this norm, or if it is NaN, the step must not be taken; None takes all. Needs a
+            max_grad_norm, of infinity if nothing is to be clipped.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_grad_norm: float | None = None
+    skip_step_above: float | None = None
 
 
 class Spread(Protocol):
@@ -170,7 +173,6 @@ class Backend(Protocol):
     """A way to take steps on some kind of tensors."""
 
     name: str
-    skips_blocks: bool  # whether it steps groups that ask for it (GroupStep)
 
     def refusal(self, param: Tensor) -> str | None:
         """Why it cannot step this parameter, as a clause; None if it can."""

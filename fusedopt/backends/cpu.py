@@ -56,7 +56,6 @@ class CpuBackend:
     """See Backend."""
 
     name = "cpu"
-    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ class Scalars:
 
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
-
-    skips_blocks: ClassVar[bool] = False  # whether its kernels can; groups that ask for it are left to others if not
 
     def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
@@ -96,25 +94,20 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self._leaves(group) or self._backend.unusable(params[0].device) is not None:
+        if self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
-    def _leaves(self, group: int) -> bool:
-        return self._groups[group].skips_blocks and not self.skips_blocks
-
     def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        if not shards.params or self._leaves(group):
-            return shards.positions
-        if self._backend.unusable(shards.params[0].device) is not None:
+        if not shards.params or self._backend.unusable(shards.params[0].device) is not None:
             return shards.positions
         left = add_shards(self._table(shards.params[0]), group, shards)
         self._shards.append((group, shards, set(left)))
         return left
 
     def add(self, entry: ParamStep) -> bool:
-        if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
+        if not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True
@@ -161,8 +154,10 @@ class DeviceSession:
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
         lrs = [_lr_on(group.lr, device) for group in self._groups]
-        on_device = Scaling(
-            _float_on(scaling.grad_scale, device), _float_on(scaling.found_inf, device), scaling.max_grad_norm
+        on_device = replace(
+            scaling,
+            grad_scale=_float_on(scaling.grad_scale, device),
+            found_inf=_float_on(scaling.found_inf, device),
         )
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None

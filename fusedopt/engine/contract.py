@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -168,17 +169,13 @@ class Contract(Optimizer):
                 f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
                 "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
             )
-        chosen = backends.candidates(group["backend"])
-        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
-            raise ValueError(
-                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
-                "it; use backend='auto', which leaves such groups to a backend that has"
-            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
         checks.process_group("grad_norm_group", group["grad_norm_group"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
+        if group["skip_step_above"] is not None:
+            checks.positive("skip_step_above", group["skip_step_above"])
         return {
             **group,
             "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
@@ -215,18 +212,35 @@ class Contract(Optimizer):
         return backends.candidates(self.param_groups[group]["backend"])
 
     def common_max_grad_norm(self) -> float | None:
-        """The norm that all groups clip to; None if they do not.
+        """The norm that all groups clip to; infinity if it is only looked at, None if there is no need of it.
 
         Raises:
             ValueError: It differs between groups.
         """
-        values = [group["max_grad_norm"] for group in self.param_groups]
+        found = self._common("max_grad_norm")
+        return math.inf if found is None and self.common_skip_step_above() is not None else found
+
+    def common_skip_step_above(self) -> float | None:
+        """The norm above which a step is not taken; None if all are.
+
+        Raises:
+            ValueError: It differs between groups.
+        """
+        return self._common("skip_step_above")
+
+    def _common(self, name: str) -> float | None:
+        values = [group[name] for group in self.param_groups]
         if any(value != values[0] for value in values):
             raise ValueError(
-                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, "
+                f"{name} differs between param groups ({values}); one norm is taken over all of them, "
                 "so give all the same value"
             )
         return values[0]
+
+    @staticmethod
+    def takes_norm(group: dict[str, Any]) -> bool:
+        """Whether steps take the norm of all gradients first."""
+        return group["max_grad_norm"] is not None or group["skip_step_above"] is not None
 
     def _init_group(
         self,

@@ -333,7 +333,8 @@ class Gathered:
     def multiplier(self, scaling: Scaling, listed: Iterable[Listed]) -> tuple[float | None, Tensor | None]:
         """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices, and ranks.
 
-        None, and nothing is to be stepped, if gradients were found not to be finite.
+        None instead of a number, and nothing is to be stepped, if gradients were found not to be finite, or their norm
+        to be too large.
         """
         found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
         square_sum = 0.0
@@ -349,7 +350,8 @@ class Gathered:
         if self.ranks is None:
             square_sum = self.square_sum(listed)
         multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
-        return multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+        skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
+        return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, gradients times a number; returns what was counted."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from .. import checks
 from ..backends import Scaling, Session, new_sessions
 from ..backends.base import ASKING, REFERENCES, Health
-from . import checkpoint, compiled, members, reports, sharding
+from . import checkpoint, compiled, members, sharding
 from .collectives import Agreement, shard_sums
-from .contract import Contract
 from .gather import Gathered, Ranks, let_go
 from .options import note_own_defaults, spell_out
+from .reporting import Reporting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 CLASSES: dict[str, type[FusedOptimizer]] = {}
 
 
-class FusedOptimizer(Contract):
+class FusedOptimizer(Reporting):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
     What a subclass declares and answers is described in `Contract`.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
-            groups, except max_grad_norm.
+            groups, except max_grad_norm and skip_step_above.
         defaults: The subclass's own hyperparameters.
         state_dtype: How states are stored: "float32", "bfloat16", "float16", "8bit" (1.02 bytes per element; see
             docs/formats.md), a torch.dtype, or a dict {state: one of them} whose missing states are float32.
@@ -57,6 +57,9 @@ class FusedOptimizer(Contract):
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`. Of DTensors it is that of the
             whole, over all shards, with each replica counted once.
+        skip_step_above: Leave out every step whose gradients have a larger norm, or one that is NaN: nothing changes,
+            the step is not counted, and `last_grad_norm` tells. It is looked at before clipping, inside the step and
+            without waiting for a device. None takes all.
         grad_norm_group: A process group over whose members the parameters of a param group are spread without being
             DTensors of a mesh with all of them, such as the stages of a pipeline or experts: their part of the norm
             is summed over it. Not saved in state dicts. None: this process, or the meshes of DTensors.
@@ -70,10 +73,9 @@ class FusedOptimizer(Contract):
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
-            clipping; None until a step with max_grad_norm was taken.
+            clipping; None until a step with max_grad_norm or skip_step_above was taken.
     """
 
-    _health: reports.HealthRecord | None = None
     _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -106,6 +108,7 @@ class FusedOptimizer(Contract):
         nonfinite: str = "propagate",
         seed: int = 0,
         max_grad_norm: float | None = None,
+        skip_step_above: float | None = None,
         grad_norm_group: ProcessGroup | None = None,
         backend: str = "auto",
         maximize: bool = False,
@@ -133,6 +136,7 @@ class FusedOptimizer(Contract):
             "nonfinite": nonfinite,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
+            "skip_step_above": skip_step_above,
             "grad_norm_group": grad_norm_group,
             "backend": backend,
         }
@@ -145,7 +149,7 @@ class FusedOptimizer(Contract):
         As in torch, only where fused=True asks for it, because whoever clips between backward and step, as Lightning
         does, needs gradients that are unscaled by then; or where the step clips, which needs the scale.
         """
-        return any(group["fused"] or group["max_grad_norm"] is not None for group in self.param_groups)
+        return any(group["fused"] or self.takes_norm(group) for group in self.param_groups)
 
     # ---- param groups ----------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class FusedOptimizer(Contract):
             return
         self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
+        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
         if meshes is None and members.is_forbidden(found_inf, waits=self.changes_groups):
             return
@@ -305,7 +309,7 @@ class FusedOptimizer(Contract):
         for position in positions:
             members.check_param(self, index, position)
         members.make_state(self, ((index, group["params"][position]) for position in positions))
-        if group["max_grad_norm"] is not None and self.last_grad_norm is None:
+        if self.takes_norm(group) and self.last_grad_norm is None:
             self.last_grad_norm = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
         for position in positions:
             param = group["params"][position]
@@ -331,32 +335,6 @@ class FusedOptimizer(Contract):
         """
         with self._lock:
             members.init_state(self, lambda param: param.requires_grad)
-
-    # ---- reports ---------------------------------------------------------------------------------
-
-    def memory_report(self) -> reports.MemoryReport:
-        """What the optimizer's state takes, by kind, beside what torch's would; print it for a table.
-
-        State that is not made yet counts as what it will take.
-        """
-        return reports.memory_report(self)
-
-    def record_health(self, enabled: bool = True) -> None:
-        """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
-
-        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
-        """
-        self._health = reports.HealthRecord(self) if enabled else None
-
-    def health_report(self) -> reports.HealthReport:
-        """What was counted since `record_health`; print it for a table.
-
-        Raises:
-            ValueError: Nothing is being counted.
-        """
-        if self._health is None:
-            raise ValueError("nothing was counted; call record_health() before the steps that are to be counted")
-        return self._health.report()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

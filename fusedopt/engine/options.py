@@ -32,6 +32,7 @@ class Options(TorchFlags, total=False):
     nonfinite: str
     seed: int
     max_grad_norm: float | None
+    skip_step_above: float | None
     grad_norm_group: ProcessGroup | None
     backend: str
 
