@@ -118,7 +118,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
-        self.is_taken = False  # the step, as far as that is known without waiting for a device
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -298,7 +298,7 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False, waits: bool = False
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -306,6 +306,7 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -317,7 +318,7 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
             self.is_taken = True
             counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]

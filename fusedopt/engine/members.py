@@ -149,11 +149,6 @@ def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None
     make_state(optimizer, wanted)
 
 
-def is_forbidden(found_inf: Tensor | None, *, waits: bool) -> bool:
-    """Whether a step is known to be forbidden by gradients that are not finite; another device is asked if it waits."""
-    return found_inf is not None and (waits or found_inf.device.type == "cpu") and bool(found_inf.item())
-
-
 def only_wants_state(optimizer: Contract) -> bool:
     """Whether a step is asked for as torch.distributed.checkpoint does to have state: the first, lr and gradients 0.
 

@@ -205,7 +205,7 @@ class FusedOptimizer(Reporting):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
-        if meshes is None and members.is_forbidden(found_inf, waits=self.changes_groups):
+        if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
         try:
             take = self._step_in_rounds if self._repeats else self._step_at_once
@@ -221,7 +221,9 @@ class FusedOptimizer(Reporting):
         gathered = self._gather()
         gathered.ranks = ranks
         params = ((group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-        found = gathered.step(scaling, params, counts_health=self._health is not None)
+        found = gathered.step(
+            scaling, params, counts_health=self._health is not None, waits=self.changes_groups and scaling.may_forbid
+        )
         gathered.write_back()
         if gathered.is_taken:
             self.after_step()

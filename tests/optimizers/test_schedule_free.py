@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import copied, make_params, peer, saved, set_grads, train
+from cases import assert_same_run, copied, make_params, peer, saved, set_grads, train
 
 import fusedopt
-from fusedopt.engine import members
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from gpt import Config, Training
@@ -150,20 +149,6 @@ def test_a_step_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
-def test_a_step_that_is_forbidden_counts_nothing() -> None:
-    """Wherever it is found that gradients are not finite: what groups have seen is here."""
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device("cuda")
-
-    found = torch.tensor(1.0).as_subclass(Elsewhere)
-    assert members.is_forbidden(found, waits=True)
-    assert not members.is_forbidden(found, waits=False)
-    assert members.is_forbidden(torch.tensor(1.0), waits=False)
-    assert not members.is_forbidden(torch.tensor(0.0), waits=True)
-    assert not members.is_forbidden(None, waits=True)
-
-
 def test_a_step_that_fails_counts_nothing() -> None:
     optimizer = train(make(fusedopt.AdamWScheduleFree), 2)
     before = copy.deepcopy(optimizer.state_dict())
@@ -171,10 +156,29 @@ def test_a_step_that_fails_counts_nothing() -> None:
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
-    optimizer.found_inf = torch.tensor(1.0)
-    optimizer.grad_scale = torch.tensor(1.0)
-    optimizer.step()
-    assert optimizer.param_groups[0]["k"] == 2
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton"])
+@pytest.mark.parametrize("why", ["found_inf", "norm"])
+def test_a_step_that_is_left_out_counts_nothing(why: str, backend: str) -> None:
+    """Also where kernels find it out: what a group has seen is known to the host."""
+    runs = []
+    for forbids in (False, True):
+        optimizer = train(make(fusedopt.AdamWScheduleFree, backend=backend, max_grad_norm=1e3), 2)
+        if forbids:
+            if why == "norm":
+                optimizer.param_groups[0]["skip_step_above"] = 1e-3
+            else:
+                optimizer.found_inf = torch.tensor(1.0)
+                optimizer.grad_scale = torch.tensor(1.0)
+            train(optimizer, 1, first=7)
+            assert optimizer.param_groups[0]["k"] == 2
+            optimizer.param_groups[0]["skip_step_above"] = None
+            optimizer.grad_scale = optimizer.found_inf = None
+        runs.append(train(optimizer, 1, first=2))
+    assert_same_run(*runs)
+    assert runs[0].param_groups[0]["weight_sum"] == runs[1].param_groups[0]["weight_sum"]
 
 
 @pytest.mark.parametrize(
