@@ -111,6 +111,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -312,7 +313,7 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False, waits: bool = False
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -320,6 +321,7 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -331,8 +333,9 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
+            self.is_taken = True
             counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
@@ -366,6 +369,7 @@ class Gathered:
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, gradients times a number; returns what was counted."""
+        self.is_taken = True
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
