@@ -128,6 +128,18 @@ class DeviceSession:
         with self._backend.guard(device) as stream:
             return self.launch_square_sums(device, stream, table)
 
+    def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
+        """The sums of each parameter by its place in the param groups."""
+
+        def place(entry: ParamStep) -> tuple[int, int]:
+            positions = self._positions[entry.group]
+            listed = entry.position if positions is None else positions[entry.position]
+            return self._groups[entry.group].param_group, listed
+
+        entries = sorted(self._entries(), key=place)
+        sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
+        return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
+
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
         return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
 
@@ -137,7 +149,7 @@ class DeviceSession:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
         entries = self._entries() if counts_health else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
-        shadows = [_copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
+        shadows = [copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
         norm = None
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
@@ -153,7 +165,7 @@ class DeviceSession:
     def _launch(
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
-        lrs = [_lr_on(group.lr, device) for group in self._groups]
+        lrs = [lr_on(group.lr, device) for group in self._groups]
         on_device = replace(
             scaling,
             grad_scale=_float_on(scaling.grad_scale, device),
@@ -198,7 +210,7 @@ class DeviceSession:
         return entries
 
 
-def _copy(entry: ParamStep) -> ParamStep:
+def copy(entry: ParamStep) -> ParamStep:
     """The same parameter, in tensors of its own."""
     return replace(
         entry,
@@ -236,7 +248,8 @@ def _float_on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device, torch.float32)
 
 
-def _lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+def lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+    """A learning rate where kernels read it."""
     if lr is None:
         return None
     return lr.detach().to(device, lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32)

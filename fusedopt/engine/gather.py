@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from torch import Tensor
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health, Spread
-from ..reference.norm import CHUNK, pairwise_sum, square_sums
+from ..offload.stream import Streamer, can_stream, is_streamed, on_device
+from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
 from ..storage.placement import Place
@@ -21,22 +21,7 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-
-# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
-_CLIP_EPS = 1e-6
-
-
-def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
-    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
-    norm = math.sqrt(square_sum) * multiplier
-    coefficient = max_grad_norm / (norm + _CLIP_EPS)
-    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
-
-
-def let_go(sessions: dict[str, Session]) -> None:
-    """Ends a step: gradients are no longer referred to, because zero_grad is to free them."""
-    for session in sessions.values():
-        session.begin((), ())
+from .sessions import streamer_of
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -89,6 +74,14 @@ class Member(NamedTuple):
     entry: int
 
 
+def clipped(square_sum: float, multiplier: float, scaling: Scaling) -> tuple[float | None, Tensor]:
+    """What gradients are multiplied by to have at most a norm, and the norm; None if it is too large for any step."""
+    assert scaling.max_grad_norm is not None
+    multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
+    skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
+    return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+
+
 class Gathered:
     """The tensors of one step, by backend, and the copies to write back.
 
@@ -118,6 +111,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -202,7 +196,15 @@ class Gathered:
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local) is not None:
+                continue
+            session = self.sessions[backend.name]
+            if is_streamed(entry):
+                if isinstance(session, DeviceSession) and can_stream(entry):
+                    streamer_of(self.sessions).take(entry, session)
+                    return
+                entry = on_device(entry, self._copies)
+            if session.add(entry):
                 return
         names = " or ".join(repr(backend.name) for backend in candidates)
         raise ValueError(
@@ -270,8 +272,22 @@ class Gathered:
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             return [active[0].square_sums()]
+        apart = [
+            s for s in active if isinstance(s, Streamer) or (isinstance(s, DeviceSession) and s.device() is not None)
+        ]
+        if active and len(apart) == len(active):
+            sums: dict[tuple[int, int], Tensor] = {}
+            for session in apart:
+                sums |= session.sums_by_place()
+            return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
         # List order runs across backends: the reference takes them all.
         return [square_sums(_dense(grad)).cpu() for grad in grads]
+
+    def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
+        """The sums of squares by chunk of each gradient; all of them are here."""
+        grads = [sharding.local(grad) for _, _, grad in listed]
+        sums = self._chunk_sums(grads)
+        return list(torch.split(torch.cat(sums) if sums else _nothing(), [_chunks_of(grad) for grad in grads]))
 
     def square_sum(self, listed: Iterable[Listed]) -> float:
         """The sum of squares of gradients that are all here."""
@@ -297,7 +313,7 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False, waits: bool = False
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -305,6 +321,7 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -316,8 +333,9 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
+            self.is_taken = True
             counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
@@ -347,12 +365,11 @@ class Gathered:
             return multiplier, None
         if self.ranks is None:
             square_sum = self.square_sum(listed)
-        multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
-        skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
-        return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+        return clipped(square_sum, multiplier, scaling)
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, gradients times a number; returns what was counted."""
+        self.is_taken = True
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
