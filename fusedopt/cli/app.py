@@ -24,7 +24,7 @@ app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, r
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(presets.app, name="presets")
 app.command("info", epilog="Example: fusedopt info --json")(info.show)
-app.command("check", epilog="Example: fusedopt check --device cuda:0 --rules adamw,lion")(check.check)
+app.command("check", epilog="Example: fusedopt check --device cuda:0")(check.check)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("memory", epilog=memory.MEMORY_EPILOG)(memory.memory)
 app.command("recommend", epilog=memory.RECOMMEND_EPILOG)(memory.recommend)

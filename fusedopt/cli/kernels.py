@@ -23,7 +23,7 @@ Rules = Annotated[str, typer.Option("--rules", help="Equations, with commas betw
 Formats = Annotated[str, typer.Option("--formats", help=_FORMATS)]
 
 
-EPILOG = "Example: fusedopt compile-kernels --target cuda:90 --rules adamw --formats bfloat16/8bit"
+EPILOG = "Example: fusedopt compile-kernels --target cuda:90 --formats bfloat16/8bit"
 
 
 def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "", as_json: AsJson = False) -> None:
