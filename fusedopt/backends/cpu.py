@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Shards
+from .base import GroupStep, Health, ParamStep, Shards, SquareSums
 from .table import PARAM_DTYPES, add_entry, add_groups, add_shards
 
 
@@ -46,9 +46,14 @@ class CpuSession:
         self._table.square_sums(sums=sums.data_ptr(), threads=torch.get_num_threads())
         return sums
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
         return self._table.step(
-            grad_multipliers=list(grad_multipliers), threads=torch.get_num_threads(), counts_health=counts_health
+            grad_multipliers=list(grad_multipliers),
+            threads=torch.get_num_threads(),
+            counts_health=counts_health,
+            square_sums=square_sums,
         )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from ..backends.base import Health, Spread
+from ..backends.base import Health, Spread, SquareSums
 from ..reference.norm import CHUNK, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
@@ -63,6 +63,8 @@ def _is_plain_memory(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are what its memory holds, aligned to their size."""
     return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
 
+
+T = TypeVar("T")
 
 # A param group, a parameter of it, and its gradient.
 Listed = tuple[dict[str, Any], Tensor, Tensor]
@@ -297,7 +299,12 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self,
+        scaling: Scaling,
+        listed: Iterable[Listed],
+        *,
+        counts_health: bool = False,
+        square_sums: SquareSums | None = None,
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -305,6 +312,7 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            square_sums: Takes the sums of what was stepped, if it is given.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -318,10 +326,17 @@ class Gathered:
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
         if is_on_one and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
-            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
+            sums: SquareSums | None = None if square_sums is None else {}
+            counted, norm = active[0].step_scaled(  # type: ignore[attr-defined]
+                self._signs(), scaling, counts_health=counts_health, square_sums=sums
+            )
+            if square_sums is not None and sums:
+                square_sums.update(self._by_member(sums))
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
-        return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
+        if multiplier is None:
+            return {}, norm
+        return self.step_times(multiplier, counts_health=counts_health, square_sums=square_sums), norm
 
     def _meets(self, scaling: Scaling) -> bool:
         """Whether ranks have something to tell each other before they step, or will meet within the step."""
@@ -351,19 +366,25 @@ class Gathered:
         skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
         return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
-    def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
-        """Steps everything, gradients times a number; returns what was counted."""
+    def step_times(
+        self, multiplier: float, *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        """Steps everything, gradients times a number; returns what was counted. See `step`."""
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
                 multipliers = [sign * multiplier for sign in self._signs()]
-                found |= self._by_member(session.step(multipliers, counts_health=counts_health))
+                sums: SquareSums | None = None if square_sums is None else {}
+                counted = session.step(multipliers, counts_health=counts_health, square_sums=sums)
+                found |= self._by_member(counted)
+                if square_sums is not None and sums:
+                    square_sums.update(self._by_member(sums))
         return found
 
     def _signs(self) -> list[float]:
         return [-1.0 if group.maximize else 1.0 for group in self.groups]
 
-    def _by_member(self, counted: Health) -> Health:
+    def _by_member(self, counted: dict[tuple[int, int], T]) -> dict[tuple[int, int], T]:
         return {self.member(*place)[:2]: counts for place, counts in counted.items()}
 
     def write_back(self) -> None:

@@ -212,6 +212,8 @@ class FusedOptimizer(Reporting):
                 self.last_grad_norm = norm
             if self._health is not None:
                 self._health.add(counts)
+            if self._norms is not None:
+                self._norms.end()
         finally:
             let_go(self._sessions())
 
@@ -219,13 +221,14 @@ class FusedOptimizer(Reporting):
         gathered = self._gather()
         gathered.ranks = ranks
         params = ((group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-        found = gathered.step(scaling, params, counts_health=self._health is not None)
+        found = gathered.step(scaling, params, counts_health=self._health is not None, square_sums=self._begin_norms())
         gathered.write_back()
         return found
 
     def _step_in_rounds(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
         """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
         counts: Health = {}
+        square_sums = self._begin_norms()
         multiplier, norm = None, None
         new = members.unstepped(self.param_groups, self.state) if self.begins_in_first_step else set()
         for number, listed in enumerate(members.rounds(self.param_groups)):
@@ -240,7 +243,7 @@ class FusedOptimizer(Reporting):
                 )
             if multiplier is None:
                 break
-            counts |= gathered.step_times(multiplier, counts_health=self._health is not None)
+            counts |= gathered.step_times(multiplier, counts_health=self._health is not None, square_sums=square_sums)
             gathered.write_back()
         return counts, norm
 

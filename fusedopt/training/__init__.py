@@ -11,6 +11,8 @@ optimizer, scheduler = recipe.build(model, total_steps=10_000)
 
 from .anomalies import Anomaly, Detector, Limits
 from .changes import ABSENT, Change, Diff
+from .diagnose import Diagnosis, Remedy, diagnose
+from .diagnose_profile import Profile, profile_steps
 from .estimate import Estimate, estimate
 from .findings import Finding, Findings
 from .monitor import Monitor, StopTraining, TrainingWarning
@@ -25,6 +27,7 @@ __all__ = [
     "Anomaly",
     "Change",
     "Detector",
+    "Diagnosis",
     "Diff",
     "Estimate",
     "Finding",
@@ -32,15 +35,19 @@ __all__ = [
     "Limits",
     "Monitor",
     "Preset",
+    "Profile",
     "Recipe",
     "Recommendation",
+    "Remedy",
     "Run",
     "StopTraining",
     "TrainingWarning",
+    "diagnose",
     "estimate",
     "find_preset",
     "preset",
     "presets",
+    "profile_steps",
     "read_run",
     "recommend",
     "validate",
