@@ -57,7 +57,9 @@ def trainer(steps: int, cls: type[Trainer], folder: str) -> list[float]:
         logging_strategy="no",
     )
     times = Times()
-    cls(model(), args, train_dataset=data(steps), callbacks=[times]).train()
+    trains = cls(model(), args, train_dataset=data(steps), callbacks=[times])
+    trains.remove_callback(transformers.PrinterCallback)
+    trains.train()
     return times.ends
 
 

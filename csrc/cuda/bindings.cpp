@@ -8,6 +8,9 @@
 #include <string>
 
 #include "cuda/launch.h"
+#if defined(CUDA_ON_CPU)
+#include "queues_python.h"
+#endif
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -74,6 +77,7 @@ PYBIND11_MODULE(_cuda, module) {
 
 #if defined(CUDA_ON_CPU)
   module.def("set_order", &cuda_on_cpu::set_order, "seed"_a);
+  cuda_on_cpu::bind_queues(module);
 #endif
 
   module.def("driver_version", &driver_version);

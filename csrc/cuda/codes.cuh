@@ -112,6 +112,15 @@ FUSEDOPT_DEVICE void largest_of_blocks(const float (&x)[kLane], const Place& pla
   largest[1] = is_odd ? top : of_other_run;
 }
 
+// Bits of a lane's elements, set for all of a block where they are set for one. All lanes of a warp call this.
+FUSEDOPT_DEVICE uint32_t spread_over_blocks(uint32_t elements, const Place& place) {
+  uint32_t runs = ((elements & 0x0Fu) != 0 ? 0x0Fu : 0u) | ((elements & 0xF0u) != 0 ? 0xF0u : 0u);
+  if (!place.is_split && runs != 0) runs = 0xFFu;
+  const int lanes = place.is_split ? kBlock / 4 : kBlock / kLane;
+  for (int distance = 1; distance < lanes; distance *= 2) runs |= __shfl_xor_sync(0xFFFFFFFFu, runs, distance);
+  return runs;
+}
+
 // R 2^16 of the two states that share a stream, the first in the upper half, if both are rounded to nearest.
 constexpr uint32_t kHalves = 0x80008000u;
 

@@ -18,6 +18,7 @@ struct Formats {
   uint32_t param_rounding : 1;
   uint32_t has_float32 : 1;  // in some buffer
   uint32_t is_aligned : 1;   // whole tiles lie on multiples of 16 bytes in every buffer
+  uint32_t skips : 1;        // what a step would spoil stays as it was (TensorDesc::skips_blocks)
 
   // At least so many blocks fit on a multiprocessor. That leaves 168 registers per thread, with which no rule spills.
   static constexpr int resident_blocks(int) { return 3; }
@@ -35,6 +36,7 @@ struct Formats {
 
   FUSEDOPT_FN bool rounds_state(int k) const { return state_roundings >> k & 1u; }  // stochastically, as below
   FUSEDOPT_FN bool rounds_param() const { return param_rounding != 0; }
+  FUSEDOPT_FN bool skips_blocks() const { return skips != 0; }
 };
 
 // Usual formats: constants hide what was found, so that nothing is looked up between the loads of a tile. How numbers
@@ -48,7 +50,8 @@ struct UsualFormats : Formats {
   FUSEDOPT_FN explicit UsualFormats(const Formats& found) : Formats(found) {}
 
   static bool fit(const Formats& found, int states) {
-    bool fits = found.param() == kParam && found.grad() == kParam && found.master_format() == kMaster;
+    bool fits =
+        found.param() == kParam && found.grad() == kParam && found.master_format() == kMaster && !found.skips_blocks();
     for (int k = 0; k < states; ++k) fits = fits && found.state(k) == kState;
     return fits;
   }
@@ -58,6 +61,7 @@ struct UsualFormats : Formats {
   static FUSEDOPT_FN constexpr DType master() { return DType::kInt8; }
   static FUSEDOPT_FN constexpr Master master_format() { return kMaster; }
   static FUSEDOPT_FN constexpr DType state(int) { return kState; }
+  static FUSEDOPT_FN constexpr bool skips_blocks() { return false; }
   static FUSEDOPT_FN constexpr bool is_split() { return kParam == DType::kFloat32 || kState == DType::kFloat32; }
 };
 

@@ -27,14 +27,22 @@ FUSEDOPT_DEVICE int find_tensor(const Tensor* tensors, int count, uint32_t block
 // The elements of a tile that a lane has: two runs of four. Side by side, they are one access of 16 bytes in a 16-bit
 // format; half a tile apart, accesses of 16 bytes to float32 leave no gaps between lanes.
 struct Place {
-  int64_t begin;  // of the tile, in its tensor
-  int runs[2];    // within the tile
-  int count;      // elements of the tile
-  bool is_whole;  // all 256, aligned
-  bool is_split;  // the runs are half a tile apart
+  int64_t begin;         // of the tile, in its tensor
+  int runs[2];           // within the tile
+  int count;             // elements of the tile
+  bool is_whole;         // all 256, aligned
+  bool is_split;         // the runs are half a tile apart
+  uint32_t without = 0;  // a bit for each of a lane's elements that it leaves alone
 
   FUSEDOPT_DEVICE int offset(int j) const { return runs[j / 4] + j % 4; }
-  FUSEDOPT_DEVICE bool holds(int j) const { return offset(j) < count; }
+  FUSEDOPT_DEVICE bool holds(int j) const { return offset(j) < count && (without >> j & 1u) == 0; }
+
+  FUSEDOPT_DEVICE Place leaving(uint32_t elements) const {
+    Place rest = *this;
+    rest.without = elements;
+    rest.is_whole &= elements == 0;
+    return rest;
+  }
 };
 
 FUSEDOPT_DEVICE Place place_of(int lane, int64_t begin, int count, bool is_aligned, bool is_split) {

@@ -121,6 +121,7 @@ inline Formats formats_of(const TensorDesc& tensor, int states, int64_t row) {
   }
   formats.has_float32 = has_float32;
   formats.is_aligned = aligned;
+  formats.skips = tensor.skips_blocks;
   return formats;
 }
 

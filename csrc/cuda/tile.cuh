@@ -83,6 +83,16 @@ FUSEDOPT_DEVICE void for_each_state(const Use& use) {
   for_each_of(use, std::make_integer_sequence<int, Rule::kStates>{});
 }
 
+// A bit for each of a lane's elements that is not finite, or that a block of codes cannot hold.
+FUSEDOPT_DEVICE uint32_t spoilt_of(const float (&x)[kLane], const Place& place) {
+  uint32_t spoilt = 0;
+#pragma unroll
+  for (int j = 0; j < kLane; ++j) {
+    if ((bits_of(x[j]) & ~kSignBit) >= kTooLarge && place.holds(j)) spoilt |= 1u << j;
+  }
+  return spoilt;
+}
+
 // `first_block`: of codes, of the tile. `first_index`: of the tensor's first element, as seen from the tile's row.
 template <class Rule, bool kQuantized, class TensorFormats>
 FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
@@ -149,6 +159,17 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
 
   const Numbers roots = Rule::update(param, grad * multiplier, states, derived.hyper);
 
+  Place stored = place;
+  if (formats.skips_blocks()) {
+    uint32_t spoilt = spoilt_of(param.at, place);
+    bool has_blocks = false;
+    for_each_state<Rule>([&](auto k) {
+      spoilt |= spoilt_of(states[k].at, place);
+      has_blocks |= has_codes(k);
+    });
+    stored = place.leaving(has_blocks ? spread_over_blocks(spoilt, place) : spoilt);
+  }
+
   // What was loaded is not needed any more, so what is stored takes its place.
   const Source source(first_index + place.begin);
   uint32_t random[kLane];  // of what is rounded stochastically
@@ -181,12 +202,12 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   const auto store_all = [&](auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     for_each_state<Rule>([&](auto k) {
-      store<kWhole>(tensor.states[k], formats.state(k), place, raw_states[k]);
-      if (has_codes(k)) store_scales<kWhole>(scales_of(k), place, scales[k]);
+      store<kWhole>(tensor.states[k], formats.state(k), stored, raw_states[k]);
+      if (has_codes(k)) store_scales<kWhole>(scales_of(k), stored, scales[k]);
     });
-    store_param<TensorFormats, kWhole>(tensor.param, tensor.master, formats, place, raw_param, raw_master);
+    store_param<TensorFormats, kWhole>(tensor.param, tensor.master, formats, stored, raw_param, raw_master);
   };
-  if (place.is_whole) {
+  if (stored.is_whole) {
     store_all(std::true_type{});
   } else {
     rarely();

@@ -184,7 +184,6 @@ class Backend(Protocol):
     """A way to take steps on some kind of tensors."""
 
     name: str
-    skips_blocks: bool  # whether it steps groups that ask for it (GroupStep)
 
     def refusal(self, param: Tensor) -> str | None:
         """Why it cannot step this parameter, as a clause; None if it can."""

@@ -17,6 +17,7 @@ class CpuSession:
     """See Session. Its table lives as long as the optimizer and is never pickled."""
 
     def __init__(self) -> None:
+        self.threads: int | None = None  # as many as torch has
         self._table = _core.TensorTable()
         self._waits: set[int] = set()  # groups whose learning rate is on another device: left to the reference
 
@@ -43,7 +44,7 @@ class CpuSession:
 
     def square_sums(self) -> Tensor:
         sums = torch.empty(self._table.count_square_sums(), dtype=torch.float64, device="cpu")
-        self._table.square_sums(sums=sums.data_ptr(), threads=torch.get_num_threads())
+        self._table.square_sums(sums=sums.data_ptr(), threads=self.threads or torch.get_num_threads())
         return sums
 
     def step(
@@ -51,7 +52,7 @@ class CpuSession:
     ) -> Health:
         return self._table.step(
             grad_multipliers=list(grad_multipliers),
-            threads=torch.get_num_threads(),
+            threads=self.threads or torch.get_num_threads(),
             counts_health=counts_health,
             square_sums=square_sums,
         )
@@ -61,7 +62,6 @@ class CpuBackend:
     """See Backend."""
 
     name = "cpu"
-    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.device.type != "cpu":

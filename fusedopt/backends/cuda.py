@@ -136,7 +136,6 @@ class CudaBackend:
     """See Backend."""
 
     name = "cuda"
-    skips_blocks = False
 
     def __init__(self) -> None:
         self._verdicts = trial.Verdicts(self._unfit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ class Scalars:
 
 class DeviceSession:
     """See Session. A subclass says how kernels are launched: `launch` and `launch_square_sums`."""
-
-    skips_blocks: ClassVar[bool] = False  # whether its kernels can; groups that ask for it are left to others if not
 
     def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
@@ -96,25 +94,20 @@ class DeviceSession:
     def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
         if not params:
             return []
-        if self._leaves(group) or self._backend.unusable(params[0].device) is not None:
+        if self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
         self._collected[group] = (params, state)
         return self._table(params[0]).collect(group=group, params=params, state=state)
 
-    def _leaves(self, group: int) -> bool:
-        return self._groups[group].skips_blocks and not self.skips_blocks
-
     def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        if not shards.params or self._leaves(group):
-            return shards.positions
-        if self._backend.unusable(shards.params[0].device) is not None:
+        if not shards.params or self._backend.unusable(shards.params[0].device) is not None:
             return shards.positions
         left = add_shards(self._table(shards.params[0]), group, shards)
         self._shards.append((group, shards, set(left)))
         return left
 
     def add(self, entry: ParamStep) -> bool:
-        if self._leaves(entry.group) or not add_entry(self._table(entry.param), entry):
+        if not add_entry(self._table(entry.param), entry):
             return False
         self._added.append(entry)
         return True
@@ -135,6 +128,18 @@ class DeviceSession:
         with self._backend.guard(device) as stream:
             return self.launch_square_sums(device, stream, table)
 
+    def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
+        """The sums of each parameter by its place in the param groups."""
+
+        def place(entry: ParamStep) -> tuple[int, int]:
+            positions = self._positions[entry.group]
+            listed = entry.position if positions is None else positions[entry.position]
+            return self._groups[entry.group].param_group, listed
+
+        entries = sorted(self._entries(), key=place)
+        sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
+        return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
+
     def step(
         self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
     ) -> Health:
@@ -152,7 +157,7 @@ class DeviceSession:
         entries = self._entries() if counts_health or square_sums is not None else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
         shadows = [
-            _copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
+            copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
         ]
         norm = None
         for device, table in self._active():
@@ -172,7 +177,7 @@ class DeviceSession:
     def _launch(
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
-        lrs = [_lr_on(group.lr, device) for group in self._groups]
+        lrs = [lr_on(group.lr, device) for group in self._groups]
         on_device = replace(
             scaling,
             grad_scale=_float_on(scaling.grad_scale, device),
@@ -217,7 +222,7 @@ class DeviceSession:
         return entries
 
 
-def _copy(entry: ParamStep) -> ParamStep:
+def copy(entry: ParamStep) -> ParamStep:
     """The same parameter, in tensors of its own."""
     return replace(
         entry,
@@ -255,7 +260,8 @@ def _float_on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device, torch.float32)
 
 
-def _lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+def lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+    """A learning rate where kernels read it."""
     if lr is None:
         return None
     return lr.detach().to(device, lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32)

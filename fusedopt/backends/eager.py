@@ -221,7 +221,6 @@ class EagerBackend:
     """See Backend."""
 
     name = "eager"
-    skips_blocks = True
 
     def refusal(self, param: Tensor) -> str | None:
         if param.dtype not in DTYPES:

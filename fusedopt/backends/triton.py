@@ -75,8 +75,6 @@ def unreachable(device: torch.device) -> str | None:
 class TritonSession(DeviceSession):
     """See DeviceSession. It remembers a device's plan for as long as the tensors stay where they are."""
 
-    skips_blocks = True
-
     def __init__(self, backend: TritonBackend) -> None:
         super().__init__(backend)
         self._plans: dict[torch.device, tuple[tuple[bytes, tuple[str, ...]], Any]] = {}
@@ -132,7 +130,6 @@ class TritonBackend:
     """See Backend."""
 
     name = "triton"
-    skips_blocks = True
 
     def __init__(self) -> None:
         self._verdicts = trial.Verdicts(self._unfit)

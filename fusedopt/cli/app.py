@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import check, diagnose, info, kernels, memory, monitor, presets, schedule, validate
+from . import check, compare, diagnose, info, kernels, memory, monitor, presets, range_test, schedule, search, validate
 
 app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
@@ -14,6 +14,9 @@ app.command("check")(check.check)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("memory", epilog=memory.MEMORY_EPILOG)(memory.memory)
 app.command("recommend", epilog=memory.RECOMMEND_EPILOG)(memory.recommend)
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("search", epilog=search.EPILOG)(search.search)
+app.command("lr-range", epilog=range_test.EPILOG)(range_test.range_test)
 app.command("monitor", epilog=monitor.EPILOG)(monitor.monitor)
 app.command("diagnose", epilog=diagnose.EPILOG)(diagnose.diagnose)
 app.command("compile-kernels")(kernels.compile_kernels)

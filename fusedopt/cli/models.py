@@ -1,10 +1,10 @@
-"""Models that a command line names: MODULE:FACTORY."""
+"""Models and loops that a command line names: MODULE:FUNCTION."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -19,20 +19,34 @@ Model = Annotated[
 ]
 
 
+Train = Annotated[
+    str,
+    typer.Option(
+        "--train",
+        metavar="MODULE:FUNCTION",
+        help="The loop: called with (recipe, seed, budget), yields (step, loss); MODULE is imported from here, too.",
+    ),
+]
+
+
 def made(name: str | None) -> nn.Module | None:
     """The model that MODULE:FACTORY makes; None for None. Raises a ValueError or TypeError."""
     if name is None:
         return None
-    module, colon, factory = name.partition(":")
-    if not colon or not module or not factory:
-        raise ValueError(f"--model {name!r} is not MODULE:FACTORY; pass for example train:make_model")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--model {name!r} cannot be imported ({error}); pass MODULE:FACTORY") from error
-    model = found()
+    model = imported(name, "--model", "MODULE:FACTORY", "train:make_model")()
     if not isinstance(model, nn.Module):
         raise TypeError(f"--model {name!r} returns a {type(model).__name__}; return a torch.nn.Module")
     return model
+
+
+def imported(name: str, option: str = "--train", form: str = "MODULE:FUNCTION", example: str = "train:train") -> Any:
+    """What MODULE:FUNCTION names. Raises a ValueError that names the option."""
+    module, colon, function = name.partition(":")
+    if not colon or not module or not function:
+        raise ValueError(f"{option} {name!r} is not {form}; pass for example {example}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option} {name!r} cannot be imported ({error}); pass {form}") from error

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import GroupStep, Scaling, candidates, new_sessions
+from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from . import sharding
 from .collectives import shard_sums
 from .contract import Contract
-from .gather import Gathered, Listed, Member, Ranks, let_go
+from .gather import Gathered, Listed, Member, Ranks
+from .sessions import all_sessions, let_go, size_buffers
 
 
 class _Column(NamedTuple):
@@ -126,7 +127,9 @@ def _step(
     parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
     owner = _OWNERS.get(optimizer)
     with nullcontext() if owner is None else owner._lock:  # a graph may outlive its optimizer
-        sessions = new_sessions() if owner is None else owner._sessions()
+        sessions = all_sessions() if owner is None else owner._sessions()
+        if owner is not None:
+            size_buffers(sessions, owner.param_groups)
         gathered = Gathered(sessions, groups, [None] * len(groups), takes_sums=max_grad_norm is not None)
         try:
             gathered.begin()

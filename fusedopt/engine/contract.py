@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from .. import backends, checks
 from ..backends import GroupStep
+from ..offload import homes
+from ..offload.handle import Release
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
@@ -63,6 +65,7 @@ class Contract(Optimizer):
     why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
+    _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 
     # ---- what a subclass answers -----------------------------------------------------------------
@@ -154,14 +157,14 @@ class Contract(Optimizer):
                 f"nonfinite='skip_block' is not possible in {type(self).__name__}: {reason}; "
                 "leave nonfinite='propagate' and skip whole steps, as torch.amp.GradScaler does"
             )
-        chosen = backends.candidates(group["backend"])
-        if group["nonfinite"] == "skip_block" and not any(backend.skips_blocks for backend in chosen):
-            raise ValueError(
-                f"nonfinite='skip_block' is not possible with backend={group['backend']!r}, whose kernels do not have "
-                "it; use backend='auto', which leaves such groups to a backend that has"
-            )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        checks.whole("reserve_bytes", group["reserve_bytes"])
+        homes.check_step_device(group)
+        if checks.whole("stream_bytes", group["stream_bytes"]) < 1 << 16:
+            raise ValueError(
+                f"stream_bytes={group['stream_bytes']!r} is too small to pay; pass at least 65536 (2**16) bytes"
+            )
         checks.process_group("grad_norm_group", group["grad_norm_group"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
@@ -169,6 +172,7 @@ class Contract(Optimizer):
             checks.positive("skip_step_above", group["skip_step_above"])
         return {
             **group,
+            "state_device": homes.normalize(group["state_device"]),
             "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
             "rounding": masters.normalize_rounding(group["rounding"]),

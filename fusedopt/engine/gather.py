@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +12,8 @@ from torch import Tensor
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
 from ..backends.base import Health, Spread, SquareSums
-from ..reference.norm import CHUNK, pairwise_sum, square_sums
+from ..offload.stream import Streamer, can_stream, is_streamed, on_device
+from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
 from ..storage.placement import Place
@@ -21,22 +21,8 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-
-# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
-_CLIP_EPS = 1e-6
-
-
-def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
-    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
-    norm = math.sqrt(square_sum) * multiplier
-    coefficient = max_grad_norm / (norm + _CLIP_EPS)
-    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
-
-
-def let_go(sessions: dict[str, Session]) -> None:
-    """Ends a step: gradients are no longer referred to, because zero_grad is to free them."""
-    for session in sessions.values():
-        session.begin((), ())
+from .plain import base, is_plain_memory
+from .sessions import streamer_of
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -51,17 +37,6 @@ def _nothing() -> Tensor:
 def _chunks_of(grad: Tensor) -> int:
     """How many chunks the sum of squares of a gradient is taken in."""
     return -(-grad.numel() * (2 if grad.is_complex() else 1) // CHUNK)
-
-
-def _base(tensor: Tensor) -> Tensor:
-    """The same numbers as a Tensor, apart from autograd's graph."""
-    tensor = tensor.detach()
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def _is_plain_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are what its memory holds, aligned to their size."""
-    return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
 
 
 T = TypeVar("T")
@@ -89,6 +64,14 @@ class Member(NamedTuple):
     position: int
     part: int
     entry: int
+
+
+def clipped(square_sum: float, multiplier: float, scaling: Scaling) -> tuple[float | None, Tensor]:
+    """What gradients are multiplied by to have at most a norm, and the norm; None if it is too large for any step."""
+    assert scaling.max_grad_norm is not None
+    multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
+    skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
+    return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
 
 class Gathered:
@@ -204,7 +187,15 @@ class Gathered:
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local) is not None:
+                continue
+            session = self.sessions[backend.name]
+            if is_streamed(entry):
+                if isinstance(session, DeviceSession) and can_stream(entry):
+                    streamer_of(self.sessions).take(entry, session)
+                    return
+                entry = on_device(entry, self._copies)
+            if session.add(entry):
                 return
         names = " or ".join(repr(backend.name) for backend in candidates)
         raise ValueError(
@@ -229,14 +220,14 @@ class Gathered:
                 return None
         grad = self._numbers(entry.grad, entry.param)
         tensors = [entry.param, *(held for (held,) in entry.states), *([] if entry.master is None else [entry.master])]
-        if any(tensor.stride() != strides or not _is_plain_memory(tensor) for tensor in tensors):
+        if any(tensor.stride() != strides or not is_plain_memory(tensor) for tensor in tensors):
             return None
-        if grad.stride() != strides or not _is_plain_memory(grad):
+        if grad.stride() != strides or not is_plain_memory(grad):
             grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
         run = ((entry.param.numel(),), (1,))
         return replace(
             entry,
-            param=_base(entry.param).as_strided(*run),
+            param=base(entry.param).as_strided(*run),
             grad=grad.as_strided(*run),
             states=tuple((held.as_strided(*run),) for (held,) in entry.states),
             master=None if entry.master is None else entry.master.as_strided(*run),
@@ -254,8 +245,8 @@ class Gathered:
 
     def _plain(self, tensor: Tensor) -> Tensor:
         """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
-        tensor = _base(tensor)
-        if tensor.is_contiguous() and _is_plain_memory(tensor):
+        tensor = base(tensor)
+        if tensor.is_contiguous() and is_plain_memory(tensor):
             return tensor
         copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
         self._copies.append((tensor, copy))
@@ -272,8 +263,22 @@ class Gathered:
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             return [active[0].square_sums()]
+        apart = [
+            s for s in active if isinstance(s, Streamer) or (isinstance(s, DeviceSession) and s.device() is not None)
+        ]
+        if active and len(apart) == len(active):
+            sums: dict[tuple[int, int], Tensor] = {}
+            for session in apart:
+                sums |= session.sums_by_place()
+            return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
         # List order runs across backends: the reference takes them all.
         return [square_sums(_dense(grad)).cpu() for grad in grads]
+
+    def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
+        """The sums of squares by chunk of each gradient; all of them are here."""
+        grads = [sharding.local(grad) for _, _, grad in listed]
+        sums = self._chunk_sums(grads)
+        return list(torch.split(torch.cat(sums) if sums else _nothing(), [_chunks_of(grad) for grad in grads]))
 
     def square_sum(self, listed: Iterable[Listed]) -> float:
         """The sum of squares of gradients that are all here."""
@@ -362,9 +367,7 @@ class Gathered:
             return multiplier, None
         if self.ranks is None:
             square_sum = self.square_sum(listed)
-        multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
-        skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
-        return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+        return clipped(square_sum, multiplier, scaling)
 
     def step_times(
         self, multiplier: float, *, counts_health: bool = False, square_sums: SquareSums | None = None

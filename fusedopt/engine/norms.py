@@ -67,24 +67,20 @@ class NormsRecord:
     """Takes the norms of steps.
 
     Attributes:
+        sums: What a step, or the parts that it is taken in, fill with sums of squares.
         report: Of the last step that was taken; None before there is one.
     """
 
     def __init__(self, optimizer: Contract) -> None:
         self._optimizer = optimizer
-        self._sums: SquareSums = {}
+        self.sums: SquareSums = {}
         self.report: NormsReport | None = None
-
-    def begin(self) -> SquareSums:
-        """What the next step fills with sums of squares."""
-        self._sums = {}
-        return self._sums
 
     def end(self) -> None:
         """Makes the report of the step."""
         groups = self._optimizer.param_groups
         by_group: list[list[tuple[Norms, tuple[float, float]]]] = [[] for _ in groups]
-        for (index, position), sums in sorted(self._sums.items()):
+        for (index, position), sums in sorted(self.sums.items()):
             group = groups[index]
             names = group.get("param_names")
             where = names[position] if names else f"parameter {position} of group {index}"
@@ -96,7 +92,7 @@ class NormsRecord:
         everything = [pair for of in by_group for pair in of]
         total = _norms("all", [sums for _, sums in everything], sum(each.elements for each, _ in everything))
         self.report = NormsReport(total, tuple(found), tuple(each for each, _ in everything))
-        self._sums = {}
+        self.sums = {}
 
 
 def _norms(where: str, sums: Iterable[tuple[float, float]], elements: int) -> Norms:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Scaling, Session, new_sessions
-from ..backends.base import ASKING, REFERENCES, Health
+from ..backends import Scaling, Session
+from ..backends.base import ASKING, REFERENCES
+from ..offload.homes import RESERVE_BYTES, uses_disk
+from ..offload.stream import STREAM_BYTES
 from . import checkpoint, compiled, members, sharding
 from .collectives import Agreement, shard_sums
-from .gather import Gathered, Ranks, let_go
+from .gather import Gathered, Ranks
 from .options import note_own_defaults, spell_out
-from .reporting import Reporting
+from .partial import Partial
+from .sessions import all_sessions, size_buffers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 CLASSES: dict[str, type[FusedOptimizer]] = {}
 
 
-class FusedOptimizer(Reporting):
+class FusedOptimizer(Partial):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
     What a subclass declares and answers is described in `Contract`.
@@ -63,6 +66,14 @@ class FusedOptimizer(Reporting):
         grad_norm_group: A process group over whose members the parameters of a param group are spread without being
             DTensors of a mesh with all of them, such as the stages of a pipeline or experts: their part of the norm
             is summed over it. Not saved in state dicts. None: this process, or the meshes of DTensors.
+        state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
+            the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
+            have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
+        stream_bytes: The size of each of the two buffers on the device that a step streams states through.
+        step_device: "cpu" steps parameters on a GPU on the host: gradients and weights are copied there, states and
+            masters are there, and weights come back. None steps them where they are.
+        host_threads: Threads of such a step; None takes as many as torch.
+        reserve_bytes: What state_device="auto" leaves free on the device, in bytes.
         backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
             ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
         maximize: Ascend instead of descend.
@@ -75,8 +86,6 @@ class FusedOptimizer(Reporting):
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
             clipping; None until a step with max_grad_norm or skip_step_above was taken.
     """
-
-    _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -109,6 +118,11 @@ class FusedOptimizer(Reporting):
         seed: int = 0,
         max_grad_norm: float | None = None,
         skip_step_above: float | None = None,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
+        reserve_bytes: int = RESERVE_BYTES,
+        step_device: str | None = None,
+        host_threads: int | None = None,
         grad_norm_group: ProcessGroup | None = None,
         backend: str = "auto",
         maximize: bool = False,
@@ -137,6 +151,11 @@ class FusedOptimizer(Reporting):
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "skip_step_above": skip_step_above,
+            "state_device": state_device,
+            "stream_bytes": stream_bytes,
+            "reserve_bytes": reserve_bytes,
+            "step_device": step_device,
+            "host_threads": host_threads,
             "grad_norm_group": grad_norm_group,
             "backend": backend,
         }
@@ -147,9 +166,10 @@ class FusedOptimizer(Reporting):
         """Whether GradScaler hands over its scale and whether it found inf, instead of unscaling gradients itself.
 
         As in torch, only where fused=True asks for it, because whoever clips between backward and step, as Lightning
-        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale.
+        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale. Where gradients
+        are released, it finds none, and the step says what to do.
         """
-        return any(group["fused"] or self.takes_norm(group) for group in self.param_groups)
+        return self._release is not None or any(group["fused"] or self.takes_norm(group) for group in self.param_groups)
 
     # ---- param groups ----------------------------------------------------------------------------
 
@@ -165,6 +185,8 @@ class FusedOptimizer(Reporting):
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)
         self._repeats = self._repeats or members.repeats(self.param_groups[-1:])
+        if self._release is not None:
+            self._release.attach()
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -185,7 +207,9 @@ class FusedOptimizer(Reporting):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and not self._repeats:
+        is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
+        is_plain = is_plain and not self._asks_for_host()
+        if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
             self._take_step()
@@ -194,7 +218,10 @@ class FusedOptimizer(Reporting):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
         with self._lock:
-            self._take_whole_step()
+            if self._release is not None:
+                self._release.finish()
+            else:
+                self._take_whole_step()
 
     def _take_whole_step(self) -> None:
         if members.only_wants_state(self):
@@ -205,52 +232,21 @@ class FusedOptimizer(Reporting):
         meshes = self._agreement().meshes(self)
         if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
-        try:
-            take = self._step_in_rounds if self._repeats else self._step_at_once
-            counts, norm = take(scaling, None if meshes is None else Ranks(self._agreement(), self, meshes))
-            if norm is not None:
-                self.last_grad_norm = norm
-            if self._health is not None:
-                self._health.add(counts)
-            if self._norms is not None:
-                self._norms.end()
-        finally:
-            let_go(self._sessions())
-
-    def _step_at_once(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
-        gathered = self._gather()
-        gathered.ranks = ranks
-        params = ((group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-        found = gathered.step(scaling, params, counts_health=self._health is not None, square_sums=self._begin_norms())
-        gathered.write_back()
-        return found
-
-    def _step_in_rounds(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
-        """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
-        counts: Health = {}
-        square_sums = self._begin_norms()
-        multiplier, norm = None, None
-        new = members.unstepped(self.param_groups, self.state) if self.begins_in_first_step else set()
-        for number, listed in enumerate(members.rounds(self.param_groups)):
-            if number > 0:
-                members.begin_anew(self, listed, new)
-            gathered = self._gather(listed)
-            if number == 0:
-                gathered.ranks = ranks
-                firsts = ((g, g["params"][i]) for g, places in zip(self.param_groups, listed) for i in places)
-                multiplier, norm = gathered.multiplier(
-                    scaling, ((g, p, p.grad) for g, p in firsts if p.grad is not None)
-                )
-            if multiplier is None:
-                break
-            counts |= gathered.step_times(multiplier, counts_health=self._health is not None, square_sums=square_sums)
-            gathered.write_back()
-        return counts, norm
+        ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
+        if self._uses_host():
+            counts, norm = self._step_all_with_host(scaling, ranks)
+        elif uses_disk(self.param_groups) and not self._repeats and ranks is None:
+            counts, norm = self._step_in_windows(scaling)
+        else:
+            counts, norm = self._step_some(None, scaling, ranks=ranks)
+        if norm is not None:
+            self.last_grad_norm = norm
+        self._count_step(counts)
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
-            self._session_cache = new_sessions()
+            self._session_cache = all_sessions()
         return self._session_cache
 
     def _agreement(self) -> Agreement:
@@ -265,6 +261,7 @@ class FusedOptimizer(Reporting):
         """
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
+        size_buffers(self._sessions(), self.param_groups)
         gathered = Gathered(
             self._sessions(),
             groups,

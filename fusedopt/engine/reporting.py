@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..backends.base import SquareSums
+from typing import Any
+
 from . import norms, reports
 from .contract import Contract
 
@@ -60,5 +61,7 @@ class Reporting(Contract):
             raise ValueError("no norms were taken; call record_norms() before the step whose norms are to be taken")
         return self._norms.report
 
-    def _begin_norms(self) -> SquareSums | None:
-        return None if self._norms is None else self._norms.begin()
+    def _recorded(self) -> dict[str, Any]:
+        """What steps are told to count and measure, as keyword arguments."""
+        sums = None if self._norms is None else self._norms.sums
+        return {"counts_health": self._health is not None, "square_sums": sums}

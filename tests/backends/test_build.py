@@ -72,8 +72,8 @@ def test_instruction_sets_differ(isa_objects: list[Path]) -> None:
 
 
 def test_import_is_quick() -> None:
-    """Under 0.15 s beyond torch; best of several processes, since others may run beside this one."""
-    code = "import torch, time; t = time.perf_counter(); import fusedopt; print(time.perf_counter() - t)"
+    """Under 0.15 s of the processor's time beyond torch; best of several processes, since others may run beside it."""
+    code = "import torch, time; t = time.process_time(); import fusedopt; print(time.process_time() - t)"
 
     def seconds() -> float:
         output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")

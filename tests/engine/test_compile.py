@@ -111,6 +111,7 @@ def test_operator_declares_what_it_mutates() -> None:
             "backends": ["auto"],
             "derives_on_device": True,
             "max_grad_norm": 1.0,
+            "skip_step_above": None,
         },
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )

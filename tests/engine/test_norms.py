@@ -137,3 +137,21 @@ def test_a_step_that_is_left_out_moves_nothing() -> None:
     optimizer.record_norms()
     optimizer.step()
     assert optimizer.norms_report().total.update == 0.0
+
+
+def test_gradients_that_are_released_are_measured_over_the_whole_step() -> None:
+    reports = []
+    for releases in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 8))
+        optimizer = fusedopt.AdamW(model.named_parameters(), lr=1e-2)
+        if releases:
+            fusedopt.release_gradients(optimizer)
+        for step in range(3):
+            optimizer.record_norms(step > 0)
+            model(torch.full((4, 8), float(step + 1))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        reports.append(optimizer.norms_report())
+    assert reports[0] == reports[1]
+    assert len(reports[0].parameters) == 4

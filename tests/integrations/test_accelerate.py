@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,31 +152,67 @@ def test_resuming_is_never_having_stopped(form: str, tmp_path: Path) -> None:
     assert same(whole, again[1])
 
 
-def test_fsdp2_plugin(tmp_path: Path) -> None:
-    """Accelerate shards the model and gives the optimizer the shards; a world of one has the bits of a plain loop.
+@pytest.fixture
+def fsdp2(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], torch.dtype], tuple[Any, Any, Any, Any]]:
+    """Prepares a run with Accelerate's FSDP2 plugin in a world of one.
 
     Accelerate offers its plugin on accelerators only, so its state is told that it is there.
     """
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this torch does not run on a CPU")
-    kwargs, dtype = options("8bit")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(name, str(value))
-        patch.setenv("MASTER_PORT", "29500")  # nobody listens there: the process group exists
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", "29500")  # nobody listens there: the process group exists
+
+    def prepare(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="NO_WRAP", state_dict_type="SHARDED_STATE_DICT"
+        )
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         shared = accelerate.state.AcceleratorState._shared_state
         shared["distributed_type"], shared["fsdp_plugin"] = accelerate.DistributedType.FSDP, plugin
-        model = network()
+        model = network(dtype)
         optimizer = fusedopt.AdamW(model.parameters(), **kwargs)
         scheduler = get_scheduler(SCHEDULE, optimizer)
-        made = (accelerator, *accelerator.prepare(model, optimizer, scheduler))
-        assert all(isinstance(param, dist.tensor.DTensor) for param in made[1].parameters())
-        assert made[2].param_groups[0]["params"] == list(made[1].parameters())
-        lrs = train(made, batches())
+        return accelerator, *accelerator.prepare(model, optimizer, scheduler)
+
+    return prepare
+
+
+def test_fsdp2_plugin(fsdp2: Callable[..., tuple[Any, Any, Any, Any]]) -> None:
+    """Accelerate shards the model and gives the optimizer the shards; a world of one has the bits of a plain loop."""
+    kwargs, dtype = options("8bit")
+    made = fsdp2(kwargs, dtype)
+    assert all(isinstance(param, dist.tensor.DTensor) for param in made[1].parameters())
+    assert made[2].param_groups[0]["params"] == list(made[1].parameters())
+    lrs = train(made, batches())
     assert lrs == [LR * SCHEDULE(step) for step in range(STEPS)]
     assert any("exp_avg_codes" in state for state in made[2].state.values())
     for sharded, whole in zip(made[1].parameters(), alone(kwargs, dtype).parameters(), strict=True):
+        assert torch.equal(sharded.to_local(), whole)
+
+
+def test_fsdp2_plugin_saves_and_loads(fsdp2: Callable[..., tuple[Any, Any, Any, Any]], tmp_path: Path) -> None:
+    """Its sharded checkpoint, loaded into a new run: the bits of never having stopped.
+
+    By the functions that save_state and load_state call for FSDP where there is an accelerator.
+    """
+    kwargs, dtype = options("8bit")
+    data = batches(dtype)
+    half = len(data) // 2
+    made = fsdp2(kwargs, dtype)
+    train(made, data[:half])
+    utils, plugin = accelerate.utils, made[0].state.fsdp_plugin
+    utils.save_fsdp_model(plugin, made[0], made[1], str(tmp_path))
+    utils.save_fsdp_optimizer(plugin, made[0], made[2], made[1], str(tmp_path))
+    saved = made[3].state_dict()
+
+    again = fsdp2({**kwargs, "lr": 1.0}, dtype)
+    utils.load_fsdp_model(plugin, again[0], again[1], str(tmp_path))
+    utils.load_fsdp_optimizer(plugin, again[0], again[2], again[1], str(tmp_path))
+    again[3].load_state_dict(saved)
+    train(again, data[half:])
+    for sharded, whole in zip(again[1].parameters(), alone(kwargs, dtype).parameters(), strict=True):
         assert torch.equal(sharded.to_local(), whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +87,36 @@ def test_the_default_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     create_optimizer_v2, model = peer("timm.optim").create_optimizer_v2, network()
     optimizer = create_optimizer_v2(model, opt="compiledadamw8bit", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     assert type(optimizer) is fusedopt.AdamW
+
+
+@pytest.mark.parametrize("opt", ["compiledadamw8bit", "compiledlion"])
+def test_resuming_from_timms_checkpoint_is_never_having_stopped(opt: str, tmp_path: Path, registry: Any) -> None:
+    """Saved by timm's CheckpointSaver, and resumed by the function of its training script."""
+    register(registry)
+
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = network()
+        return model, registry.create_optimizer(model, opt, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            model(torch.ones(2, 3, 32, 32) * (step + 1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = made()
+    train(model, optimizer, range(3))
+    saver = peer("timm.utils").CheckpointSaver(
+        model, optimizer, args=argparse.Namespace(model="vit"), checkpoint_dir=str(tmp_path), max_history=1
+    )
+    saver.save_checkpoint(epoch=0)
+    train(model, optimizer, range(3, 6))
+
+    again, other = made()
+    resume = peer("timm.models").resume_checkpoint
+    assert resume(again, str(tmp_path / "last.pth.tar"), optimizer=other, log_info=False) == 1
+    train(again, other, range(3, 6))
+    assert same(model, again)
+    for param, twin in zip(model.parameters(), again.parameters()):
+        assert optimizer.state[param].keys() == other.state[twin].keys()
+        assert all(torch.equal(value, other.state[twin][key]) for key, value in optimizer.state[param].items())

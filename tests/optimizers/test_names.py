@@ -41,6 +41,14 @@ EXPECTED = {
     "adafactor": (fusedopt.Adafactor, {"scale_parameter": False, "relative_step": False}),
     "adagrad": (fusedopt.Adagrad, {}),
     "sgd": (fusedopt.SGD, {}),
+    "paged_adamw_32bit": (fusedopt.AdamW, {"state_device": "cpu"}),
+    "paged_adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit", "state_device": "cpu"}),
+    "paged_lion_32bit": (fusedopt.Lion, {"state_device": "cpu"}),
+    "paged_lion_8bit": (fusedopt.Lion, {"state_dtype": "8bit", "state_device": "cpu"}),
+    "paged_ademamix_32bit": (fusedopt.AdEMAMix, {"state_device": "cpu"}),
+    "paged_ademamix_8bit": (fusedopt.AdEMAMix, {"state_dtype": "8bit", "state_device": "cpu"}),
+    "paged_rmsprop": (fusedopt.RMSprop, {"state_device": "cpu"}),
+    "paged_rmsprop_8bit": (fusedopt.RMSprop, {"state_dtype": "8bit", "state_device": "cpu"}),
 }
 
 
@@ -95,11 +103,6 @@ def test_arguments_win_over_the_name() -> None:
             "'adamv' is not known; did you mean 'adam.*there are adafactor, adagrad, adam, adam_8bit",
         ),
         ("muon", {}, ValueError, "'muon' is not known; there are adafactor"),
-        ("paged_adamw_8bit", {}, ValueError, "needs paged state, which does not exist yet; use 'adamw_8bit'"),
-        ("paged_adamw_32bit", {}, ValueError, "use 'adamw'"),
-        ("paged_lion_32bit", {}, ValueError, "use 'lion_32bit'"),
-        ("paged_rmsprop", {}, ValueError, "use 'rmsprop'"),
-        ("paged_ademamix_8bit", {}, ValueError, "use 'ademamix_8bit'"),
         ("galore_adamw_layerwise", {}, ValueError, "projects gradients.*GaLore.*for small state use 'adamw_8bit'"),
         ("apollo_adamw", {}, ValueError, "'apollo_adamw' scales gradients by what random projections"),
         ("grokadamw", {}, ValueError, "signal that it takes from losses, which a step does not see; use 'adamw_torch'"),

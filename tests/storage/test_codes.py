@@ -6,7 +6,9 @@ integer, and numbers that are nearly rounded up, for every q and both parities o
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
@@ -45,13 +47,19 @@ def exact(steps: Fraction, threshold: Fraction, is_signed: bool) -> int:
     return q if is_signed else max(q, int(steps > 0))
 
 
-@pytest.mark.parametrize("exponent", [-20, -21], ids=["even", "odd"])
-@pytest.mark.parametrize("is_signed", [True, False], ids=["signed", "unsigned"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-def test_codes_are_those_of_the_definition(
-    backend: str, rounding: str, width: int, is_signed: bool, exponent: int
-) -> None:
+@dataclass(frozen=True)
+class Trial:
+    """Numbers, and the codes that they have by definition."""
+
+    grad: Tensor  # after which a state holds the numbers
+    numbers: list[float]
+    near: list[int]  # the q whose square, or whose threshold, each is next to
+    thresholds: list[float]
+    codes: list[int]
+
+
+@functools.cache
+def trial(rounding: str, width: int, is_signed: bool, exponent: int) -> Trial:
     top = 127 if is_signed else 255
     wanted = [(q, up, ulps) for q in range(top) for up in (False, True) for ulps in NEAR]
     places = [i for i in range(4 * len(wanted)) if i % width % 64 != 0][: len(wanted)]
@@ -60,31 +68,39 @@ def test_codes_are_those_of_the_definition(
     thresholds = (2.0 * (bits >> 2) + 1.0) / 2**15
     if rounding == "nearest":
         thresholds = torch.full_like(thresholds, 0.5)
-
     # Where nothing else is wanted, what gives the block its scale.
     q, up, ulps = torch.full_like(bits, top - 1), torch.zeros_like(bits), torch.zeros_like(bits)
     q[places], up[places], ulps[places] = torch.tensor(wanted, dtype=torch.int32).T
     target = (q.double() ** 2 + up * thresholds.double() * (2 * q + 1)) * 2.0**exponent
-    param = torch.nn.Parameter(torch.zeros(rows, width))
     if is_signed:  # m = 0 m + g
         grad = values = moved(target.float(), ulps)
-        optimizer = fusedopt.SGD([param], momentum=0.5, **EIGHT_BIT, state_rounding=rounding, backend=backend)
     else:  # s = 0 + g g
         grad = moved(target.sqrt().float(), ulps)
         values = grad * grad
-        optimizer = fusedopt.Adagrad([param], **EIGHT_BIT, state_rounding=rounding, backend=backend)
-    param.grad = grad.reshape(rows, width)
+    unit = Fraction(2) ** exponent
+    numbers, limits = values.tolist(), thresholds.tolist()
+    codes = [exact(Fraction(x) / unit, Fraction(threshold), is_signed) for x, threshold in zip(numbers, limits)]
+    return Trial(grad.reshape(rows, width), numbers, q.tolist(), limits, codes)
+
+
+@pytest.mark.parametrize("exponent", [-20, -21], ids=["even", "odd"])
+@pytest.mark.parametrize("is_signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_codes_are_those_of_the_definition(
+    backend: str, rounding: str, width: int, is_signed: bool, exponent: int
+) -> None:
+    tried = trial(rounding, width, is_signed, exponent)
+    param = torch.nn.Parameter(torch.zeros_like(tried.grad))
+    kwargs = {**EIGHT_BIT, "state_rounding": rounding, "backend": backend}
+    optimizer = fusedopt.SGD([param], momentum=0.5, **kwargs) if is_signed else fusedopt.Adagrad([param], **kwargs)
+    param.grad = tried.grad
     optimizer.step()
 
     held, name = optimizer.state[param], optimizer.STATES[0].name
     assert (held[f"{name}_scales"] == 127 + exponent).all()
     codes = held[f"{name}_codes"].flatten().tolist()
-    unit = Fraction(2) ** exponent
-    expected = [
-        exact(Fraction(value) / unit, Fraction(threshold), is_signed)
-        for value, threshold in zip(values.tolist(), thresholds.tolist())
-    ]
-    wrong = [i for i, (code, right) in enumerate(zip(codes, expected)) if code != right]
-    assert not wrong, [(values[i].item(), thresholds[i].item(), codes[i], expected[i]) for i in wrong[:5]]
-    # Both ways, and both of the neighbours of a square.
-    assert {code - int(number) for code, number in zip(codes, q.tolist())} >= {0, 1}
+    wrong = [i for i, (code, right) in enumerate(zip(codes, tried.codes)) if code != right]
+    assert not wrong, [(tried.numbers[i], tried.thresholds[i], codes[i], tried.codes[i]) for i in wrong[:5]]
+    # Some are rounded up, some not.
+    assert {code - q for code, q in zip(codes, tried.near)} >= {0, 1}

@@ -1,0 +1,159 @@
+"""What trainings leave on disk: run files of JSON lines, results written at once, and who works in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..backends.info import info
+from .monitor_runs import Lines, read_run
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: two processes in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a file at once: after a kill or a power cut there is the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises a ValueError that names the file."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); pass a folder that has it") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); it was written by something else") from error
+
+
+class RunFile:
+    """Writes a run file, a line per step, so that a kill loses nothing that was written before it.
+
+    Args:
+        path: The file.
+        append: Whether records that are there already stay, up to the first step that is written.
+    """
+
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        self.path, self.append = path, append
+        self.kept: list[dict[str, Any]] = []
+        self._file: Lines | None = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes the record of a step."""
+        if self._file is None:
+            self._open(record["step"])
+        assert self._file is not None
+        self._file.write(record)
+
+    def begin(self, step: int) -> None:
+        """Makes the file, with those records of before that come before a step."""
+        if self._file is None:
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.append and self.path.exists():
+            self.kept = [record for record in read_run(self.path).records if record["step"] < step]
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.unlink(missing_ok=True)
+        file = Lines(beside)
+        for record in self.kept:
+            file.write(record)
+        beside.replace(self.path)
+        self._file = file
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock that ends with the process, however it ends; yields whether it was free.
+
+    Args:
+        path: A file that stands for what is locked.
+        wait: Whether to wait until it is free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if fcntl is None:
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def environment() -> dict[str, Any]:
+    """What a result was measured with: versions, processor, threads, devices; plain values."""
+    found = info()
+    return {
+        "fusedopt": found["fusedopt"],
+        "torch": found["torch"],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "instruction set": found["cpu"]["selected"],
+        "devices": [device["name"] for device in found["cuda"]["devices"]],
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has neither infinities nor NaN: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a folder holds results of something else."""
+    for key in now:
+        if before.get(key) != now[key]:
+            raise ValueError(
+                f"{path} was begun with another {key} ({_short(before.get(key))}, now {_short(now[key])}); continue it "
+                "with the same, or pass another folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
