@@ -89,6 +89,11 @@ class Scaling:
     max_grad_norm: float | None = None
     skip_step_above: float | None = None
 
+    @property
+    def may_forbid(self) -> bool:
+        """Whether a step may turn out to be one that must not be taken."""
+        return self.found_inf is not None or self.skip_step_above is not None
+
 
 class Spread(Protocol):
     """The whole of a sharded parameter."""

@@ -21,17 +21,13 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-from .plain import base, is_plain_memory
+from .plain import base, is_plain_memory, nothing
 from .sessions import streamer_of
 
 
 def _dense(grad: Tensor) -> Tensor:
     """A gradient with a number for every element; a sparse one may have several, which are added."""
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
-
-
-def _nothing() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def _chunks_of(grad: Tensor) -> int:
@@ -103,6 +99,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -278,12 +275,12 @@ class Gathered:
         """The sums of squares by chunk of each gradient; all of them are here."""
         grads = [sharding.local(grad) for _, _, grad in listed]
         sums = self._chunk_sums(grads)
-        return list(torch.split(torch.cat(sums) if sums else _nothing(), [_chunks_of(grad) for grad in grads]))
+        return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 
     def square_sum(self, listed: Iterable[Listed]) -> float:
         """The sum of squares of gradients that are all here."""
         sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
-        return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
+        return float(pairwise_sum(torch.cat(sums) if sums else nothing()).item())
 
     def square_sums_by_place(self, meshes: Meshes, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
         """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
@@ -310,6 +307,7 @@ class Gathered:
         *,
         counts_health: bool = False,
         square_sums: SquareSums | None = None,
+        waits: bool = False,
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -318,6 +316,7 @@ class Gathered:
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
             square_sums: Takes the sums of what was stepped, if it is given.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -329,8 +328,9 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
+            self.is_taken = True
             sums: SquareSums | None = None if square_sums is None else {}
             counted, norm = active[0].step_scaled(  # type: ignore[attr-defined]
                 self._signs(), scaling, counts_health=counts_health, square_sums=sums
@@ -373,6 +373,7 @@ class Gathered:
         self, multiplier: float, *, counts_health: bool = False, square_sums: SquareSums | None = None
     ) -> Health:
         """Steps everything, gradients times a number; returns what was counted. See `step`."""
+        self.is_taken = True
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:

@@ -19,13 +19,15 @@ from .estimate import Estimate, estimate
 from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
 from .intervals import Interval
-from .loops import Progress
+from .loops import Outcome, Progress, run
 from .monitor import Monitor, StopTraining, TrainingWarning
 from .monitor_runs import Run, read_run
 from .presets import Preset, find_preset, preset, presets
 from .range_test import RangeTest, range_test
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
+from .report import report
+from .report_pages import Report
 from .search import load_search, read_search, search
 from .search_result import Search, SearchTrial
 from .search_space import Choice, Range, Space
@@ -49,6 +51,7 @@ __all__ = [
     "Limits",
     "Metric",
     "Monitor",
+    "Outcome",
     "Preset",
     "Profile",
     "Progress",
@@ -57,6 +60,7 @@ __all__ = [
     "Recipe",
     "Recommendation",
     "Remedy",
+    "Report",
     "Run",
     "Search",
     "SearchTrial",
@@ -77,6 +81,8 @@ __all__ = [
     "read_run",
     "read_search",
     "recommend",
+    "report",
+    "run",
     "search",
     "validate",
 ]
