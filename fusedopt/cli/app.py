@@ -7,6 +7,7 @@ import typer
 from . import (
     check,
     compare,
+    diagnose,
     info,
     kernels,
     memory,
@@ -34,6 +35,7 @@ app.command("lr-range", epilog=range_test.EPILOG)(range_test.range_test)
 app.command("report", epilog=report.EPILOG)(report.report)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("monitor", epilog=monitor.EPILOG)(monitor.monitor)
+app.command("diagnose", epilog=diagnose.EPILOG)(diagnose.diagnose)
 app.command("compile-kernels", epilog=kernels.EPILOG)(kernels.compile_kernels)
 
 

@@ -57,6 +57,8 @@ class Partial(Reporting):
             counts |= self._host_side.join()
         if self._health is not None:
             self._health.add(counts)
+        if self._norms is not None:
+            self._norms.end()
 
     def _before_some(self) -> None:
         """Called before parameters are stepped, their gradients at hand."""
@@ -106,8 +108,7 @@ class Partial(Reporting):
                 gathered.ranks = ranks if number == 0 else None
                 if len(rounds) == 1 and multiplier is None:
                     waits = self.changes_groups and scaling.may_forbid
-                    counts_health = self._health is not None
-                    found, norm = gathered.step(scaling, self._listed(places), counts_health=counts_health, waits=waits)
+                    found, norm = gathered.step(scaling, self._listed(places), waits=waits, **self._recorded())
                     self._is_taken |= gathered.is_taken
                 else:
                     if multiplier is None:  # once: a gradient counts once in the norm, however often it is listed
@@ -115,7 +116,7 @@ class Partial(Reporting):
                     if multiplier is None:
                         break
                     self._is_taken = True
-                    found = gathered.step_times(multiplier, counts_health=self._health is not None)
+                    found = gathered.step_times(multiplier, **self._recorded())
                 counts |= found
                 gathered.write_back()
         finally:
@@ -187,7 +188,7 @@ class Partial(Reporting):
         if "_host_side" not in self.__dict__:
             self._host_side = HostSide(partial(_twin_of, type(self), self.defaults))
         inner = self._host_side.mirror(self.param_groups, self.__dict__["state"])
-        inner._health = self._health  # counted there, added up here
+        inner._health, inner._norms = self._health, self._norms  # counted there, added up here
         inner._repeats = self._repeats
         return self._host_side, inner
 

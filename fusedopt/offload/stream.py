@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _core
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Shards
-from ..backends.base import Health
+from ..backends.base import Health, SquareSums
 from ..backends.device import Scalars, copy, lr_on
-from ..backends.eager import count_health, step_param, weights
+from ..backends.eager import count_health, step_param, update_sums, weights
 from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
 from .homes import slabs_of
@@ -180,12 +180,13 @@ class Streamer:
 
     # ---- a step ------------------------------------------------------------------------------------
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
         health: Health = {}
+        looks = counts_health or square_sums is not None
         for device, entries in self._entries.items():
-            before = (
-                [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if counts_health else []
-            )
+            before = [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if looks else []
             skips = [counts_health and self._groups[e.group].skips_blocks for e in entries]
             shadows = [copy(on_device(e, [])) if skip else None for e, skip in zip(entries, skips)]
             self._stream(device, list(grad_multipliers))
@@ -195,8 +196,11 @@ class Streamer:
                 group, skipped = self._groups[entry.group], 0
                 if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
                     skipped = step_param(group, shadow, grad_multipliers[entry.group])
-                counts = count_health(group, on_device(entry, []), held, skipped)
-                health[entry.group, entry.position] = counts
+                stepped = on_device(entry, [])
+                if counts_health:
+                    health[entry.group, entry.position] = count_health(group, stepped, held, skipped)
+                if square_sums is not None:
+                    square_sums[entry.group, entry.position] = update_sums(group, stepped, held)
         self.traffic.steps += 1
         return health
 

@@ -13,6 +13,8 @@ from .anomalies import Anomaly, Detector, Limits
 from .changes import ABSENT, Change, Diff
 from .compare import compare, load_comparison
 from .comparison import Comparison, Trial
+from .diagnose import Diagnosis, Remedy, diagnose
+from .diagnose_profile import Profile, profile_steps
 from .estimate import Estimate, estimate
 from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
@@ -38,6 +40,7 @@ __all__ = [
     "Choice",
     "Comparison",
     "Detector",
+    "Diagnosis",
     "Diff",
     "Estimate",
     "Evaluation",
@@ -50,11 +53,13 @@ __all__ = [
     "Monitor",
     "Outcome",
     "Preset",
+    "Profile",
     "Progress",
     "Range",
     "RangeTest",
     "Recipe",
     "Recommendation",
+    "Remedy",
     "Report",
     "Run",
     "Search",
@@ -64,12 +69,14 @@ __all__ = [
     "TrainingWarning",
     "Trial",
     "compare",
+    "diagnose",
     "estimate",
     "find_preset",
     "load_comparison",
     "load_search",
     "preset",
     "presets",
+    "profile_steps",
     "range_test",
     "read_run",
     "read_search",
