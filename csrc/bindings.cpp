@@ -89,5 +89,6 @@ PYBIND11_MODULE(_core, module) {
       .def("cuts", &bytes_of<&TensorTable::cuts>)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
-      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a);
+      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a,
+           "square_sums"_a = py::none());
 }

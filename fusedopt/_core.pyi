@@ -79,5 +79,10 @@ class TensorTable:
     def count_square_sums(self) -> int: ...
     def square_sums(self, *, sums: int, threads: int) -> None: ...
     def step(
-        self, *, grad_multipliers: list[float], threads: int, counts_health: bool
+        self,
+        *,
+        grad_multipliers: list[float],
+        threads: int,
+        counts_health: bool,
+        square_sums: dict[tuple[int, int], tuple[float, float]] | None = None,
     ) -> dict[tuple[int, int], dict[str, int]]: ...

@@ -17,10 +17,10 @@ namespace {
 
 // Tensors are taken in waves of about this many elements, so that each pass finds in cache what the last one read.
 constexpr int64_t kWave = 1 << 20;
-constexpr int64_t kItem = 1 << 16;  // elements of a work item
-constexpr size_t kMembers = 512;    // of a wave, to begin with
-constexpr int64_t kLateSteps = 4;   // that a thread keeps for the end: about a unit's time
-constexpr int64_t kManySlabs = 16;  // enough for units of whole rows
+constexpr int64_t kItem = UpdateRecord::kCut;  // elements of a work item
+constexpr size_t kMembers = 512;               // of a wave, to begin with
+constexpr int64_t kLateSteps = 4;              // that a thread keeps for the end: about a unit's time
+constexpr int64_t kManySlabs = 16;             // enough for units of whole rows
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
 void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
@@ -173,17 +173,16 @@ class Member {
   }
 
   // Third pass: the step of an item of elements.
-  void step(const Kernels& kernels, int64_t item, HealthCounts* health) const {
+  void step(const Kernels& kernels, int64_t item, const Recording& recording) const {
     const int64_t begin = cut_between_blocks(tensor_, item * kItem);
     const int64_t end =
         (item + 1) * kItem < tensor_.numel ? cut_between_blocks(tensor_, (item + 1) * kItem) : tensor_.numel;
-    step_chunk(kernels.step[group_->rule], tensor_, context_, begin, end - begin,
-               health == nullptr ? nullptr : health + index_);
+    step_chunk(kernels, group_->rule, tensor_, index_, context_, begin, end - begin, recording);
   }
 
   // All passes at once over a tensor of one item, by one thread, from its cache.
   bool is_small() const { return tensor_.numel <= kItem; }
-  void take_whole(const Kernels& kernels, HealthCounts* health) {
+  void take_whole(const Kernels& kernels, const Recording& recording) {
     if (is_matrix()) {
       for (int64_t i = 0; i < units(); ++i) sum_unit(kernels, i);
       for (int64_t i = 0; needs_second_pass() && i < units(); ++i) sum_updates(kernels, i);
@@ -191,7 +190,7 @@ class Member {
       sum_elements(kernels, 0);
     }
     finish_sums();
-    step(kernels, 0, health);
+    step(kernels, 0, recording);
   }
 
  private:
@@ -334,7 +333,8 @@ struct Wave {
 }  // namespace
 
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
-                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
+                      const Recording& recording) {
   const IeeeMode ieee;  // scalars are derived here, too
   static thread_local Workspace workspaces[2];
   // The step of one wave runs together with the first pass of the next, so that threads wait less often for the last
@@ -347,7 +347,7 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     Shares units(next.units.size(), team), elements(next.elements.size(), team), small(next.small.size(), team);
     const auto step = [&](int64_t i) {
       const auto [member, item] = last.steps.at(i);
-      member->step(kernels, item, health);
+      member->step(kernels, item, recording);
     };
     parallel_team(team, [&](int thread) {
       steps.take(thread, step);
@@ -359,7 +359,7 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
         const auto [member, item] = next.elements.at(i);
         member->sum_elements(kernels, item);
       });
-      small.take(thread, [&](int64_t i) { next.small.at(i).first->take_whole(kernels, health); });
+      small.take(thread, [&](int64_t i) { next.small.at(i).first->take_whole(kernels, recording); });
       late_steps.take(thread, step);
     });
   };

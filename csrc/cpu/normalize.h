@@ -10,8 +10,11 @@
 
 namespace fusedopt::cpu {
 
-// Steps the `tensors` that are `listed`, except for their step counts. `health` is that of cpu::step.
+struct Recording;
+
+// Steps the `tensors` that are `listed`, except for their step counts. `recording` is that of cpu::step.
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
-                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health);
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
+                      const Recording& recording);
 
 }  // namespace fusedopt::cpu

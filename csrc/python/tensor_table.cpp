@@ -214,14 +214,24 @@ uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {
   return reinterpret_cast<uintptr_t>(&lists_);
 }
 
-py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) {
+py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
+                           std::optional<py::dict> square_sums) {
   list_groups(grad_multipliers);
   std::vector<HealthCounts> health(counts_health ? lists_.tensors.size() : 0);
+  std::vector<UpdateSums> sums;
   {
     const py::gil_scoped_release released;
-    cpu::step(lists_.tensors, lists_.groups, threads, counts_health ? health.data() : nullptr);
+    std::optional<cpu::UpdateRecord> updates;
+    if (square_sums) updates.emplace(lists_.tensors);
+    const cpu::Recording recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr};
+    cpu::step(lists_.tensors, lists_.groups, threads, recording);
+    if (updates) sums = updates->totals();
   }
   count_versions();
+  for (size_t i = 0; i < sums.size(); ++i) {
+    (*square_sums)[py::make_tuple(lists_.tensors[i].group, lists_.tensors[i].position)] =
+        py::make_tuple(sums[i].update, sums[i].weight);
+  }
   py::dict found;
   for (size_t i = 0; i < health.size(); ++i) {
     py::dict counts;

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -70,8 +71,10 @@ class TensorTable {
   // a slab (core/matrices.h).
   std::vector<int64_t> cuts();
 
-  // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}.
-  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
+  // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}. `square_sums`,
+  // unless it is null, takes the sums of squares of updates and of the weights after them: {(group, position): both}.
+  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
+                      std::optional<pybind11::dict> square_sums);
   int64_t count_square_sums() const;
   void square_sums(uintptr_t sums, int threads);
   size_t size() const { return lists_.tensors.size(); }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Shards
+from .base import GroupStep, Health, ParamStep, Shards, SquareSums
 from .table import PARAM_DTYPES, add_entry, add_groups, add_shards
 
 
@@ -47,9 +47,15 @@ class CpuSession:
         self._table.square_sums(sums=sums.data_ptr(), threads=self.threads or torch.get_num_threads())
         return sums
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        threads = self.threads or torch.get_num_threads()
-        return self._table.step(grad_multipliers=list(grad_multipliers), threads=threads, counts_health=counts_health)
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        return self._table.step(
+            grad_multipliers=list(grad_multipliers),
+            threads=self.threads or torch.get_num_threads(),
+            counts_health=counts_health,
+            square_sums=square_sums,
+        )
 
 
 class CpuBackend:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling, Shards
-from .eager import count_health, step_param, weights
+from .base import GroupStep, Health, ParamStep, Scaling, Shards, SquareSums
+from .eager import count_health, step_param, update_sums, weights
 from .table import add_entry, add_groups, add_shards
 
 
@@ -140,16 +140,25 @@ class DeviceSession:
         sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
         return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health, square_sums=square_sums)[0]
 
     def step_scaled(
-        self, grad_multipliers: Sequence[float], scaling: Scaling, *, counts_health: bool = False
+        self,
+        grad_multipliers: Sequence[float],
+        scaling: Scaling,
+        *,
+        counts_health: bool = False,
+        square_sums: SquareSums | None = None,
     ) -> tuple[Health, Tensor | None]:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
-        entries = self._entries() if counts_health else []
+        entries = self._entries() if counts_health or square_sums is not None else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
-        shadows = [copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
+        shadows = [
+            copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
+        ]
         norm = None
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
@@ -159,7 +168,10 @@ class DeviceSession:
             skipped = 0
             if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
                 skipped = step_param(group, shadow, _multiplier(grad_multipliers[entry.group], scaling, norm))
-            health[entry.group, entry.position] = count_health(group, entry, held, skipped)
+            if counts_health:
+                health[entry.group, entry.position] = count_health(group, entry, held, skipped)
+            if square_sums is not None:
+                square_sums[entry.group, entry.position] = update_sums(group, entry, held)
         return health, norm
 
     def _launch(

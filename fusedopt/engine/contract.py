@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -61,6 +62,9 @@ class Contract(Optimizer):
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
 
+    # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
+    changes_groups: ClassVar[bool] = False
+
     # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
     why_no_block_is_skipped: ClassVar[str | None] = None
 
@@ -114,6 +118,17 @@ class Contract(Optimizer):
     def first_value(self, spec: StateSpec, group: dict[str, Any]) -> float:
         """What a state begins with."""
         return 0.0
+
+    def before_step(self) -> None:
+        """Raises ValueError if no step may be taken now."""
+        if self.changes_groups and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"a step of {type(self).__name__} cannot be captured in a CUDA graph: its param groups change in every "
+                "step, and replays would not see it; call step() outside of the graph"
+            )
+
+    def after_step(self) -> None:
+        """Changes param groups after a step that was taken; for optimizers with `changes_groups`."""
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A complete param group from a state dict that another package may have written, as ours are."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from ..backends.base import Health, Spread
-from ..offload.runtime import check_not_captured
-from ..offload.stream import Streamer, can_stream, is_streamed, on_device
+from ..backends.base import Health, Spread, SquareSums
+from ..offload.stream import Streamer, can_stream, check_read_on_host, is_streamed, on_device
 from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
@@ -22,12 +21,8 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
+from .plain import base, is_plain_memory, nothing
 from .sessions import streamer_of
-
-_READ_ON_HOST = (
-    "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on the "
-    "host, which a CUDA graph cannot record; step outside of the graph"
-)
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -35,25 +30,12 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
-def _nothing() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64, device="cpu")
-
-
 def _chunks_of(grad: Tensor) -> int:
     """How many chunks the sum of squares of a gradient is taken in."""
     return -(-grad.numel() * (2 if grad.is_complex() else 1) // CHUNK)
 
 
-def _base(tensor: Tensor) -> Tensor:
-    """The same numbers as a Tensor, apart from autograd's graph."""
-    tensor = tensor.detach()
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def _is_plain_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are what its memory holds, aligned to their size."""
-    return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
-
+T = TypeVar("T")
 
 # A param group, a parameter of it, and its gradient.
 Listed = tuple[dict[str, Any], Tensor, Tensor]
@@ -117,6 +99,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -234,14 +217,14 @@ class Gathered:
                 return None
         grad = self._numbers(entry.grad, entry.param)
         tensors = [entry.param, *(held for (held,) in entry.states), *([] if entry.master is None else [entry.master])]
-        if any(tensor.stride() != strides or not _is_plain_memory(tensor) for tensor in tensors):
+        if any(tensor.stride() != strides or not is_plain_memory(tensor) for tensor in tensors):
             return None
-        if grad.stride() != strides or not _is_plain_memory(grad):
+        if grad.stride() != strides or not is_plain_memory(grad):
             grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
         run = ((entry.param.numel(),), (1,))
         return replace(
             entry,
-            param=_base(entry.param).as_strided(*run),
+            param=base(entry.param).as_strided(*run),
             grad=grad.as_strided(*run),
             states=tuple((held.as_strided(*run),) for (held,) in entry.states),
             master=None if entry.master is None else entry.master.as_strided(*run),
@@ -259,8 +242,8 @@ class Gathered:
 
     def _plain(self, tensor: Tensor) -> Tensor:
         """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
-        tensor = _base(tensor)
-        if tensor.is_contiguous() and _is_plain_memory(tensor):
+        tensor = base(tensor)
+        if tensor.is_contiguous() and is_plain_memory(tensor):
             return tensor
         copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
         self._copies.append((tensor, copy))
@@ -292,12 +275,12 @@ class Gathered:
         """The sums of squares by chunk of each gradient; all of them are here."""
         grads = [sharding.local(grad) for _, _, grad in listed]
         sums = self._chunk_sums(grads)
-        return list(torch.split(torch.cat(sums) if sums else _nothing(), [_chunks_of(grad) for grad in grads]))
+        return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 
     def square_sum(self, listed: Iterable[Listed]) -> float:
         """The sum of squares of gradients that are all here."""
         sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
-        return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
+        return float(pairwise_sum(torch.cat(sums) if sums else nothing()).item())
 
     def square_sums_by_place(self, meshes: Meshes, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
         """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
@@ -318,7 +301,13 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self,
+        scaling: Scaling,
+        listed: Iterable[Listed],
+        *,
+        counts_health: bool = False,
+        square_sums: SquareSums | None = None,
+        waits: bool = False,
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -326,6 +315,8 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            square_sums: Takes the sums of what was stepped, if it is given.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -337,12 +328,20 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
-            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
+            self.is_taken = True
+            sums: SquareSums | None = None if square_sums is None else {}
+            counted, norm = active[0].step_scaled(  # type: ignore[attr-defined]
+                self._signs(), scaling, counts_health=counts_health, square_sums=sums
+            )
+            if square_sums is not None and sums:
+                square_sums.update(self._by_member(sums))
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
-        return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
+        if multiplier is None:
+            return {}, norm
+        return self.step_times(multiplier, counts_health=counts_health, square_sums=square_sums), norm
 
     def _meets(self, scaling: Scaling) -> bool:
         """Whether ranks have something to tell each other before they step, or will meet within the step."""
@@ -355,7 +354,7 @@ class Gathered:
         None instead of a number, and nothing is to be stepped, if gradients were found not to be finite, or their norm
         to be too large.
         """
-        check_not_captured((scaling.found_inf, scaling.grad_scale), _READ_ON_HOST)
+        check_read_on_host(scaling)
         found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
         square_sum = 0.0
         if self.ranks is not None and self._meets(scaling):
@@ -371,19 +370,26 @@ class Gathered:
             square_sum = self.square_sum(listed)
         return clipped(square_sum, multiplier, scaling)
 
-    def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
-        """Steps everything, gradients times a number; returns what was counted."""
+    def step_times(
+        self, multiplier: float, *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        """Steps everything, gradients times a number; returns what was counted. See `step`."""
+        self.is_taken = True
         found: Health = {}
         for session in self.sessions.values():
             if len(session) > 0:
                 multipliers = [sign * multiplier for sign in self._signs()]
-                found |= self._by_member(session.step(multipliers, counts_health=counts_health))
+                sums: SquareSums | None = None if square_sums is None else {}
+                counted = session.step(multipliers, counts_health=counts_health, square_sums=sums)
+                found |= self._by_member(counted)
+                if square_sums is not None and sums:
+                    square_sums.update(self._by_member(sums))
         return found
 
     def _signs(self) -> list[float]:
         return [-1.0 if group.maximize else 1.0 for group in self.groups]
 
-    def _by_member(self, counted: Health) -> Health:
+    def _by_member(self, counted: dict[tuple[int, int], T]) -> dict[tuple[int, int], T]:
         return {self.member(*place)[:2]: counts for place, counts in counted.items()}
 
     def write_back(self) -> None:

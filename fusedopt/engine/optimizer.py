@@ -208,7 +208,7 @@ class FusedOptimizer(Partial):
             with torch.enable_grad():
                 loss = closure()
         is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
-        is_plain = is_plain and not self._asks_for_host()
+        is_plain = is_plain and not self.changes_groups and not self._asks_for_host()
         if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
@@ -227,11 +227,13 @@ class FusedOptimizer(Partial):
         if members.only_wants_state(self):
             members.init_state(self, lambda param: param.grad is not None)
             return
+        self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
         if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
+        self._is_taken = False
         ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
         if self._uses_host():
             counts, norm = self._step_all_with_host(scaling, ranks)
@@ -242,6 +244,8 @@ class FusedOptimizer(Partial):
         if norm is not None:
             self.last_grad_norm = norm
         self._count_step(counts)
+        if self._is_taken:
+            self.after_step()
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
@@ -255,10 +259,7 @@ class FusedOptimizer(Partial):
         return self._agreement_cache
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
-        """Everything that this step touches, or what is at these positions of each group, checked.
-
-        Makes missing state; changes nothing else.
-        """
+        """Everything that this step touches, or what is at these positions, checked; only makes missing state."""
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
         size_buffers(self._sessions(), self.param_groups)

@@ -34,6 +34,7 @@ class Partial(Reporting):
     """An optimizer that can step some of its parameters."""
 
     _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
+    _is_taken = False  # whether the last step was, as far as is known without waiting for a device
 
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
         """Everything that a step of what is at these positions of each group touches, checked."""
@@ -62,6 +63,8 @@ class Partial(Reporting):
             counts |= self._host_side.join()
         if self._health is not None:
             self._health.add(counts)
+        if self._norms is not None:
+            self._norms.end()
 
     def _before_some(self) -> None:
         """Called before parameters are stepped, their gradients at hand."""
@@ -110,13 +113,16 @@ class Partial(Reporting):
                 gathered = self._gather(places)
                 gathered.ranks = ranks if number == 0 else None
                 if len(rounds) == 1 and multiplier is None:
-                    found, norm = gathered.step(scaling, self._listed(places), counts_health=self._health is not None)
+                    waits = self.changes_groups and scaling.may_forbid
+                    found, norm = gathered.step(scaling, self._listed(places), waits=waits, **self._recorded())
+                    self._is_taken |= gathered.is_taken
                 else:
                     if multiplier is None:  # once: a gradient counts once in the norm, however often it is listed
                         multiplier, norm = gathered.multiplier(scaling, self._listed(places))
                     if multiplier is None:
                         break
-                    found = gathered.step_times(multiplier, counts_health=self._health is not None)
+                    self._is_taken = True
+                    found = gathered.step_times(multiplier, **self._recorded())
                 counts |= found
                 gathered.write_back()
         finally:
@@ -190,7 +196,7 @@ class Partial(Reporting):
         if "_host_side" not in self.__dict__:
             self._host_side = HostSide(partial(_twin_of, type(self), self.defaults))
         inner = self._host_side.mirror(self.param_groups, self.__dict__["state"])
-        inner._health = self._health  # counted there, added up here
+        inner._health, inner._norms = self._health, self._norms  # counted there, added up here
         inner._repeats = self._repeats
         return self._host_side, inner
 
@@ -224,7 +230,8 @@ class Partial(Reporting):
         if multiplier is None:
             multiplier, norm = self._multiplier(listed, scaling)
         if multiplier is None:
-            return {}, None
+            return {}, norm
+        self._is_taken = True
         side, inner = self._on_host()
         on_host, here = side.split(self.param_groups, listed)
         for some in host.windows(self.param_groups, on_host):
@@ -252,7 +259,7 @@ class Partial(Reporting):
             let_go(self._sessions())
         multiplier, norm = self._multiplier(members.with_gradients(self.param_groups), scaling)
         if multiplier is None:
-            return {}, None
+            return {}, norm
         counts: Health = {}
         listed = windows(self.param_groups, self.state)
         for window in read_ahead(self.param_groups, self.state, listed):

@@ -58,7 +58,7 @@ def _callers_level() -> int:
 # ---- tables ------------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """A table in plain text: the first column to the left, the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -123,7 +123,7 @@ class MemoryReport:
         kinds = dict.fromkeys([*self.ours, *self.torch])
         rows = [row(kind, self.ours.get(kind, 0), self.torch.get(kind, 0)) for kind in kinds]
         rows.append(row("total", sum(self.ours.values()), sum(self.torch.values())))
-        text = _table(["", "B/param", "here", "B/param", "torch"], rows)
+        text = table(["", "B/param", "here", "B/param", "torch"], rows)
         for reason, (states, elements) in self.unquantized.items():
             text += f"\nnot in 8 bits, {states} states of {elements:,} elements: {reason}"
         where = ", ".join(f"{_size(size)} on the {place}" for place, size in self.places.items() if size > 0)
@@ -255,11 +255,11 @@ class HealthReport:
         for name, meaning in _MEANINGS.items():
             share = self.totals[name] / max(1, of.get(name, self.elements))
             rows.append([meaning, f"{self.totals[name]:,}", f"{share:.2%}"])
-        text = f"{self.steps} steps, {self.elements:,} elements\n" + _table(["", "count", "share"], rows)
+        text = f"{self.steps} steps, {self.elements:,} elements\n" + table(["", "count", "share"], rows)
         if self.nonfinite:
             head = ["gradients that were inf or NaN", "elements", "steps", "first in step"]
             found = [[f.where, f"{f.elements:,}", f"{f.steps:,}", f"{f.first_step:,}"] for f in self.nonfinite[:_SHOWN]]
-            text += "\n\n" + _table(head, found)
+            text += "\n\n" + table(head, found)
             if len(self.nonfinite) > _SHOWN:
                 text += f"\nand {len(self.nonfinite) - _SHOWN:,} more parameters, in `nonfinite` of the report"
         return text

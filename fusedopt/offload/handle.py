@@ -27,6 +27,12 @@ class Steps(Protocol):
     _lock: threading.RLock
     _release: Release | None
 
+    def before_step(self) -> None:
+        """Raises ValueError if no step may be taken now."""
+
+    def after_step(self) -> None:
+        """Changes param groups after a step that was taken."""
+
     def common_skip_step_above(self) -> float | None:
         """The norm above which a step is not taken."""
 
@@ -256,6 +262,7 @@ class Release:
             return
         if self._settings is None:
             check_clip(self._optimizer, self._clip)
+            self._optimizer.before_step()
             self._settings = self._current_settings()
         max_norm = self._optimizer.common_max_grad_norm()
         if max_norm is None or self._clip is None:
@@ -343,6 +350,8 @@ class Release:
     def finish(self) -> None:
         """The rest of a step: steps what is pending or was accumulated, and counts."""
         self._check_step()
+        if self._settings is None:
+            self._optimizer.before_step()
         for param in self._places:
             if param.grad is not None and param not in self._pending:
                 self._pending[param] = None
@@ -356,6 +365,7 @@ class Release:
         if norm is not None and math.isfinite(norm):
             self._previous = float(norm)
         self._optimizer._count_step(self._counts)
+        self._optimizer.after_step()
         self._begin()
         self.attach()
 

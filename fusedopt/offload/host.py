@@ -26,6 +26,7 @@ class Inner(Protocol):
     param_groups: list[dict[str, Any]]
     state: Any
     _health: Any
+    _norms: Any
     _repeats: bool
     _lock: threading.RLock  # the thread steps while the backward pass measures
 

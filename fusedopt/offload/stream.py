@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _core
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Shards
-from ..backends.base import Health
+from ..backends.base import Health, SquareSums
 from ..backends.device import Scalars, copy, lr_on
-from ..backends.eager import count_health, step_param, weights
+from ..backends.eager import count_health, step_param, update_sums, weights
 from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
 from .homes import slabs_of
@@ -21,13 +21,17 @@ from .plan import Piece, Window, is_cut_at_chunks, least_size, plan, rounded, te
 from .runtime import Runtime, check_not_captured, runtime_of
 
 STREAM_BYTES = 64 << 20
-_COUNTED_ON_HOST = (
-    "record_health() counts a step's states after it, which a CUDA graph cannot record where they are on the host; "
-    "step outside of the graph, or stop recording"
+_LOOKS = (
+    "reports of health and of norms look at states and weights after a step, which a CUDA graph cannot record where "
+    "states are on the host; step outside of the graph, or stop recording"
 )
 _CLIPS = (
     "a step that clips and has states on the host waits for the gradients' norm, which a CUDA graph cannot record; step "
     "outside of the graph, or leave max_grad_norm out"
+)
+_READ_ON_HOST = (
+    "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on the "
+    "host, which a CUDA graph cannot record; step outside of the graph"
 )
 _SLOTS = 2
 
@@ -41,6 +45,11 @@ def is_streamed(entry: ParamStep) -> bool:
     """Whether a parameter is on a device, and what is kept of it on the host."""
     runtime = runtime_of(entry.param)
     return runtime is not None and any(runtime.is_host(tensor) for tensor in tensors_of(entry))
+
+
+def check_read_on_host(scaling: Scaling) -> None:
+    """Raises ValueError if what gradients are multiplied by is to be read on the host while a graph is captured."""
+    check_not_captured((scaling.found_inf, scaling.grad_scale), _READ_ON_HOST)
 
 
 @dataclass
@@ -188,15 +197,16 @@ class Streamer:
 
     # ---- a step ------------------------------------------------------------------------------------
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        if counts_health:
-            params = (entry.param for entries in self._entries.values() for entry in entries)
-            check_not_captured(params, _COUNTED_ON_HOST)
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
         health: Health = {}
+        looks = counts_health or square_sums is not None
+        if looks:
+            params = (entry.param for entries in self._entries.values() for entry in entries)
+            check_not_captured(params, _LOOKS)
         for device, entries in self._entries.items():
-            before = (
-                [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if counts_health else []
-            )
+            before = [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if looks else []
             skips = [counts_health and self._groups[e.group].skips_blocks for e in entries]
             shadows = [copy(on_device(e, [])) if skip else None for e, skip in zip(entries, skips)]
             self._stream(device, list(grad_multipliers))
@@ -206,8 +216,11 @@ class Streamer:
                 group, skipped = self._groups[entry.group], 0
                 if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
                     skipped = step_param(group, shadow, grad_multipliers[entry.group])
-                counts = count_health(group, on_device(entry, []), held, skipped)
-                health[entry.group, entry.position] = counts
+                stepped = on_device(entry, [])
+                if counts_health:
+                    health[entry.group, entry.position] = count_health(group, stepped, held, skipped)
+                if square_sums is not None:
+                    square_sums[entry.group, entry.position] = update_sums(group, stepped, held)
         self.traffic.steps += 1
         return health
 

@@ -31,10 +31,6 @@ _REFUSED = {
         "amplifies gradients by a signal that it takes from losses, which a step does not see; use 'adamw_torch'"
     ),
     "stable_adamw": "clips each tensor's update by its RMS (arXiv:2304.13013), which does not exist yet; use 'adamw'",
-    "schedule_free_": (
-        "steps an average of the weights beside them (arXiv:2405.15682), which does not exist yet; "
-        "use another optimizer with get_scheduler"
-    ),
 }
 
 

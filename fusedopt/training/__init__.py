@@ -13,17 +13,21 @@ from .anomalies import Anomaly, Detector, Limits
 from .changes import ABSENT, Change, Diff
 from .compare import compare, load_comparison
 from .comparison import Comparison, Trial
+from .diagnose import Diagnosis, Remedy, diagnose
+from .diagnose_profile import Profile, profile_steps
 from .estimate import Estimate, estimate
 from .evaluate import Evaluation, Evaluator, Metric
 from .findings import Finding, Findings
 from .intervals import Interval
-from .loops import Progress
+from .loops import Outcome, Progress, run
 from .monitor import Monitor, StopTraining, TrainingWarning
 from .monitor_runs import Run, read_run
 from .presets import Preset, find_preset, preset, presets
 from .range_test import RangeTest, range_test
 from .recipe import Recipe
 from .recommend import Recommendation, recommend
+from .report import report
+from .report_pages import Report
 from .search import load_search, read_search, search
 from .search_result import Search, SearchTrial
 from .search_space import Choice, Range, Space
@@ -36,6 +40,7 @@ __all__ = [
     "Choice",
     "Comparison",
     "Detector",
+    "Diagnosis",
     "Diff",
     "Estimate",
     "Evaluation",
@@ -46,12 +51,16 @@ __all__ = [
     "Limits",
     "Metric",
     "Monitor",
+    "Outcome",
     "Preset",
+    "Profile",
     "Progress",
     "Range",
     "RangeTest",
     "Recipe",
     "Recommendation",
+    "Remedy",
+    "Report",
     "Run",
     "Search",
     "SearchTrial",
@@ -60,16 +69,20 @@ __all__ = [
     "TrainingWarning",
     "Trial",
     "compare",
+    "diagnose",
     "estimate",
     "find_preset",
     "load_comparison",
     "load_search",
     "preset",
     "presets",
+    "profile_steps",
     "range_test",
     "read_run",
     "read_search",
     "recommend",
+    "report",
+    "run",
     "search",
     "validate",
 ]

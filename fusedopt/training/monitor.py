@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..engine.optimizer import FusedOptimizer
 from ..integrations.watching import unwrapped
 from .anomalies import KINDS, Anomaly, Detector, Limits
 from .monitor_runs import VERSION, Lines, Reader, replay
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+_WORST = 5  # parameters whose norms are recorded
 
 
 class TrainingWarning(UserWarning):
@@ -62,7 +66,8 @@ class Monitor:
         scaler: The GradScaler, if there is one; call `step` after its update().
         recipe: What the training was made from; stands in the file's header.
         every: Record each of so many steps.
-        norms_every: Look at the gradients of each parameter in each of so many steps; None never does.
+        norms_every: Look at each parameter in each of so many steps: at its gradient and, with an optimizer of ours, at
+            the norms of its update and of its weights, which are taken inside the step; None never does.
         start: Number of the first step that is recorded, if it is not the one after the file's last: of a training
             that goes on from an older checkpoint. What the file has from there on is superseded.
         limits: From where on something is an anomaly.
@@ -113,6 +118,8 @@ class Monitor:
         self._lines = None if path is None else Lines(path)
         self._time = time.perf_counter()
         self._steps, self._tokens = 0, 0
+        self._asks = False
+        self._ask_for_norms()
         self._scale = None if scaler is None else float(scaler.get_scale())
         if self._lines is not None:
             self._lines.write(self._header(recipe))
@@ -164,7 +171,9 @@ class Monitor:
         self.last_step += 1
         self._steps += 1
         self._tokens += tokens or 0
-        looks = self._norms_every is not None and (self.last_step - 1) % self._norms_every == 0
+        looks = self._looks_at(self.last_step)
+        norms = self._norms() if self._asks else {}
+        self._ask_for_norms()
         if (self.last_step - 1) % self._every and not looks:
             return []
         record: dict[str, Any] = {"step": self.last_step, "time": time.time(), "loss": float(loss), **self._lr()}
@@ -177,12 +186,56 @@ class Monitor:
             limit = self.optimizer.param_groups[0].get("skip_step_above")
             if limit is not None and not record["grad_norm"] <= limit:
                 record["skipped"] = True
+        if not record.get("skipped"):
+            record.update(norms)
         record.update({name: float(value) for name, value in more.items()})
         record.update(self._speed())
         found = self._detector.add(record)
         self._write(record, found)
         self._act(found)
         return found
+
+    def _looks_at(self, step: int) -> bool:
+        return self._norms_every is not None and (step - 1) % self._norms_every == 0
+
+    def _ask_for_norms(self) -> None:
+        """Lets the optimizer take the norms of its next step, if that is one to look at."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, FusedOptimizer):
+            return
+        if self._asks:
+            optimizer.record_norms(False)
+        self._asks = self._looks_at(self.last_step + 1) and not optimizer.records_norms
+        if self._asks:
+            optimizer.record_norms()
+
+    def _norms(self) -> dict[str, Any]:
+        """What the optimizer has measured of the step: in all, of each group, and of the parameters that moved most."""
+        assert isinstance(self.optimizer, FusedOptimizer)
+        try:
+            report = self.optimizer.norms_report()
+        except ValueError:  # no step was taken, or a compiled one
+            return {}
+        if not report.parameters:
+            return {}
+        groups = []
+        for group, norms in zip(self.optimizer.param_groups, report.groups):
+            lr = float(group["lr"] or 0.0)
+            each = {"name": norms.where, "lr": lr, "update": norms.update, "weight": norms.weight, "ratio": norms.ratio}
+            if self.optimizer.UPDATE_RMS is not None:
+                each["expected"] = lr * self.optimizer.UPDATE_RMS * math.sqrt(norms.elements)
+            groups.append(each)
+        worst = [
+            {"name": p.where, "update": p.update, "weight": p.weight, "ratio": p.ratio} for p in report.worst(_WORST)
+        ]
+        total = report.total
+        return {
+            "update_norm": total.update,
+            "weight_norm": total.weight,
+            "update_ratio": total.ratio,
+            "groups": groups,
+            "worst": worst,
+        }
 
     def _lr(self) -> dict[str, Any]:
         rates = [0.0 if group["lr"] is None else float(group["lr"]) for group in self.optimizer.param_groups]

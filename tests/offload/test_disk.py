@@ -120,7 +120,9 @@ for step in range(10**9):
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     code = _RUN.format(tests=str(Path(__file__).parents[1]))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), *arguments], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *arguments], stdout=subprocess.PIPE, text=True, cwd="/"
+    )
 
 
 _LONGER = [pytest.param(seconds, marks=pytest.mark.thorough) for seconds in (0.01, 0.1)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, assert_same_run, make_params, params_of, saved, set_grads
+from cases import CASES, assert_same_bits, assert_same_run, make_params, params_of, saved, set_grads
 from queued import QueuedRuntime, queued  # noqa: F401
 
 import fusedopt
@@ -330,3 +330,22 @@ def test_released_gradients_are_stepped_before_their_norm_is_known() -> None:
     optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), skip_step_above=10.0)
     with pytest.raises(ValueError, match=r"skip_step_above=10.0 needs the norm of all gradients before the first"):
         fusedopt.release_gradients(optimizer)
+
+
+@pytest.mark.parametrize("releases", [False, True], ids=["whole steps", "released"])
+@pytest.mark.parametrize("place", PLACES)
+def test_steps_that_change_param_groups(
+    place: str, releases: bool, device: QueuedRuntime | None, tmp_path: Path
+) -> None:
+    """Once each, after all parameters."""
+    cls = next(case.ours for case in CASES if case.ours.changes_groups)
+    own = {"backend": "cuda"} if place in ("cpu", "auto") else {}
+    ours = cls(make_params(SHAPES, torch.float32), **own, **options_of(place, tmp_path))
+    run(ours, device, 3, releases=releases)
+    usual = run(cls(make_params(SHAPES, torch.float32), backend="cpu"), None, 3)
+    assert_same_run(ours, usual)
+    same = [key for key, value in usual.param_groups[0].items() if not isinstance(value, (list, torch.Tensor))]
+    kept = {"state_device", "stream_bytes", "reserve_bytes", "step_device", "backend"}
+    assert {key: ours.param_groups[0][key] for key in same if key not in kept} == {
+        key: usual.param_groups[0][key] for key in same if key not in kept
+    }

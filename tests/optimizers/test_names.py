@@ -40,6 +40,9 @@ EXPECTED = {
     "rmsprop_bnb_32bit": (fusedopt.RMSprop, {}),
     "adafactor": (fusedopt.Adafactor, {"scale_parameter": False, "relative_step": False}),
     "adagrad": (fusedopt.Adagrad, {}),
+    "schedule_free_adamw": (fusedopt.AdamWScheduleFree, {}),
+    "schedule_free_radam": (fusedopt.RAdamScheduleFree, {}),
+    "schedule_free_sgd": (fusedopt.SGDScheduleFree, {}),
     "sgd": (fusedopt.SGD, {}),
     "paged_adamw_32bit": (fusedopt.AdamW, {"state_device": "cpu"}),
     "paged_adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit", "state_device": "cpu"}),
@@ -63,7 +66,7 @@ def test_every_name_makes_its_optimizer(name: str) -> None:
     for key, value in implied.items():
         assert optimizer.defaults[key] == value
     before = params[0].detach().clone()
-    train(optimizer, 1)
+    train(optimizer, 6)  # RAdam's first steps stand still
     assert not torch.equal(params[0], before)
 
 

@@ -208,8 +208,10 @@ def first(found: list[Anomaly], *kinds: str) -> int:
 
 
 def test_a_learning_rate_thirty_times_too_high(made: Made) -> None:
-    found = train(made, adamw(made, lr=1e-2), 81, lambda step: 30.0 if step + 1 >= BROKEN else 1.0)
-    assert first(found, "loss_spike", "divergence") <= BROKEN + 19
+    found = train(made, adamw(made, lr=1e-2), 81, lambda step: 30.0 if step + 1 >= BROKEN else 1.0, norms_every=1)
+    told_by_loss = first(found, "loss_spike", "divergence")
+    assert told_by_loss <= BROKEN + 19
+    assert first(found, "update_spike") == BROKEN < told_by_loss
 
 
 def test_a_poisoned_batch(made: Made) -> None:
@@ -227,6 +229,21 @@ def test_a_layer_that_died(made: Made) -> None:
     found = train(made, adamw(made), 81, disturb=kill)
     assert first(found, "dead_parameters") <= BROKEN + 19
     assert "mlp.0.weight" in next(each.message for each in found if each.kind == "dead_parameters")
+
+
+def test_weights_that_do_not_move() -> None:
+    """Updates far below half the distance of bfloat16 numbers, rounded to nearest."""
+    torch.manual_seed(0)
+    made = regression()
+    made[0].to(torch.bfloat16)
+
+    def loss() -> Tensor:
+        return made[0](torch.ones(4, 16, dtype=torch.bfloat16)).float().square().mean()
+
+    found = train((made[0], loss), adamw(made, lr=1e-7), 20)
+    assert [each.kind for each in found] == ["stuck_weights"]
+    optimizer = adamw(made, lr=1e-7, master_weights="kahan")
+    assert train((made[0], loss), optimizer, 20) == []
 
 
 def test_a_learning_rate_of_0(made: Made) -> None:

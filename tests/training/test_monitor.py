@@ -134,7 +134,7 @@ for i in range(10_000):
 def test_it_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", _FOREVER, str(path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", _FOREVER, str(path)], stdout=subprocess.PIPE, cwd=tmp_path)
         assert process.stdout is not None
         assert process.stdout.readline() == b"on\n"
         process.send_signal(signal.SIGKILL)
