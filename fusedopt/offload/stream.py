@@ -26,12 +26,12 @@ _LOOKS = (
     "states are on the host; step outside of the graph, or stop recording"
 )
 _CLIPS = (
-    "a step that clips and has states on the host waits for the gradients' norm, which a CUDA graph cannot record; step "
-    "outside of the graph, or leave max_grad_norm out"
+    "a step that clips and has states on the host waits for the gradients' norm, which a CUDA graph cannot record; "
+    "step outside of the graph, or leave max_grad_norm out"
 )
 _READ_ON_HOST = (
-    "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on the "
-    "host, which a CUDA graph cannot record; step outside of the graph"
+    "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on "
+    "the host, which a CUDA graph cannot record; step outside of the graph"
 )
 _SLOTS = 2
 

@@ -1,4 +1,4 @@
-"""Steps that are captured for a CUDA graph, on the pretended device: their replays are steps, or a sentence says why not."""
+"""Steps that a CUDA graph captures, on the pretended device: replays are steps, or a sentence says why not."""
 
 from __future__ import annotations
 
