@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
+from ..offload.release import BUCKET_NUMEL
 from ..optimizers.names import create_optimizer
 from ..storage import masters
 from ..storage.state import DTYPES, slots_of
@@ -19,7 +20,6 @@ from .recipe import Recipe
 from .shapes import Shape, shape_of_model, shape_of_size, skeleton
 
 DISTRIBUTIONS = ("ddp", "fsdp")
-_BUCKET_NUMEL = 2**20  # elements that released gradients wait for, release_gradients' default
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Estimate:
         devices: How many there are.
         distribution: "ddp" or "fsdp"; None for one device.
         device: Bytes on the device, by kind: weights, buffers, gradients, each state, masters, and what torch makes.
-        host: Bytes in the host's memory, by kind.
+        host: Bytes in the host's memory, by kind; with step_device="cpu" also the copies of weights and gradients.
+        disk: Bytes in files, by kind.
         activations: Bytes of activations and logits, by a formula; None if the model's shape is not known.
         moved: Bytes that a step of the optimizer reads and writes on the device.
         transferred: Bytes that it sends between the host and the device.
@@ -44,6 +45,7 @@ class Estimate:
     distribution: str | None
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
     activations: int | None = None
     moved: int = 0
     transferred: int = 0
@@ -63,7 +65,10 @@ class Estimate:
         lines = [f"{self.parameters:,} parameters, {self.trained:,} of them trained, {where}"]
         for kind, size in rows:
             lines.append(f"  {kind:24} {'unknown' if size is None else gib(size):>12}")
-        lines += [f"  {kind + ' (host)':24} {gib(size):>12}" for kind, size in self.host.items()]
+        for place, held in (("host", self.host), ("disk", self.disk)):
+            lines += [f"  {f'{kind} ({place})':24} {gib(size):>12}" for kind, size in held.items()]
+        if self.transferred:
+            lines.append(f"  {'moved by a step':24} {gib(self.transferred):>12}")
         return "\n".join(lines)
 
 
@@ -114,15 +119,19 @@ def estimate(
         shape = shape_of_model(model)
     shards = devices if distribution == "fsdp" else 1
     optimizer = create_optimizer(recipe.optimizer, recipe.groups(model), **recipe.optimizer_arguments)
-    device, host = _held(model, optimizer, shards), dict[str, int]()
+    device = _held(model, optimizer, shards)
     states = {kind: size for kind, size in device.items() if kind not in ("weights", "buffers", "gradients")}
-    moved = 2 * sum(states.values()) + sum(_traffic(optimizer, shards))
+    weights_and_gradients = sum(_traffic(optimizer, shards))
+    moved = 2 * sum(states.values()) + weights_and_gradients
     if recipe.release_gradients:
         device["gradients"] = min(device["gradients"], _released(optimizer, shards))
-    transferred = 0
-    if _is_offloaded(recipe):
-        host = {kind: device.pop(kind) for kind in states}
-        transferred = 2 * sum(host.values())
+    place = _place_of_states(recipe)
+    elsewhere = {} if place == "device" else {kind: device.pop(kind) for kind in states}
+    transferred = 2 * sum(elsewhere.values()) if place == "host" else 0
+    if place == "stepped there":
+        # Gradients go to the host and weights there and back; both have copies there, which are not released.
+        elsewhere["pinned copies"] = weights_and_gradients // 3 * 2
+        moved = transferred = weights_and_gradients
     device |= _made_by_torch(model, recipe, distribution, device["gradients"])
     length = recipe.sequence_length if sequence_length is None else sequence_length
     return Estimate(
@@ -131,7 +140,8 @@ def estimate(
         devices=devices,
         distribution=distribution,
         device={kind: size for kind, size in device.items() if size},
-        host=host,
+        host=elsewhere if place in ("host", "stepped there") else {},
+        disk=elsewhere if place == "disk" else {},
         activations=None if shape is None or length is None else activation_bytes(shape, recipe, length),
         moved=moved,
         transferred=transferred,
@@ -194,14 +204,17 @@ def _released(optimizer: FusedOptimizer, shards: int) -> int:
     here = [_here(param, shards) for _, param in _members(optimizer)]
     largest = max((tensor.numel() for tensor in here), default=0)
     widest = max((tensor.element_size() for tensor in here), default=0)
-    return (_BUCKET_NUMEL - 1 + largest) * widest
+    return (BUCKET_NUMEL - 1 + largest) * widest
 
 
-def _is_offloaded(recipe: Recipe) -> bool:
-    """Whether states are kept in the host's memory."""
+def _place_of_states(recipe: Recipe) -> str:
+    """Where states are: "device", "host", "disk", or "stepped there", on the host. "auto" is decided on a device."""
     cls = CLASSES[recipe.optimizer]
-    place = {**cls.implied(recipe.optimizer, {"lr": recipe.lr}), **recipe.options}.get("state_device")
-    return place == "cpu"
+    options = {**cls.implied(recipe.optimizer, {"lr": recipe.lr}), **recipe.options}
+    if options.get("step_device") is not None:
+        return "stepped there"
+    where = str(options.get("state_device"))
+    return "disk" if where.startswith("disk:") else "host" if where == "cpu" else "device"
 
 
 def takes_offload(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from queued import queued  # noqa: F401
 from torch import distributed, nn
 
 pytest.importorskip("pydantic")
@@ -86,6 +87,46 @@ def test_an_estimate_is_what_the_real_thing_takes(model: str, configuration: str
     states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for k, t in s.items() if k != "step")
     assert sum(held.values()) == states + report.ours["gradients"]
     assert found.parameters == sum(p.numel() for p in real.parameters())
+
+
+@pytest.mark.parametrize("configuration", ["AdamW", "8 bits", "split24"])
+@pytest.mark.parametrize("place", ["host", "disk", "stepped there"])
+def test_an_estimate_of_states_elsewhere(
+    place: str, configuration: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    where = {"host": {"state_device": "cpu", "backend": "cuda"}, "stepped there": {"step_device": "cpu"}}
+    options = where.get(place, {"state_device": f"disk:{tmp_path}"})
+    if place != "disk":
+        request.getfixturevalue("queued")  # a pretended device
+    given = CONFIGURATIONS[configuration]
+    recipe = Recipe(**{"lr": 1e-3, **given, "options": {**given.get("options", {}), **options}})
+    real = MODELS["matrices"]().to(DTYPES[recipe.weights_dtype])
+    found = estimate(real, recipe)
+    optimizer, _ = recipe.build(real, 10)
+    for param in real.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    report = optimizer.memory_report()
+    counts = 4 * len(optimizer.state)  # of steps, which stay beside parameters on a device, and in memory otherwise
+    beside = {"host": "device", "disk": "host", "stepped there": "host"}[place]
+    expected = {**dict.fromkeys(report.places, 0), beside: counts}
+    expected["disk" if place == "disk" else "host"] += report.state_bytes
+    assert report.places == expected
+    copies = found.host.pop("pinned copies", 0)
+    assert copies == (2 * report.ours["parameters"] if place == "stepped there" else 0)
+    assert sum(found.host.values()) + sum(found.disk.values()) == report.state_bytes
+    assert bool(found.disk) == (place == "disk")
+    assert found.transferred == report.moved_bytes
+    assert ("moved by a step" in str(found)) == (place != "disk")
+    assert f"exp_avg ({'disk' if place == 'disk' else 'host'})" in str(found).replace("_codes", "")
+
+
+def test_an_estimate_of_released_gradients_is_what_the_report_says() -> None:
+    model = nn.Sequential(nn.Linear(1100, 1000), nn.Linear(1000, 1500))
+    recipe = Recipe(lr=1e-3, release_gradients=True)
+    found = estimate(model, recipe).device["gradients"]
+    optimizer, _ = recipe.build(model, 10)
+    assert optimizer.memory_report().ours["gradients"] == found == (2**20 - 1 + 1000 * 1500) * 4
 
 
 @pytest.fixture
