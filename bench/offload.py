@@ -146,9 +146,11 @@ def _release(repeats: int) -> Iterator[str]:
 # ---- clipping by the norm of the step before ---------------------------------------------------------------
 
 
-def _clipped(clip: str, seed: int, max_grad_norm: float) -> tuple[float, float]:
+_NARROW = Config(steps=400, batch=8, context=64, width=128, heads=4)
+
+
+def _clipped(clip: str, config: Config, max_grad_norm: float) -> tuple[float, float]:
     """The final loss, and the share of steps whose gradients were clipped."""
-    config = Config(steps=400, batch=8, context=64, width=128, heads=4, seed=seed)
     training = Training(lambda groups, c: fusedopt.AdamW(groups, lr=c.lr, max_grad_norm=max_grad_norm), config)
     # The usual step has the bits of clip="exact", and needs one backward pass.
     if clip == "previous":
@@ -160,10 +162,11 @@ def _clipped(clip: str, seed: int, max_grad_norm: float) -> tuple[float, float]:
     return training.validation_loss(), clipped / config.steps
 
 
-def _clipping(seeds: int, max_grad_norm: float) -> Iterator[str]:
+def _clipping(config: Config, seeds: int, max_grad_norm: float) -> Iterator[str]:
     differences = []
     for seed in range(seeds):
-        (exact, share), (previous, _) = (_clipped(clip, seed, max_grad_norm) for clip in ("exact", "previous"))
+        config = dataclasses.replace(config, seed=seed)
+        (exact, share), (previous, _) = (_clipped(clip, config, max_grad_norm) for clip in ("exact", "previous"))
         differences.append(previous - exact)
         yield f"seed {seed}: exact {exact:.5f} ({share:.0%} of steps clipped), previous {differences[-1]:+.5f}"
     yield f"mean difference {statistics.fmean(differences):+.5f}"
@@ -245,7 +248,8 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("release", "clipping", "disk"), default="release")
     parser.add_argument("--repeats", type=int, default=12, help="steps that are timed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-grad-norm", type=float, default=0.5)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--wide", action="store_true", help="clipping: the demo's GPT as it is, and not narrowed")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for states in files")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of states in files")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -264,7 +268,9 @@ def main() -> None:
         return
     lines = {
         "release": lambda: _release(arguments.repeats),
-        "clipping": lambda: _clipping(arguments.seeds, arguments.max_grad_norm),
+        "clipping": lambda: _clipping(
+            Config() if arguments.wide else _NARROW, arguments.seeds, arguments.max_grad_norm
+        ),
         "disk": lambda: _disk(1e9 * arguments.gigabytes, str(arguments.folder.resolve()), arguments.repeats),
     }
     for line in lines[arguments.what]():

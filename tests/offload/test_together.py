@@ -300,6 +300,37 @@ def test_a_norm_over_other_processes_is_refused(world: None, queued: QueuedRunti
     assert not optimizer.state
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_device": "cpu"}, r"step_device='cpu' steps parameters that are on one device.*has DTensors"),
+        ({"state_device": "cpu", "backend": "cuda"}, r"it is a DTensor on cpu, whose states must be there, too"),
+        ({"state_device": "auto", "backend": "cuda"}, r"it is a DTensor on cpu, .*pass None, or FSDP2's CPUOffload"),
+    ],
+)
+def test_shards_on_a_device_are_refused_before_anything_changes(
+    world: None,
+    queued: QueuedRuntime,  # noqa: F811
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    optimizer = fusedopt.AdamW(sharded(SHAPES), **options)
+    before = [param.to_local().clone() for param in params_of(optimizer)]
+    set_sharded_grads(params_of(optimizer), 0)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(torch.equal(param.to_local(), old) for param, old in zip(params_of(optimizer), before))
+    assert not any(optimizer.state.values())
+
+
+def test_sums_over_shards_are_not_released(world: None) -> None:
+    optimizer = fusedopt.Adafactor(sharded(SHAPES))
+    with pytest.raises(ValueError, match=r"Adafactor sums over the shards of DTensors.*do not release them"):
+        fusedopt.release_gradients(optimizer)
+    set_sharded_grads(params_of(optimizer), 0)
+    optimizer.step()  # nobody has hooked anything
+
+
 def test_a_norm_that_is_asked_for_later_is_refused() -> None:
     """Where gradients are released already, and nobody said how to clip."""
     optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32))
