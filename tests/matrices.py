@@ -130,11 +130,11 @@ FACTORED_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # The others differ in numbers from one of these, whose passes over memory they share; folded matrices in their rows.
-_EVERY_PASS = ("relative", "momentum", "torch")
+EVERY_PASS = ("relative", "momentum", "torch")
 
 
 def _is_quick(variant: str, dtype: str) -> bool:
-    return variant in _EVERY_PASS or (dtype == "fp32" and (variant == "folded" or not SANITIZED))
+    return variant in EVERY_PASS or (dtype == "fp32" and (variant == "folded" or not SANITIZED))
 
 
 factored_dtypes = pytest.mark.parametrize(

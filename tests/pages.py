@@ -46,7 +46,8 @@ def run(page: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _shape(text: str) -> str:
-    """A text without its numbers, and without the spaces that put them into columns."""
+    """A text without its numbers, the spaces that put them into columns, and who is on a Pareto front by its time."""
+    text = re.sub(r"^Pareto front of .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", "0", text)
     return re.sub(r"\b(B|KiB|MiB|GiB)\b", "B", re.sub(r"  +", " ", text))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .anomalies import Anomaly, number
+from .anomalies import Anomaly, Detector, number
 
 VERSION = 1
 
@@ -125,7 +125,10 @@ class Run:
 
     @property
     def anomalies(self) -> list[Anomaly]:
-        """All that were found while it ran."""
+        """All that were found while it ran; of a file that no Monitor has written, what its records show."""
+        if not self.header:
+            detector = Detector()
+            return [found for record in self.records for found in detector.add(record)]
         return [
             Anomaly(**{**found, "step": record["step"]})
             for record in self.records

@@ -283,3 +283,13 @@ def test_without_tensorboard_a_sentence_says_so(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="needs TensorBoard; install it with: pip install tensorboard"):
         Monitor(None, optimizer_of(), tensorboard=os.fspath(tmp_path))
+
+
+def test_what_no_monitor_has_written_is_looked_at_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": {2 / step}}}\n' for step in range(1, 20)))
+    assert read_run(path).anomalies == []
+    with path.open("a") as file:
+        file.write('{"step": 20, "loss": "NaN"}\n')
+    (found,) = read_run(path).anomalies
+    assert (found.kind, found.step) == ("non_finite", 20)
