@@ -20,12 +20,12 @@ _REFUSED = {
         "steps of single elements; for small state use 'adamw_8bit' or 'adafactor'"
     ),
     "lomo": (
-        "steps during the backward pass and frees gradients as it goes (arXiv:2306.09782); use 'sgd' and "
-        "release_gradients"
+        "steps during the backward pass of a model, by a call of its own that takes the loss (arXiv:2306.09782); use "
+        "'sgd' and release_gradients, which take the same steps"
     ),
     "adalomo": (
-        "steps during the backward pass and frees gradients as it goes (arXiv:2310.10195); use 'adafactor' and "
-        "release_gradients"
+        "steps during the backward pass of a model, by a call of its own that takes the loss (arXiv:2310.10195); use "
+        "'adafactor' with scale_parameter=True and release_gradients, which take the same steps"
     ),
     "grokadamw": (
         "amplifies gradients by a signal that it takes from losses, which a step does not see; use 'adamw_torch'"

@@ -110,7 +110,7 @@ def test_arguments_win_over_the_name() -> None:
         ("apollo_adamw", {}, ValueError, "'apollo_adamw' scales gradients by what random projections"),
         ("grokadamw", {}, ValueError, "signal that it takes from losses, which a step does not see; use 'adamw_torch'"),
         ("lomo", {}, ValueError, "'lomo' steps during the backward pass"),
-        ("adalomo", {}, ValueError, "2310.10195.*use 'adafactor'"),
+        ("adalomo", {}, ValueError, "2310.10195.*use 'adafactor' with scale_parameter=True"),
         ("paged_muon", {}, ValueError, "'paged_muon' is not known"),
         ("lion", {"eps": 1e-8}, TypeError, "Lion got an unknown argument eps=1e-08; it takes params, lr, betas"),
         ("sgd", {"momentun": 0.9}, TypeError, "momentun=0.9; did you mean 'momentum'"),
