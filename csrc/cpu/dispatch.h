@@ -17,6 +17,7 @@ std::vector<std::string> available_isas();
 // The one in use: FUSEDOPT_CPU_ISA if set, else the best. Throws std::invalid_argument if the variable
 // names one that is unknown or that this machine cannot run. Read anew by every call.
 std::string selected_isa();
+const Kernels& selected_kernels();
 
 // Takes one step: applies each tensor's rule and adds one to its step count. `health` is null or has one
 // element for each tensor, to which counts are added.

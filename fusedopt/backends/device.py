@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling, Shards
+from .base import GroupStep, Health, ParamStep, Scaling, Shards, Summing
 from .eager import count_health, step_param, weights
 from .table import add_entry, add_groups, add_shards
 
@@ -130,6 +130,10 @@ class DeviceSession:
 
     def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
         return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
+
+    def summing_step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Summing[Health]:
+        yield from ()  # it takes no shards of a whole
+        return self.step(grad_multipliers, counts_health=counts_health)
 
     def step_scaled(
         self, grad_multipliers: Sequence[float], scaling: Scaling, *, counts_health: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ class Gathered:
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
         takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
-        sums_over_shards: Whether rules take sums over whole parameters.
+        spread_of: Where the rest of a param group's parameter is, if rules take sums over whole parameters.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
-        sums_over_shards: bool = False,
+        spread_of: Callable[[dict[str, Any], Tensor], Spread | None] | None = None,
     ) -> None:
         self._takes_sums = takes_sums
-        self._sums_over_shards = sums_over_shards
+        self._spread_of = spread_of
         self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
@@ -141,18 +141,26 @@ class Gathered:
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
             missed = session.collect(part, params, state)
-            if missed and not self._sums_over_shards:
-                missed = self._collect_shards(session, part, params, missed, state)
+            if missed:
+                missed = self._collect_shards(session, part, group, params, missed, state)
             left += [self.member(part, entry) for entry in missed]
         return sorted(left)
 
     def _collect_shards(
-        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
+        self,
+        session: Session,
+        part: int,
+        group: dict[str, Any],
+        params: list[Tensor],
+        missed: list[int],
+        state: dict[Tensor, Any],
     ) -> list[int]:
         """Hands over the shards among those parameters; what is left of them all."""
         shards, wrappers, others = sharding.as_they_lie(params, missed, state)
         if not wrappers:
             return missed
+        if self._spread_of is not None:
+            shards.spreads = [self._spread_of(group, wrapper) for wrapper in wrappers]
         left = session.collect_shards(part, shards)
         if left:
             held = set(left)
@@ -351,11 +359,12 @@ class Gathered:
 
     def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
         """Steps everything, gradients times a number; returns what was counted."""
+        multipliers = [sign * multiplier for sign in self._signs()]
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        steps = [session.summing_step(multipliers, counts_health=counts_health) for session in active]
         found: Health = {}
-        for session in self.sessions.values():
-            if len(session) > 0:
-                multipliers = [sign * multiplier for sign in self._signs()]
-                found |= self._by_member(session.step(multipliers, counts_health=counts_health))
+        for counted in backends.taken(backends.together(steps)):
+            found |= self._by_member(counted)
         return found
 
     def _signs(self) -> list[float]:

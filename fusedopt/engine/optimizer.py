@@ -6,6 +6,7 @@ import difflib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,7 +264,7 @@ class FusedOptimizer(Contract):
             groups,
             positions,
             takes_sums=max_grad_norm is not None,
-            sums_over_shards=self.takes_sums,
+            spread_of=partial(shard_sums, self) if self.takes_sums else None,
         )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
