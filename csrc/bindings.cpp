@@ -91,8 +91,10 @@ PYBIND11_MODULE(_core, module) {
       .def("cuts", &bytes_of<&TensorTable::cuts>)
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
-      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a)
+      .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a,
+           "square_sums"_a = py::none())
       .def("begin_shards", &TensorTable::begin_shards, py::kw_only(), "grad_multipliers"_a, "channels"_a)
       .def("sum_shards", &TensorTable::sum_shards, py::kw_only(), "round"_a, "totals"_a, "sums"_a, "threads"_a)
-      .def("step_shards", &TensorTable::step_shards, py::kw_only(), "totals"_a, "threads"_a, "counts_health"_a);
+      .def("step_shards", &TensorTable::step_shards, py::kw_only(), "totals"_a, "threads"_a, "counts_health"_a,
+           "square_sums"_a = py::none());
 }

@@ -21,6 +21,7 @@ from .engine.fp32 import fp32_parameters, load_fp32_parameters
 from .engine.optimizer import FusedOptimizer
 from .groups import param_groups
 from .interop import from_bitsandbytes, from_torchao, to_bitsandbytes, to_torch_state_dict, to_torchao
+from .offload.release import release_gradients
 from .optimizers import *  # noqa: F403  # exports are listed once, in optimizers/__init__.py
 from .optimizers import __all__ as _optimizers
 from .schedules import get_scheduler
@@ -34,6 +35,7 @@ __all__ = [
     "get_scheduler",
     "load_fp32_parameters",
     "param_groups",
+    "release_gradients",
     "schedules",
     "to_bitsandbytes",
     "to_torch_state_dict",

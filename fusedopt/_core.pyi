@@ -83,10 +83,20 @@ class TensorTable:
     def count_square_sums(self) -> int: ...
     def square_sums(self, *, sums: int, threads: int) -> None: ...
     def step(
-        self, *, grad_multipliers: list[float], threads: int, counts_health: bool
+        self,
+        *,
+        grad_multipliers: list[float],
+        threads: int,
+        counts_health: bool,
+        square_sums: dict[tuple[int, int], tuple[float, float]] | None = None,
     ) -> dict[tuple[int, int], dict[str, int]]: ...
     def begin_shards(self, *, grad_multipliers: list[float], channels: int) -> list[list[tuple[int, int]]]: ...
     def sum_shards(self, *, round: int, totals: int, sums: int, threads: int) -> None: ...
     def step_shards(
-        self, *, totals: int, threads: int, counts_health: bool
+        self,
+        *,
+        totals: int,
+        threads: int,
+        counts_health: bool,
+        square_sums: dict[tuple[int, int], tuple[float, float]] | None = None,
     ) -> dict[tuple[int, int], dict[str, int]]: ...

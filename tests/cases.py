@@ -61,6 +61,7 @@ class Case:
         theirs_kwargs: Turns arguments of ours into theirs where they differ.
         error_ratio: Of the rms error against float64, ours to theirs, at most.
         late: Arguments that still matter after many steps.
+        least: How small arguments may be that elsewhere may be 0, a number for each number.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     theirs_kwargs: Callable[[dict[str, Any]], dict[str, Any]] = dict
     error_ratio: float = 1.1
     late: dict[str, Any] = field(default_factory=dict)
+    least: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_torchs(self) -> bool:
@@ -88,6 +90,26 @@ def _ademamix_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     assert kwargs.pop("t_beta3", None) == length
     return {**kwargs, "t_alpha_beta3": length}
 
+
+def _in_training(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The schedulefree package's class, in the mode in which steps are taken."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        self.train()
+
+    return type(cls.__name__, (cls,), {"__init__": init})
+
+
+_SCHEDULE_FREE: dict[str, tuple[dict[str, Any], ...]] = {
+    "SGDScheduleFree": ({"lr": 1e-2}, {"momentum": 0.5, "warmup_steps": 5, "weight_decay": 0.1, "r": 1.0}),
+    "AdamWScheduleFree": (
+        {"lr": 1e-2},
+        {"weight_decay": 0.1, "warmup_steps": 5},
+        {"betas": (0.5, 0.95), "eps": 1e-4, "weight_lr_power": 1.0},
+    ),
+    "RAdamScheduleFree": ({"lr": 1e-2}, {"weight_decay": 0.1, "silent_sgd_phase": False}),
+}
 
 CASES = [
     Case(
@@ -156,6 +178,17 @@ CASES = [
             {"momentum": 0.9, "dampening": 0.1},
             {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
         ),
+    ),
+    *(
+        Case(
+            name,
+            getattr(fusedopt, name),
+            _in_training(_peers("schedulefree", name)),
+            kwargs,
+            ({}, *variants),
+            least={"momentum": 0.01} if "SGD" in name else {"betas": (0.01, 0.61)},
+        )
+        for name, (kwargs, *variants) in _SCHEDULE_FREE.items()
     ),
 ]
 

@@ -12,7 +12,7 @@ import pytest
 from cases import peer
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "gpt"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem not in ("demo", "gpt", "loop"))
 PAGE = (ROOT / "docs" / "frameworks" / "examples.md").read_text()
 # One for each framework; the others are left to `make test-all`.
 FAST = ("causal_lm", "lightning_digits", "plain_loop")

@@ -193,6 +193,7 @@ def group_rows(
     grad_multipliers: Sequence[float],
     lrs: Sequence[Tensor | None],
     max_grad_norm: float | None,
+    skip_step_above: float | None,
 ) -> np.ndarray[Any, Any]:
     """The table of param groups."""
     filled = np.zeros((len(names), table.GROUP_WIDTH.value), np.int64)
@@ -203,6 +204,7 @@ def group_rows(
         filled[i, table.SEED.value] = seed
         numbers[i, table.SIGN.value] = multiplier
         numbers[i, table.MAX_GRAD_NORM.value] = max_grad_norm or 0.0
+        numbers[i, table.SKIP_ABOVE.value] = np.inf if skip_step_above is None else skip_step_above
         config = RULES[name].config
         numbers[i, table.CONFIG.value : table.CONFIG.value + len(config)] = [hyper[key] for key in config]
     return filled

@@ -78,6 +78,7 @@ def prepare_kernel(
     derived = derived + i * words.DERIVED_WIDTH
 
     multiplier = 1.0 / tl.load(grad_scale).to(tl.float64)
+    skips = tl.where(tl.zeros((TENSORS,), tl.float32) + tl.load(found_inf) != 0.0, 1, 0)
     if CLIPS:
         norm = tl.sqrt(tl.load(square_sum)) * multiplier
         if tl.program_id(0) == 0:
@@ -85,11 +86,13 @@ def prepare_kernel(
         limit = tl.load(group + words.MAX_GRAD_NORM).to(tl.float64, bitcast=True)
         coefficient = limit / (norm + _CLIP_EPS)
         multiplier = multiplier * tl.where(coefficient > 1.0, 1.0, coefficient)  # NaN stays NaN
+        above = tl.load(group + words.SKIP_ABOVE).to(tl.float64, bitcast=True)
+        is_within = tl.where(norm <= above, 1, 0)  # which NaN is not
+        skips = tl.where(above < float("inf"), skips | (1 - is_within), skips)
     multiplier = tl.load(group + words.SIGN).to(tl.float64, bitcast=True) * multiplier
 
-    found = tl.zeros((TENSORS,), tl.float32) + tl.load(found_inf)
-    tl.store(derived + words.SKIPS, tl.where(found != 0.0, exists.to(tl.int32), 0), mask=exists)
-    takes = exists & (found == 0.0)
+    tl.store(derived + words.SKIPS, skips, mask=exists)
+    takes = exists & (skips == 0)
     steps, taken = _steps_of(row, exists)
     step = taken + 1
     tl.store(steps, step.to(tl.float32), mask=takes)

@@ -37,8 +37,9 @@ LR_IS_DOUBLE = tl.constexpr(1)
 SEED = tl.constexpr(2)
 SIGN = tl.constexpr(3)  # float64, of gradients
 MAX_GRAD_NORM = tl.constexpr(4)  # float64
-CONFIG = tl.constexpr(5)
-GROUP_WIDTH = tl.constexpr(18)
+SKIP_ABOVE = tl.constexpr(5)  # float64, a norm; infinity takes every step
+CONFIG = tl.constexpr(6)
+GROUP_WIDTH = tl.constexpr(20)
 
 # How a tensor is cut up for sums, and where these go: the table of rules that normalize. The first ones are what the
 # core gives (csrc/core/matrices.h). Offsets are in the workspace of float64 or of float32.

@@ -21,9 +21,9 @@ struct ChunkPlan {
   std::vector<int64_t> item_ends;  // item i holds chunks [item_ends[i-1], item_ends[i])
 };
 
-// Lists the chunks of tensors whose sizes `numel_of(i)` gives, none longer than `chunk_length`, in
-// order, and closes an item as soon as it holds at least `item_length` elements. Tensor i may be cut at
-// `cut_of(i, position)`, which is at most `position` and less than a chunk before it.
+// Lists the chunks of tensors whose sizes `numel_of(i)` gives, about `chunk_length` long, in order,
+// and closes an item as soon as it holds at least `item_length` elements. Tensor i may be cut at
+// `cut_of(i, position)`, which is less than a chunk away from `position`, before or after it.
 template <class NumelOf, class CutOf>
 ChunkPlan plan_chunks(int64_t tensors, NumelOf numel_of, CutOf cut_of, int64_t chunk_length, int64_t item_length) {
   ChunkPlan plan;

@@ -19,7 +19,7 @@ namespace fusedopt::cpu {
 namespace {
 
 // A step's chunk: long enough to hide its start, short enough to share out evenly.
-constexpr int64_t kStepChunk = 1 << 16;
+constexpr int64_t kStepChunk = UpdateRecord::kCut;
 
 struct Isa {
   const char* name;
@@ -119,7 +119,12 @@ template <class TakesOnePass>
 ChunkPlan plan_step(const std::vector<TensorDesc>& tensors, const TakesOnePass& takes_one_pass) {
   return plan_chunks(
       static_cast<int64_t>(tensors.size()), [&](int64_t i) { return takes_one_pass(i) ? tensors[i].numel : 0; },
-      [&](int64_t i, int64_t position) { return cut_between_blocks(tensors[i], position); }, kStepChunk, kStepChunk);
+      // Near multiples, so that at most one place of a reduction chunk is cut, and that near its end.
+      [&](int64_t i, int64_t position) {
+        const int64_t multiple = divided_up(position, kStepChunk) * kStepChunk;
+        return multiple < tensors[i].numel ? cut_between_blocks(tensors[i], multiple) : tensors[i].numel;
+      },
+      kStepChunk, kStepChunk);
 }
 
 }  // namespace
@@ -132,15 +137,22 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void step_chunk(StepFn step, const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
-                HealthCounts* health) {
-  if (health == nullptr) return step(tensor, context, begin, length, nullptr);
+void step_chunk(const Kernels& kernels, int rule, const TensorDesc& tensor, int64_t index, const StepContext& context,
+                int64_t begin, int64_t length, const Recording& recording) {
+  const StepFn step = kernels.step[rule];
   HealthCounts counts;
-  step(tensor, context, begin, length, &counts);
+  HealthCounts* const counted = recording.health == nullptr ? nullptr : &counts;
+  if (recording.updates == nullptr) {
+    step(tensor, context, begin, length, counted);
+  } else {
+    recording.updates->take(kernels, tensor, index, begin, length,
+                            [&](int64_t at, int64_t n) { step(tensor, context, at, n, counted); });
+  }
+  if (counted == nullptr) return;
 #if defined(_OPENMP)
 #pragma omp critical(fusedopt_health)
 #endif
-  for (const HealthCount& each : kHealthCounts) health->*each.count += counts.*each.count;
+  for (const HealthCount& each : kHealthCounts) recording.health[index].*each.count += counts.*each.count;
 }
 
 int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position) {
@@ -153,21 +165,21 @@ std::string selected_isa() { return select().name; }
 const Kernels& selected_kernels() { return *select().kernels; }
 
 void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads,
-          HealthCounts* health) {
+          const Recording& recording) {
   const Kernels& kernels = selected_kernels();
   const Contexts contexts = derive_all(tensors, groups);
   const auto takes_one_pass = [&](int64_t i) { return !rules()[groups[tensors[i].group].rule].normalizes; };
   for_each_chunk(plan_step(tensors, takes_one_pass), threads, [&](int64_t, const Chunk& chunk) {
     const TensorDesc& tensor = tensors[chunk.tensor];
     const Derived& derived = contexts.derived[contexts.of_tensor[chunk.tensor]];
-    step_chunk(kernels.step[groups[tensor.group].rule], tensor, derived.context, chunk.begin, chunk.length,
-               health == nullptr ? nullptr : health + chunk.tensor);
+    step_chunk(kernels, groups[tensor.group].rule, tensor, chunk.tensor, derived.context, chunk.begin, chunk.length,
+               recording);
   });
   std::vector<int32_t> others;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!takes_one_pass(static_cast<int64_t>(i))) others.push_back(static_cast<int32_t>(i));
   }
-  step_normalizing(tensors, others, groups, kernels, threads, health);
+  step_normalizing(tensors, others, groups, kernels, threads, recording);
   for (const TensorDesc& tensor : tensors) *tensor.step += 1.0f;
 }
 

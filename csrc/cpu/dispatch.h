@@ -8,6 +8,7 @@
 #include "core/registry.h"
 #include "core/tensors.h"
 #include "cpu/kernels.h"
+#include "cpu/updates.h"
 
 namespace fusedopt::cpu {
 
@@ -19,19 +20,24 @@ std::vector<std::string> available_isas();
 std::string selected_isa();
 const Kernels& selected_kernels();
 
-// Takes one step: applies each tensor's rule and adds one to its step count. `health` is null or has one
-// element for each tensor, to which counts are added.
+// What is recorded of a step on request; null where it is not.
+struct Recording {
+  HealthCounts* health = nullptr;  // one element for each tensor, to which counts are added
+  UpdateRecord* updates = nullptr;
+};
+
+// Takes one step: applies each tensor's rule and adds one to its step count.
 void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads,
-          HealthCounts* health);
+          const Recording& recording);
 
 // How many sums square_sums writes: one for every reduction chunk of every gradient, in order.
 int64_t count_square_sums(const std::vector<TensorDesc>& tensors);
 void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threads);
 
-// Steps a chunk of a tensor, and adds to `health`, unless it is null, what was counted of it; several threads may do so
-// at once.
-void step_chunk(StepFn step, const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
-                HealthCounts* health);
+// Steps a chunk of the tensor of that index by the rule of that number, and records it; several threads may do so at
+// once.
+void step_chunk(const Kernels& kernels, int rule, const TensorDesc& tensor, int64_t index, const StepContext& context,
+                int64_t begin, int64_t length, const Recording& recording);
 
 // The last place at or before an element where a tensor may be cut: not within a block.
 int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position);

@@ -42,9 +42,17 @@ struct UnitSums {
   int64_t row_stride;
 };
 
+// Sums of squares of an update, new weights less old in float, and of the new weights.
+struct UpdateSums {
+  double update, weight;
+};
+
 struct Kernels {
   StepFn step[kMaxRules];  // in the order of rules/all.h
   SquareSumFn square_sum;  // of at most kReductionChunk elements
+  // See updates.inl.
+  void (*read_weights)(const TensorDesc&, int64_t begin, int64_t length, float* weights);
+  void (*sum_updates)(const TensorDesc&, int64_t begin, int64_t length, const float* before, UpdateSums*);
   // Of rules that normalize; see normalize.inl.
   void (*sum_unit)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&, const UnitSums&);
   void (*sum_weighted)(const TensorDesc&, float multiplier, const MatrixUnit&, double* weighted);

@@ -42,7 +42,8 @@ struct Wave {
 }  // namespace
 
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
-                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health) {
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
+                      const Recording& recording) {
   const IeeeMode ieee;  // scalars are derived here, too
   static thread_local Workspace workspaces[2];
   // The step of one wave runs together with the first pass of the next, so that threads wait less often for the last
@@ -55,7 +56,7 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
     Shares units(next.units.size(), team), elements(next.elements.size(), team), small(next.small.size(), team);
     const auto step = [&](int64_t i) {
       const auto [member, item] = last.steps.at(i);
-      member->step(kernels, item, health);
+      member->step(kernels, item, recording);
     };
     parallel_team(team, [&](int thread) {
       steps.take(thread, step);
@@ -67,7 +68,7 @@ void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<
         const auto [member, item] = next.elements.at(i);
         member->sum_elements(kernels, item);
       });
-      small.take(thread, [&](int64_t i) { next.small.at(i).first->take_whole(kernels, health); });
+      small.take(thread, [&](int64_t i) { next.small.at(i).first->take_whole(kernels, recording); });
       late_steps.take(thread, step);
     });
   };

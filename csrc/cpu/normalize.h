@@ -10,6 +10,8 @@
 
 namespace fusedopt::cpu {
 
+struct Recording;
+
 // The parameter that a tensor is, or of which it is a shard.
 struct Whole {
   int64_t numel = 0;
@@ -22,8 +24,9 @@ struct Whole {
   }
 };
 
-// Steps the `tensors` that are `listed`, except for their step counts. `health` is that of cpu::step.
+// Steps the `tensors` that are `listed`, except for their step counts. `recording` is that of cpu::step.
 void step_normalizing(const std::vector<TensorDesc>& tensors, const std::vector<int32_t>& listed,
-                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads, HealthCounts* health);
+                      const std::vector<GroupDesc>& groups, const Kernels& kernels, int threads,
+                      const Recording& recording);
 
 }  // namespace fusedopt::cpu

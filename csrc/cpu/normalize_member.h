@@ -16,13 +16,14 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/normalize.h"
+#include "cpu/updates.h"
 #include "rules/normalize.h"
 #include "storage/random.h"
 
 namespace fusedopt::cpu {
 
-constexpr int64_t kItem = 1 << 16;  // elements of a work item
-constexpr int64_t kManySlabs = 16;  // enough for units of whole rows
+constexpr int64_t kItem = UpdateRecord::kCut;  // elements of a work item
+constexpr int64_t kManySlabs = 16;             // enough for units of whole rows
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
 inline void pairwise_sum_rows(double* x, int64_t n, int64_t width) {
@@ -198,17 +199,16 @@ class Member {
   }
 
   // Third pass: the step of an item of elements.
-  void step(const Kernels& kernels, int64_t item, HealthCounts* health) const {
+  void step(const Kernels& kernels, int64_t item, const Recording& recording) const {
     const int64_t begin = cut_between_blocks(tensor_, item * kItem);
     const int64_t end =
         (item + 1) * kItem < tensor_.numel ? cut_between_blocks(tensor_, (item + 1) * kItem) : tensor_.numel;
-    step_chunk(kernels.step[group_->rule], tensor_, context_, begin, end - begin,
-               health == nullptr ? nullptr : health + index_);
+    step_chunk(kernels, group_->rule, tensor_, index_, context_, begin, end - begin, recording);
   }
 
   // All passes at once over a tensor of one item, by one thread, from its cache.
   bool is_small() const { return tensor_.numel <= kItem; }
-  void take_whole(const Kernels& kernels, HealthCounts* health) {
+  void take_whole(const Kernels& kernels, const Recording& recording) {
     if (is_matrix()) {
       for (int64_t i = 0; i < units(); ++i) sum_unit(kernels, i);
       for (int64_t i = 0; needs_second_pass() && i < units(); ++i) sum_updates(kernels, i);
@@ -216,7 +216,7 @@ class Member {
       sum_elements(kernels, 0);
     }
     finish_sums();
-    step(kernels, 0, health);
+    step(kernels, 0, recording);
   }
 
   // ---- between the passes, of matrices

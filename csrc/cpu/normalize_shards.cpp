@@ -165,7 +165,7 @@ void ShardedStep::take_totals(size_t i, const double* totals) {
   }
 }
 
-void ShardedStep::step(const double* totals, int threads, HealthCounts* health) {
+void ShardedStep::step(const double* totals, int threads, const Recording& recording) {
   Items steps;
   {
     const IeeeMode ieee;
@@ -177,7 +177,7 @@ void ShardedStep::step(const double* totals, int threads, HealthCounts* health) 
   // The last that were read first, as they are still in a cache.
   parallel_items(steps.size(), threads, [&](int64_t i) {
     const auto [member, item] = steps.at(steps.size() - 1 - i);
-    member->step(*kernels_, item, health);
+    member->step(*kernels_, item, recording);
   });
   for (float* step : steps_) *step += 1.0f;
 }

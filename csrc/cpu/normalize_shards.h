@@ -49,8 +49,8 @@ class ShardedStep {
   // Finds the numbers of a round, given what those of the round before came to.
   void sum(int round, const double* totals, double* sums, int threads);
 
-  // Takes the step, given what the numbers of the last round came to. `health` is that of cpu::step.
-  void step(const double* totals, int threads, HealthCounts* health);
+  // Takes the step, given what the numbers of the last round came to. `recording` is that of cpu::step.
+  void step(const double* totals, int threads, const Recording& recording);
 
  private:
   // Where the numbers of a member are in those of their rounds.

@@ -12,6 +12,7 @@
 #include "cpu/normalize.inl"
 #include "cpu/strips.inl"
 #include "cpu/undo.inl"
+#include "cpu/updates.inl"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -181,6 +182,8 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
   const Kernels name = {                     \
       {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)}, \
       square_sum,                            \
+      read_weights,                          \
+      sum_updates,                           \
       sum_unit,                              \
       sum_weighted,                          \
       sum,                                   \

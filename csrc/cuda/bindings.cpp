@@ -8,6 +8,9 @@
 #include <string>
 
 #include "cuda/launch.h"
+#if defined(CUDA_ON_CPU)
+#include "queues_python.h"
+#endif
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -74,6 +77,7 @@ PYBIND11_MODULE(_cuda, module) {
 
 #if defined(CUDA_ON_CPU)
   module.def("set_order", &cuda_on_cpu::set_order, "seed"_a);
+  cuda_on_cpu::bind_queues(module);
 #endif
 
   module.def("driver_version", &driver_version);
@@ -92,20 +96,22 @@ PYBIND11_MODULE(_cuda, module) {
   module.def(
       "step",
       [](uintptr_t batch, const std::vector<std::pair<uintptr_t, bool>>& lrs, uintptr_t grad_scale, uintptr_t found_inf,
-         std::optional<double> max_grad_norm, uintptr_t grad_norm, uintptr_t workspace, uintptr_t stream) {
+         std::optional<double> max_grad_norm, std::optional<double> skip_step_above, uintptr_t grad_norm,
+         uintptr_t workspace, uintptr_t stream) {
         std::vector<DeviceLr> rates;
         for (const auto& [data, is_double] : lrs) rates.push_back({pointer<void>(data), is_double});
         Scaling scaling;
         scaling.grad_scale = pointer<float>(grad_scale);
         scaling.found_inf = pointer<float>(found_inf);
         scaling.max_grad_norm = max_grad_norm.value_or(0.0);
+        scaling.skip_above = skip_step_above.value_or(scaling.skip_above);
         scaling.grad_norm = pointer<float>(grad_norm);
         const py::gil_scoped_release released;
         fusedopt::cuda::step(batch_at(batch), rates, scaling, max_grad_norm.has_value(), pointer<void>(workspace),
                              reinterpret_cast<cudaStream_t>(stream));
       },
-      py::kw_only(), "batch"_a, "lrs"_a, "grad_scale"_a, "found_inf"_a, "max_grad_norm"_a, "grad_norm"_a, "workspace"_a,
-      "stream"_a);
+      py::kw_only(), "batch"_a, "lrs"_a, "grad_scale"_a, "found_inf"_a, "max_grad_norm"_a, "skip_step_above"_a,
+      "grad_norm"_a, "workspace"_a, "stream"_a);
   module.def(
       "count_square_sums", [](uintptr_t batch) { return fusedopt::cuda::count_square_sums(batch_at(batch)); },
       py::kw_only(), "batch"_a);

@@ -73,14 +73,22 @@ FUSEDOPT_DEVICE typename Rule::Hyper derive(const typename Rule::Config& config,
   }
 }
 
+// What gradients are multiplied by, and whether no step is to be taken.
+struct Decision {
+  double multiplier;
+  int32_t skips;
+};
+
 // Inverse loss scale x clip coefficient, by the operations of fusedopt/engine/gather.py.
-FUSEDOPT_DEVICE double multiplier_of(const Scaling& scaling, float* grad_norm) {
-  double multiplier = scaling.grad_scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*scaling.grad_scale);
-  if (scaling.square_sum == nullptr) return multiplier;
+FUSEDOPT_DEVICE Decision decide(const Scaling& scaling, float* grad_norm) {
+  const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
+  const double multiplier = scaling.grad_scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*scaling.grad_scale);
+  if (scaling.square_sum == nullptr) return {multiplier, found_inf};
   const double norm = root(*scaling.square_sum) * multiplier;
   if (grad_norm != nullptr) *grad_norm = static_cast<float>(norm);
+  const bool is_above = scaling.skip_above < HUGE_VAL && !(norm <= scaling.skip_above);
   const double coefficient = scaling.max_grad_norm / (norm + kClipEps);
-  return multiplier * (coefficient > 1.0 ? 1.0 : coefficient);  // NaN stays NaN
+  return {multiplier * (coefficient > 1.0 ? 1.0 : coefficient), found_inf || is_above};  // NaN stays NaN
 }
 
 template <class Rule>
@@ -90,8 +98,8 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Rule> param
   const PreparedTensor<Rule>& tensor = params.tensors[i];
   const PreparedGroup<Rule>& group = params.groups[tensor.group];
   Derived<Rule>& derived = params.derived[i];
-  const double multiplier = multiplier_of(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
-  derived.skips = params.scaling.found_inf != nullptr && *params.scaling.found_inf != 0.0f;
+  const auto [multiplier, skips] = decide(params.scaling, i == 0 ? params.scaling.grad_norm : nullptr);
+  derived.skips = skips;
   if constexpr (kIsNormalizing<Rule>) {
     tensor.normalization->skips = derived.skips;
     if (params.counts) tensor.normalization->param = tensor.normalization->update = 0.0;

@@ -1,6 +1,8 @@
 // What gradients are multiplied by, on the device.
 #pragma once
 
+#include <limits>
+
 namespace fusedopt::cuda {
 
 // Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
@@ -12,7 +14,8 @@ struct Scaling {
   const float* found_inf = nullptr;    // not 0: the step is skipped
   const double* square_sum = nullptr;  // of all gradients, for clipping to
   double max_grad_norm = 0.0;
-  float* grad_norm = nullptr;  // takes the norm found
+  double skip_above = std::numeric_limits<double>::infinity();  // a norm; the step is skipped if it is NaN, too
+  float* grad_norm = nullptr;                                   // takes the norm found
 };
 
 }  // namespace fusedopt::cuda

@@ -42,18 +42,6 @@ void write_row(const TensorDesc& tensor, int64_t* row) {
   *row++ = tensor.segment_stride;
 }
 
-// What was counted of each tensor, by its group and position.
-template <class TensorAt>
-py::dict named(const std::vector<HealthCounts>& health, const TensorAt& tensor_at) {
-  py::dict found;
-  for (size_t i = 0; i < health.size(); ++i) {
-    py::dict counts;
-    for (const HealthCount& each : kHealthCounts) counts[each.name] = health[i].*each.count;
-    found[py::make_tuple(tensor_at(i).group, tensor_at(i).position)] = counts;
-  }
-  return found;
-}
-
 }  // namespace
 
 void TensorTable::clear() {
@@ -243,15 +231,39 @@ uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {
   return reinterpret_cast<uintptr_t>(&lists_);
 }
 
-py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health) {
-  list_groups(grad_multipliers);
-  std::vector<HealthCounts> health(counts_health ? lists_.tensors.size() : 0);
+// What step(recording) records of tensors.
+template <class Step>
+py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+                               const std::optional<py::dict>& square_sums, const Step& step) {
+  std::vector<HealthCounts> health(counts_health ? tensors.size() : 0);
+  std::vector<UpdateSums> sums;
   {
     const py::gil_scoped_release released;
-    cpu::step(lists_.tensors, lists_.groups, threads, counts_health ? health.data() : nullptr);
+    std::optional<cpu::UpdateRecord> updates;
+    if (square_sums) updates.emplace(tensors);
+    step(cpu::Recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr});
+    if (updates) sums = updates->totals();
   }
   count_versions();
-  return named(health, [&](size_t i) -> const TensorDesc& { return lists_.tensors[i]; });
+  for (size_t i = 0; i < sums.size(); ++i) {
+    (*square_sums)[py::make_tuple(tensors[i].group, tensors[i].position)] =
+        py::make_tuple(sums[i].update, sums[i].weight);
+  }
+  py::dict found;
+  for (size_t i = 0; i < health.size(); ++i) {
+    py::dict counts;
+    for (const HealthCount& each : kHealthCounts) counts[each.name] = health[i].*each.count;
+    found[py::make_tuple(tensors[i].group, tensors[i].position)] = counts;
+  }
+  return found;
+}
+
+py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
+                           std::optional<py::dict> square_sums) {
+  list_groups(grad_multipliers);
+  return recorded(lists_.tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+    cpu::step(lists_.tensors, lists_.groups, threads, recording);
+  });
 }
 
 std::vector<cpu::ShardedStep::Counts> TensorTable::begin_shards(const std::vector<double>& grad_multipliers,
@@ -276,14 +288,13 @@ void TensorTable::sum_shards(int round, uintptr_t totals, uintptr_t sums, int th
   sharded_step_.sum(round, reinterpret_cast<const double*>(totals), reinterpret_cast<double*>(sums), threads);
 }
 
-py::dict TensorTable::step_shards(uintptr_t totals, int threads, bool counts_health) {
-  std::vector<HealthCounts> health(counts_health ? shards_.size() : 0);
-  {
-    const py::gil_scoped_release released;
-    sharded_step_.step(reinterpret_cast<const double*>(totals), threads, counts_health ? health.data() : nullptr);
-  }
-  count_versions();
-  return named(health, [&](size_t i) -> const TensorDesc& { return shards_[i].tensor; });
+py::dict TensorTable::step_shards(uintptr_t totals, int threads, bool counts_health,
+                                  std::optional<py::dict> square_sums) {
+  std::vector<TensorDesc> tensors;
+  for (const cpu::Shard& shard : shards_) tensors.push_back(shard.tensor);
+  return recorded(tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+    sharded_step_.step(reinterpret_cast<const double*>(totals), threads, recording);
+  });
 }
 
 int64_t TensorTable::count_square_sums() const {

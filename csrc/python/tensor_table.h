@@ -81,8 +81,10 @@ class TensorTable {
   std::vector<int64_t> cuts();
 
   // On the CPU: steps everything, but for shards of a whole. Counts, if asked to:
-  // {(group, position): {name of a count: number}}.
-  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health);
+  // {(group, position): {name of a count: number}}. `square_sums`, unless it is null, takes the sums of squares of
+  // updates and of the weights after them: {(group, position): both}.
+  pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
+                      std::optional<pybind11::dict> square_sums);
   int64_t count_square_sums() const;
   void square_sums(uintptr_t sums, int threads);
   size_t size() const { return lists_.tensors.size() + shards_.size(); }
@@ -91,12 +93,16 @@ class TensorTable {
   // many numbers they have; `sums` and `totals` are where doubles lie.
   std::vector<cpu::ShardedStep::Counts> begin_shards(const std::vector<double>& grad_multipliers, int channels);
   void sum_shards(int round, uintptr_t totals, uintptr_t sums, int threads);
-  pybind11::dict step_shards(uintptr_t totals, int threads, bool counts_health);
+  pybind11::dict step_shards(uintptr_t totals, int threads, bool counts_health,
+                             std::optional<pybind11::dict> square_sums);
 
  private:
   bool take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place, Record& record);
   void set_apart(const WholeOfShard& whole, const std::array<int32_t, 3>& channels);
   void list_groups(const std::vector<double>& grad_multipliers);
+  template <class Step>
+  pybind11::dict recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+                          const std::optional<pybind11::dict>& square_sums, const Step& step);
   auto listed(const TensorDesc& tensor) const { return groups_[tensor.group].listed(tensor.position); }
   void sort();
   void sort(std::vector<TensorDesc>& tensors) const;

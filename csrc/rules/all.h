@@ -7,6 +7,7 @@
 #include "rules/ademamix.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
+#include "rules/schedule_free.h"
 #include "rules/sgd.h"
 
 #define FUSEDOPT_RULES(X)                               \
@@ -24,6 +25,8 @@
   X(sgd, SGD)                                           \
   X(sgd_momentum, SGDMomentum)                          \
   X(sgd_nesterov, SGDNesterov)                          \
+  X(schedule_free_sgd, ScheduleFreeSGD)                 \
+  X(schedule_free_adam, ScheduleFreeAdam)               \
   X(adafactor_matrix, AdafactorMatrix)                  \
   X(adafactor_momentum_matrix, AdafactorMatrixMomentum) \
   X(adafactor_vector, AdafactorVector)                  \

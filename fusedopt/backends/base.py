@@ -22,6 +22,10 @@ Reference = Callable[..., "tuple[Tensor, ...]"]
 Health = dict[tuple[int, int], dict[str, int]]
 HEALTH_COUNTS = _core.health_counts
 
+# Sums of squares of updates, new weights less old in float32, and of the new weights, as reference/norm.py adds; by
+# parameter, as counts.
+SquareSums = dict[tuple[int, int], tuple[float, float]]
+
 # The same, for rules that take sums over a whole parameter, of a shard of one; it is also told whole=.
 AskingReference = Callable[..., "Asking[tuple[Tensor, ...]]"]
 ASKING: dict[str, AskingReference] = {}
@@ -76,11 +80,19 @@ class Scaling:
         grad_scale: Gradients are this many times too large.
         found_inf: Not 0 if one is not finite, and the step must not be taken.
         max_grad_norm: Clip to this norm; None does not.
+        skip_step_above: Above this norm, or if it is NaN, the step must not be taken; None takes all. Needs a
+            max_grad_norm, of infinity if nothing is to be clipped.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_grad_norm: float | None = None
+    skip_step_above: float | None = None
+
+    @property
+    def may_forbid(self) -> bool:
+        """Whether a step may turn out to be one that must not be taken."""
+        return self.found_inf is not None or self.skip_step_above is not None
 
 
 class Spread(Protocol):
@@ -178,14 +190,23 @@ class Session(Protocol):
     def square_sums(self) -> Tensor:
         """The sums of squares of the gradients taken, by reduction chunk and in list order (float64)."""
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
         """Steps what it has taken, each group's gradients times its multiplier; counts the step.
+
+        Args:
+            grad_multipliers: Of each group.
+            counts_health: Whether to count what goes wrong.
+            square_sums: Takes the sums of what was stepped, if it is given.
 
         Returns:
             If asked for, what was counted of each parameter on the way; else nothing.
         """
 
-    def summing_step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Summing[Health]:
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
         """The same, together with the steps of other backends: asks for the sums that it needs (rounds.py)."""
 
 

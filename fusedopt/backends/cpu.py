@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Shards, Summing
+from .base import GroupStep, Health, ParamStep, Shards, SquareSums, Summing
 from .rounds import taken
 from .table import PARAM_DTYPES, Channels, add_entry, add_groups, add_shards
 
@@ -18,6 +18,7 @@ class CpuSession:
     """See Session. Its table lives as long as the optimizer and is never pickled."""
 
     def __init__(self) -> None:
+        self.threads: int | None = None  # as many as torch has
         self._table = _core.TensorTable()
         self._channels = Channels()
         self._waits: set[int] = set()  # groups whose learning rate is on another device: left to the reference
@@ -46,15 +47,25 @@ class CpuSession:
 
     def square_sums(self) -> Tensor:
         sums = torch.empty(self._table.count_square_sums(), dtype=torch.float64, device="cpu")
-        self._table.square_sums(sums=sums.data_ptr(), threads=torch.get_num_threads())
+        self._table.square_sums(sums=sums.data_ptr(), threads=self.threads or torch.get_num_threads())
         return sums
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        return taken(self.summing_step(grad_multipliers, counts_health=counts_health))
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        return taken(self.summing_step(grad_multipliers, counts_health=counts_health, square_sums=square_sums))
 
-    def summing_step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Summing[Health]:
-        multipliers, threads, asked = list(grad_multipliers), torch.get_num_threads(), self._channels.asked
-        health = self._table.step(grad_multipliers=multipliers, threads=threads, counts_health=counts_health)
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
+        multipliers, threads, asked = (
+            list(grad_multipliers),
+            self.threads or torch.get_num_threads(),
+            self._channels.asked,
+        )
+        health = self._table.step(
+            grad_multipliers=multipliers, threads=threads, counts_health=counts_health, square_sums=square_sums
+        )
         if not asked:
             return health
         totals = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -65,7 +76,9 @@ class CpuSession:
             totals = torch.cat(
                 [sums[:0], *(yield [(*asked[channel], part) for (channel, _), part in zip(counts, parts)])]
             )
-        health |= self._table.step_shards(totals=totals.data_ptr(), threads=threads, counts_health=counts_health)
+        health |= self._table.step_shards(
+            totals=totals.data_ptr(), threads=threads, counts_health=counts_health, square_sums=square_sums
+        )
         return health
 
 

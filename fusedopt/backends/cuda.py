@@ -125,6 +125,7 @@ class CudaSession(DeviceSession):
             grad_scale=pointer(scalars.scaling.grad_scale),
             found_inf=pointer(scalars.scaling.found_inf),
             max_grad_norm=scalars.scaling.max_grad_norm,
+            skip_step_above=scalars.scaling.skip_step_above,
             grad_norm=pointer(scalars.norm),
             workspace=workspace.data_ptr(),
             stream=stream,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling, Shards, Summing
-from .eager import count_health, step_param, weights
+from .base import GroupStep, Health, ParamStep, Scaling, Shards, SquareSums, Summing
+from .eager import count_health, step_param, update_sums, weights
 from .table import add_entry, add_groups, add_shards
 
 
@@ -128,20 +128,43 @@ class DeviceSession:
         with self._backend.guard(device) as stream:
             return self.launch_square_sums(device, stream, table)
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health)[0]
+    def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
+        """The sums of each parameter by its place in the param groups."""
 
-    def summing_step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Summing[Health]:
+        def place(entry: ParamStep) -> tuple[int, int]:
+            positions = self._positions[entry.group]
+            listed = entry.position if positions is None else positions[entry.position]
+            return self._groups[entry.group].param_group, listed
+
+        entries = sorted(self._entries(), key=place)
+        sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
+        return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
+
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health, square_sums=square_sums)[0]
+
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
         yield from ()  # it takes no shards of a whole
-        return self.step(grad_multipliers, counts_health=counts_health)
+        return self.step(grad_multipliers, counts_health=counts_health, square_sums=square_sums)
 
     def step_scaled(
-        self, grad_multipliers: Sequence[float], scaling: Scaling, *, counts_health: bool = False
+        self,
+        grad_multipliers: Sequence[float],
+        scaling: Scaling,
+        *,
+        counts_health: bool = False,
+        square_sums: SquareSums | None = None,
     ) -> tuple[Health, Tensor | None]:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
-        entries = self._entries() if counts_health else []
+        entries = self._entries() if counts_health or square_sums is not None else []
         before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
-        shadows = [_copy(entry) if self._groups[entry.group].skips_blocks else None for entry in entries]
+        shadows = [
+            copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
+        ]
         norm = None
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
@@ -151,15 +174,20 @@ class DeviceSession:
             skipped = 0
             if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
                 skipped = step_param(group, shadow, _multiplier(grad_multipliers[entry.group], scaling, norm))
-            health[entry.group, entry.position] = count_health(group, entry, held, skipped)
+            if counts_health:
+                health[entry.group, entry.position] = count_health(group, entry, held, skipped)
+            if square_sums is not None:
+                square_sums[entry.group, entry.position] = update_sums(group, entry, held)
         return health, norm
 
     def _launch(
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
     ) -> Tensor | None:
-        lrs = [_lr_on(group.lr, device) for group in self._groups]
-        on_device = Scaling(
-            _float_on(scaling.grad_scale, device), _float_on(scaling.found_inf, device), scaling.max_grad_norm
+        lrs = [lr_on(group.lr, device) for group in self._groups]
+        on_device = replace(
+            scaling,
+            grad_scale=_float_on(scaling.grad_scale, device),
+            found_inf=_float_on(scaling.found_inf, device),
         )
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
@@ -200,7 +228,7 @@ class DeviceSession:
         return entries
 
 
-def _copy(entry: ParamStep) -> ParamStep:
+def copy(entry: ParamStep) -> ParamStep:
     """The same parameter, in tensors of its own."""
     return replace(
         entry,
@@ -238,7 +266,8 @@ def _float_on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(device, torch.float32)
 
 
-def _lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+def lr_on(lr: Tensor | None, device: torch.device) -> Tensor | None:
+    """A learning rate where kernels read it."""
     if lr is None:
         return None
     return lr.detach().to(device, lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32)

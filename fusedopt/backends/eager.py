@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..reference.arithmetic import rounded
 from ..reference.dense import round_stochastic
-from ..reference.norm import square_sums
+from ..reference.norm import pairwise_sum, square_sums
 from ..reference.random import bits_at
 from ..storage import quantization, skipping
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
-from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards, Summing
+from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards, SquareSums, Summing
 from .rounds import over_shards, taken, together
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -125,6 +125,13 @@ def count_health(group: GroupStep, entry: ParamStep, before: Tensor, skipped: in
     return counts
 
 
+def update_sums(group: GroupStep, entry: ParamStep, before: Tensor) -> tuple[float, float]:
+    """What csrc/cpu/updates.inl adds, after a step; `before` are the weights before it."""
+    after = weights(group, entry)
+    update, weight = (float(pairwise_sum(square_sums(each))) for each in (after - before, after))
+    return update, weight
+
+
 def _same_bits(a: Tensor, b: Tensor) -> Tensor:
     kind = torch.int32 if a.dtype == torch.float32 else torch.int64
     return a.contiguous().view(kind) == b.contiguous().view(kind)
@@ -157,12 +164,17 @@ class EagerSession:
     def square_sums(self) -> Tensor:
         return torch.cat([square_sums(entry.grad) for entry in self._entries])
 
-    def step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Health:
-        return taken(self.summing_step(grad_multipliers, counts_health=counts_health))
+    def step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        return taken(self.summing_step(grad_multipliers, counts_health=counts_health, square_sums=square_sums))
 
-    def summing_step(self, grad_multipliers: Sequence[float], *, counts_health: bool = False) -> Summing[Health]:
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
         health: Health = {}
-        before = [weights(self._groups[e.group], e).clone() for e in self._entries] if counts_health else []
+        looks = counts_health or square_sums is not None
+        before = [weights(self._groups[e.group], e).clone() for e in self._entries] if looks else []
         skipped = [0] * len(self._entries)
         summing = []
         for i, entry in enumerate(self._entries):
@@ -175,7 +187,11 @@ class EagerSession:
         for i, count in zip(summing, (yield from together(steps))):
             skipped[i] = count
         for entry, held, count in zip(self._entries, before, skipped):
-            health[entry.group, entry.position] = count_health(self._groups[entry.group], entry, held, count)
+            group = self._groups[entry.group]
+            if counts_health:
+                health[entry.group, entry.position] = count_health(group, entry, held, count)
+            if square_sums is not None:
+                square_sums[entry.group, entry.position] = update_sums(group, entry, held)
         self._entries = []
         return health
 

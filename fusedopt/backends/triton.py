@@ -106,6 +106,7 @@ class TritonSession(DeviceSession):
             scalars.grad_multipliers,
             scalars.lrs,
             scalars.scaling.max_grad_norm,
+            scalars.scaling.skip_step_above,
         )
         if device not in self._defaults:
             self._defaults[device] = (

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import typer
 
-from . import check, compare, info, kernels, memory, presets, range_test, schedule, search, validate
+from . import (
+    check,
+    compare,
+    diagnose,
+    info,
+    kernels,
+    memory,
+    monitor,
+    presets,
+    range_test,
+    report,
+    schedule,
+    search,
+    train,
+    validate,
+)
 
 app = typer.Typer(name="fusedopt", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(presets.app, name="presets")
-app.command("info")(info.show)
-app.command("check")(check.check)
+app.command("info", epilog="Example: fusedopt info --json")(info.show)
+app.command("check", epilog="Example: fusedopt check --device cuda:0")(check.check)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("memory", epilog=memory.MEMORY_EPILOG)(memory.memory)
 app.command("recommend", epilog=memory.RECOMMEND_EPILOG)(memory.recommend)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("search", epilog=search.EPILOG)(search.search)
 app.command("lr-range", epilog=range_test.EPILOG)(range_test.range_test)
-app.command("compile-kernels")(kernels.compile_kernels)
+app.command("report", epilog=report.EPILOG)(report.report)
+app.command("train", epilog=train.EPILOG)(train.train)
+app.command("monitor", epilog=monitor.EPILOG)(monitor.monitor)
+app.command("diagnose", epilog=diagnose.EPILOG)(diagnose.diagnose)
+app.command("compile-kernels", epilog=kernels.EPILOG)(kernels.compile_kernels)
 
 
 @app.callback()

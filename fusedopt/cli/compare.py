@@ -14,7 +14,7 @@ from .progress import progress
 from .sentences import AsJson, print_json, sentences
 
 EPILOG = (
-    "Example: fusedopt compare adamw.yaml lion.yaml small-from-scratch --train loop:train --budget 2000 --seeds 5 "
+    "Example: fusedopt compare ours.yaml theirs.yaml small-from-scratch --train loop:train --budget 2000 --seeds 5 "
     "--metric eval_loss --folder out/compare"
 )
 _METRIC = (

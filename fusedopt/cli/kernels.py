@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..backends import triton
+from .sentences import AsJson, print_json
 
 _TARGET = "Devices, with commas between: cuda:90 (compute capability 9.0), hip:gfx942, ..."
 _FORMATS = (
@@ -22,9 +23,12 @@ Rules = Annotated[str, typer.Option("--rules", help="Equations, with commas betw
 Formats = Annotated[str, typer.Option("--formats", help=_FORMATS)]
 
 
-def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "") -> None:
+EPILOG = "Example: fusedopt compile-kernels --target cuda:90 --formats bfloat16/8bit"
+
+
+def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "", as_json: AsJson = False) -> None:
     """Compiles the Triton kernels for devices, without one, into Triton's cache, so that no first step has to."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     if (reason := triton.missing()) is not None:
         sys.exit(reason)
     if triton.is_interpreting():
@@ -41,7 +45,10 @@ def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "") ->
             for i, job in enumerate(jobs):
                 console.print(f"{text}  {i + 1}/{len(jobs)}  {job.label}")
                 job.compile()
-    console.print(f"{len(jobs) * len(targets)} kernels in {time.perf_counter() - begin:.0f} s")
+    seconds = time.perf_counter() - begin
+    console.print(f"{len(jobs) * len(targets)} kernels in {seconds:.0f} s")
+    if as_json:
+        print_json({"targets": target.split(","), "kernels": [job.label for job in jobs], "seconds": seconds})
 
 
 def _listed(text: str) -> list[str] | None:

@@ -38,7 +38,7 @@ def list_presets(context: typer.Context, as_json: AsJson = False) -> None:
             typer.echo(f"{name:{width}}  {each.summary}")
 
 
-@app.command()
+@app.command(epilog=_EPILOG)
 def show(
     name: Annotated[str, typer.Argument(help="One that `fusedopt presets` lists.")],
     output: Output = None,

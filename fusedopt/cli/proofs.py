@@ -237,7 +237,7 @@ def _run(subject: Subject, name: str, shapes: Sequence[tuple[int, ...]], target:
                 param.grad.copy_(grad)
         if graph is None:
             _set(optimizer, scene, device)
-            if scene.is_captured and device.type == "cuda":
+            if scene.is_captured and device.type == "cuda" and not optimizer.changes_groups:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     optimizer.step()

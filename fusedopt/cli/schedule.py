@@ -14,9 +14,10 @@ from rich.console import Console
 
 from ..schedules import Schedule, create_schedule, picture
 from ..schedules.names import training_schedules
-from .sentences import sentences
+from .sentences import AsJson, print_json, sentences
 
-app = typer.Typer(help="Look at learning rate schedules.", no_args_is_help=True, rich_markup_mode=None)
+_EPILOG = "Example: fusedopt schedule plot cosine warmup_stable_decay:num_decay_steps=0.2 --warmup 0.1 --steps 1000"
+app = typer.Typer(help="Look at learning rate schedules.", epilog=_EPILOG, no_args_is_help=True, rich_markup_mode=None)
 
 _NAME = (
     "A name that `fusedopt schedule list` knows, with parameters if need be: cosine or "
@@ -31,9 +32,12 @@ Png = Annotated[Path | None, typer.Option("--png", help="File for a picture; wit
 Csv = Annotated[Path | None, typer.Option("--csv", help="File to write; without it the standard output.")]
 
 
-@app.command("list")
-def list_schedules() -> None:
+@app.command("list", epilog="Example: fusedopt schedule list")
+def list_schedules(as_json: AsJson = False) -> None:
     """Lists the schedules with their parameters and defaults."""
+    if as_json:
+        print_json({name: _parameters(cls) for name, cls in training_schedules().items()})
+        return
     console = Console(highlight=False, soft_wrap=True)
     for name, cls in training_schedules().items():
         parameters = inspect.signature(cls).parameters.values()
@@ -41,14 +45,19 @@ def list_schedules() -> None:
         console.print(f"[bold]{name}[/bold]  {shown}")
 
 
-@app.command()
-def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, png: Png = None) -> None:
-    """Draws schedules: into a picture with --png, else with characters."""
+@app.command(epilog=_EPILOG)
+def plot(
+    names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, png: Png = None, as_json: AsJson = False
+) -> None:
+    """Draws schedules: into a picture with --png, else with characters; --json gives their numbers instead."""
     with sentences():
         schedules = [_schedule(name, steps, warmup, lr) for name in names]
         if png is not None:
             labels = [name.replace(":", "\n", 1).replace(",", ", ") for name in names]
             picture.save(picture.plot(schedules, steps=steps, base_lr=lr, labels=labels), png)
+        if as_json:
+            print_json({name: _columns(each, steps, lr) for name, each in zip(names, schedules)})
+        if png is not None or as_json:
             return
         console = Console(highlight=False)
         for name, schedule in zip(names, schedules):
@@ -56,20 +65,33 @@ def plot(names: Names, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, 
             print(picture.sketch(schedule, steps=steps, base_lr=lr, width=min(100, max(30, console.width))))
 
 
-@app.command()
-def dump(name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, csv: Csv = None) -> None:
+@app.command(epilog="Example: fusedopt schedule dump linear --warmup 100 --steps 1000 --lr 1e-3 --csv linear.csv")
+def dump(
+    name: Name, steps: Steps = 1_000, warmup: Warmup = 0, lr: Lr = None, csv: Csv = None, as_json: AsJson = False
+) -> None:
     """Writes step, multiplier and, with --lr, the learning rate of every step as CSV."""
     with sentences():
-        multipliers = _schedule(name, steps, warmup, lr)(np.arange(steps), lr)
-        columns = {"step": range(steps), "multiplier": multipliers.tolist()}
-        if lr is not None:
-            columns["lr"] = (multipliers * lr).tolist()
+        columns = _columns(_schedule(name, steps, warmup, lr), steps, lr)
         rows = (",".join(map(repr, row)) for row in zip(*columns.values()))
         text = "\n".join([",".join(columns), *rows, ""])
-        if csv is None:
-            sys.stdout.write(text)
-        else:
+        if csv is not None:
             csv.write_text(text)
+        if as_json:
+            print_json(columns)
+        elif csv is None:
+            sys.stdout.write(text)
+
+
+def _columns(schedule: Schedule, steps: int, lr: float | None) -> dict[str, list[Any]]:
+    multipliers = schedule(np.arange(steps), lr)
+    columns: dict[str, list[Any]] = {"step": list(range(steps)), "multiplier": multipliers.tolist()}
+    return columns if lr is None else {**columns, "lr": (multipliers * lr).tolist()}
+
+
+def _parameters(cls: type[Schedule]) -> dict[str, Any]:
+    """Parameters and their defaults; of one that has to be given, nothing."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: {} if p.default is p.empty else {"default": p.default} for p in parameters}
 
 
 def _schedule(spec: str, steps: int, warmup: float, lr: float | None) -> Schedule:

@@ -14,7 +14,7 @@ from .sentences import AsJson, print_json, sentences
 EPILOG = (
     "Example: fusedopt search search.yaml --folder out/search --output best.yaml, with a file such as "
     "{recipe: small-from-scratch, train: 'loop:train', budget: 1000, trials: 40, halving: 3, metric: eval_loss, "
-    "space: {lr: {low: 1e-4, high: 1e-2, log: true}, optimizer: [adamw, lion]}}"
+    "space: {lr: {low: 1e-4, high: 1e-2, log: true}, weight_decay: [0.0, 0.1]}}"
 )
 _FILE = "What is searched: recipe, train, budget, trials, sampler, halving, metric, seed, space; .yaml, .toml or .json."
 

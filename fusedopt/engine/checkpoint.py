@@ -17,16 +17,24 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..offload.homes import Wanted, place
 from ..storage import masters
-from ..storage.allocation import Request, allocate
 from ..storage.quantization import decode, encode, scales_shape
 from ..storage.state import DTYPES, Slot, StateSpec, slots_of
 from . import sharding
 from .contract import Contract
 from .options import OWN_DEFAULTS
 
-# Which machine a run is on, and with which others it runs, is not part of the run.
-_NOT_RESTORED = ("backend", "grad_norm_group")
+# Which machine a run is on, with which others it runs, and where its states are, is not part of the run.
+_NOT_RESTORED = (
+    "backend",
+    "grad_norm_group",
+    "state_device",
+    "stream_bytes",
+    "reserve_bytes",
+    "step_device",
+    "host_threads",
+)
 
 _MASTER_DTYPES = {
     "compensation": tuple(DTYPES.values()),
@@ -203,6 +211,7 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 def restore(optimizer: Contract) -> None:
     """Unwraps what `prepare` wrapped and copies it into fresh memory of the stored format."""
     targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
+    groups: list[dict[str, Any]] = []  # of each of them
     for group in optimizer.param_groups:
         if isinstance(group["grad_norm_group"], _Kept):
             group["grad_norm_group"] = group["grad_norm_group"].tensor
@@ -227,8 +236,9 @@ def restore(optimizer: Contract) -> None:
                 slots = slots_of(spec, group, param, sharding.local(param))
                 targets += [(held, param, *pair) for pair in zip(slots, _converted(spec, slots, sources))]
             targets += _masters(group, param, held, kept)
-    requests = [Request.of(slot, sharding.local(param)) for _, param, slot, _ in targets]
-    for (held, param, slot, source), tensor in zip(targets, allocate(requests)):
+            groups += [group] * (len(targets) - len(groups))
+    wanted = [Wanted(group, sharding.local(param), slot) for group, (_, param, slot, _) in zip(groups, targets)]
+    for (held, param, slot, source), tensor in zip(targets, place(wanted)):
         tensor.copy_(source)
         is_step = slot.key == "step"
         held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)

@@ -27,6 +27,7 @@ _DISAGREED = -1.0  # in the place of a hash
 # What of a param group decides whether ranks gather anything, and in which formats they step.
 _AGREED = (
     "max_grad_norm",
+    "skip_step_above",
     "state_dtype",
     "state_rounding",
     "min_quantized_numel",
@@ -237,10 +238,13 @@ class Agreement:
             for group, value in zip(explicit, row.sums):
                 by_group[group] += value
         for group in meshes.groups:
-            agreed = _hash(optimizer.common_max_grad_norm())
+            limits = {"max_grad_norm": optimizer.common_max_grad_norm()}
+            if optimizer.common_skip_step_above() is not None:
+                limits["skip_step_above"] = optimizer.common_skip_step_above()
+            agreed = _hash(limits)
             row = _Row(agreed, 0.0, found_inf, 0.0, (by_group[group],)).over([group])
             if row.hash == _DISAGREED:
-                self._raise({"max_grad_norm": optimizer.common_max_grad_norm()}, [group])
+                self._raise(limits, [group])
             found_inf, by_group[group] = row.found_inf, row.sums[0]
         return _ordered_sum(by_group.values()), found_inf
 
@@ -374,12 +378,13 @@ def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
 def refuse_flat_shards(param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for a norm over shards of which nobody says where the others are."""
     for index, group in enumerate(param_groups):
-        if group["max_grad_norm"] is None or group["grad_norm_group"] is not None:
+        if not Contract.takes_norm(group) or group["grad_norm_group"] is not None:
             continue
+        asked = "max_grad_norm" if group["max_grad_norm"] is not None else "skip_step_above"
         for position, param in enumerate(group["params"]):
             if hasattr(param, "_is_flat_param") or hasattr(param, "_fsdp_flattened"):
                 raise ValueError(
                     f"parameter {position} of group {index} is a shard of FullyShardedDataParallel, of version 1, and "
-                    f"max_grad_norm={group['max_grad_norm']!r} would clip to the norm of this shard; pass "
+                    f"{asked}={group[asked]!r} would go by the norm of this shard; pass "
                     "grad_norm_group=model.process_group with it, or clip with model.clip_grad_norm_"
                 )

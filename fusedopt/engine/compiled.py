@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import GroupStep, Scaling, candidates, new_sessions
+from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from . import sharding
 from .collectives import shard_sums
 from .contract import Contract
-from .gather import Gathered, Listed, Member, Ranks, let_go
+from .gather import Gathered, Listed, Member, Ranks
+from .sessions import all_sessions, let_go, size_buffers
 
 
 class _Column(NamedTuple):
@@ -90,7 +91,8 @@ _library = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-c
 _library.define(  # type: ignore[no-untyped-call]
     "step_(str optimizer, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] held, Tensor(c!)[] steps, Tensor[] lrs, "
     "Tensor(d!)? grad_norm, *, int[] sizes, str[] state_keys, str[] backends, str[] hyper_names, float[] hyper_values, "
-    f"bool derives_on_device, float? max_grad_norm, {', '.join(f'{c.kind}[] {name}' for name, c in _COLUMNS.items())}"
+    f"bool derives_on_device, float? max_grad_norm, float? skip_step_above, "
+    f"{', '.join(f'{c.kind}[] {name}' for name, c in _COLUMNS.items())}"
     ") -> ()"
 )
 
@@ -111,6 +113,7 @@ def _step(
     hyper_values: Sequence[float],
     derives_on_device: bool,
     max_grad_norm: float | None,
+    skip_step_above: float | None,
     **columns: Sequence[Any],
 ) -> None:
     values, tensors_held = iter(hyper_values), iter(held)
@@ -124,7 +127,9 @@ def _step(
     parts = {(group.param_group, group.layout): part for part, group in enumerate(groups)}
     owner = _OWNERS.get(optimizer)
     with nullcontext() if owner is None else owner._lock:  # a graph may outlive its optimizer
-        sessions = new_sessions() if owner is None else owner._sessions()
+        sessions = all_sessions() if owner is None else owner._sessions()
+        if owner is not None:
+            size_buffers(sessions, owner.param_groups)
         gathered = Gathered(sessions, groups, [None] * len(groups), takes_sums=max_grad_norm is not None)
         try:
             gathered.begin()
@@ -144,7 +149,7 @@ def _step(
                     listed.append((group, whole, grad))
             if owner is not None and (meshes := owner._agreement().meshes(owner)) is not None:
                 gathered.ranks = Ranks(owner._agreement(), owner, meshes)
-            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm), listed)
+            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm, skip_step_above=skip_step_above), listed)
             gathered.write_back()
         finally:
             let_go(sessions)
@@ -243,5 +248,6 @@ def step(optimizer: Contract) -> None:
         hyper_values=hyper_values,
         derives_on_device=optimizer.derives_on_device,
         max_grad_norm=optimizer.common_max_grad_norm(),
+        skip_step_above=optimizer.common_skip_step_above(),
         **{name: [column.write(getattr(s, name)) for s in settings] for name, column in _COLUMNS.items()},
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends, checks
 from ..backends import GroupStep
+from ..offload import homes
+from ..offload.handle import Release
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
 
@@ -58,10 +62,14 @@ class Contract(Optimizer):
     # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
     begins_in_first_step: ClassVar[bool] = False
 
+    # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
+    changes_groups: ClassVar[bool] = False
+
     # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
     why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
+    _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 
     # ---- what a subclass answers -----------------------------------------------------------------
@@ -111,6 +119,17 @@ class Contract(Optimizer):
         """What a state begins with."""
         return 0.0
 
+    def before_step(self) -> None:
+        """Raises ValueError if no step may be taken now."""
+        if self.changes_groups and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"a step of {type(self).__name__} cannot be captured in a CUDA graph: its param groups change in every "
+                "step, and replays would not see it; call step() outside of the graph"
+            )
+
+    def after_step(self) -> None:
+        """Changes param groups after a step that was taken; for optimizers with `changes_groups`."""
+
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A complete param group from a state dict that another package may have written, as ours are."""
         return group
@@ -155,11 +174,20 @@ class Contract(Optimizer):
             )
         checks.uint32("seed", group["seed"])
         checks.whole("min_quantized_numel", group["min_quantized_numel"])
+        checks.whole("reserve_bytes", group["reserve_bytes"])
+        homes.check_step_device(group)
+        if checks.whole("stream_bytes", group["stream_bytes"]) < 1 << 16:
+            raise ValueError(
+                f"stream_bytes={group['stream_bytes']!r} is too small to pay; pass at least 65536 (2**16) bytes"
+            )
         checks.process_group("grad_norm_group", group["grad_norm_group"])
         if group["max_grad_norm"] is not None and not checks.nonnegative("max_grad_norm", group["max_grad_norm"]) > 0:
             raise ValueError("max_grad_norm=0 would make every gradient zero; pass a number > 0, or None not to clip")
+        if group["skip_step_above"] is not None:
+            checks.positive("skip_step_above", group["skip_step_above"])
         return {
             **group,
+            "state_device": homes.normalize(group["state_device"]),
             "state_dtype": normalize_dtype(group["state_dtype"], self.all_states(group)),
             "state_rounding": normalize_rounding(group["state_rounding"], self.STATES),
             "rounding": masters.normalize_rounding(group["rounding"]),
@@ -194,18 +222,35 @@ class Contract(Optimizer):
         return backends.candidates(self.param_groups[group]["backend"])
 
     def common_max_grad_norm(self) -> float | None:
-        """The norm that all groups clip to; None if they do not.
+        """The norm that all groups clip to; infinity if it is only looked at, None if there is no need of it.
 
         Raises:
             ValueError: It differs between groups.
         """
-        values = [group["max_grad_norm"] for group in self.param_groups]
+        found = self._common("max_grad_norm")
+        return math.inf if found is None and self.common_skip_step_above() is not None else found
+
+    def common_skip_step_above(self) -> float | None:
+        """The norm above which a step is not taken; None if all are.
+
+        Raises:
+            ValueError: It differs between groups.
+        """
+        return self._common("skip_step_above")
+
+    def _common(self, name: str) -> float | None:
+        values = [group[name] for group in self.param_groups]
         if any(value != values[0] for value in values):
             raise ValueError(
-                f"max_grad_norm differs between param groups ({values}); one norm is taken over all of them, "
+                f"{name} differs between param groups ({values}); one norm is taken over all of them, "
                 "so give all the same value"
             )
         return values[0]
+
+    @staticmethod
+    def takes_norm(group: dict[str, Any]) -> bool:
+        """Whether steps take the norm of all gradients first."""
+        return group["max_grad_norm"] is not None or group["skip_step_above"] is not None
 
     def _init_group(
         self,

@@ -68,15 +68,19 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
                 f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
                 "pass the weights of the same model"
             )
-    where = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in params.items():
-        local, source = sharding.local(param), sharding.local(weights[name])
-        index = where.get(param)
-        group = None if index is None else optimizer.param_groups[index]
-        kind = None if group is None else masters.kind_of(group["master_weights"], param)
-        if kind is None or index is None:
-            local.copy_(source)
-            continue
-        make_state(optimizer, [(index, param)])
-        kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
-        storage.write(kind, local, kept, source.to(device=local.device, dtype=torch.float32))
+        set_full_precision(optimizer, groups.get(param), param, sharding.local(weights[name]))
+
+
+def set_full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor, value: Tensor) -> None:
+    """Sets what is held here of a parameter's weights, rounded to nearest where they cannot hold it."""
+    local = sharding.local(param)
+    kind = None if group is None else masters.kind_of(group["master_weights"], param)
+    if kind is None or group is None:
+        local.copy_(value)
+        return
+    index = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+    make_state(optimizer, [(index, param)])
+    kept = sharding.local(optimizer.state[param][masters.KEYS[kind]])
+    storage.write(kind, local, kept, value.to(device=local.device, dtype=torch.float32))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Session
-from ..backends.base import Health, Spread
-from ..reference.norm import CHUNK, pairwise_sum, square_sums
+from ..backends.base import Health, Spread, SquareSums
+from ..offload.stream import Streamer, can_stream, is_streamed, on_device
+from ..reference.norm import CHUNK, clip, pairwise_sum, square_sums
 from ..storage import masters
 from ..storage.allocation import permuted_strides
 from ..storage.placement import Place
@@ -21,22 +21,8 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-
-# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
-_CLIP_EPS = 1e-6
-
-
-def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
-    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
-    norm = math.sqrt(square_sum) * multiplier
-    coefficient = max_grad_norm / (norm + _CLIP_EPS)
-    return multiplier * (1.0 if coefficient > 1.0 else coefficient), norm  # NaN stays NaN
-
-
-def let_go(sessions: dict[str, Session]) -> None:
-    """Ends a step: gradients are no longer referred to, because zero_grad is to free them."""
-    for session in sessions.values():
-        session.begin((), ())
+from .plain import base, is_plain_memory, nothing
+from .sessions import streamer_of
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -44,25 +30,12 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
-def _nothing() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64, device="cpu")
-
-
 def _chunks_of(grad: Tensor) -> int:
     """How many chunks the sum of squares of a gradient is taken in."""
     return -(-grad.numel() * (2 if grad.is_complex() else 1) // CHUNK)
 
 
-def _base(tensor: Tensor) -> Tensor:
-    """The same numbers as a Tensor, apart from autograd's graph."""
-    tensor = tensor.detach()
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def _is_plain_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are what its memory holds, aligned to their size."""
-    return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
-
+T = TypeVar("T")
 
 # A param group, a parameter of it, and its gradient.
 Listed = tuple[dict[str, Any], Tensor, Tensor]
@@ -89,6 +62,14 @@ class Member(NamedTuple):
     entry: int
 
 
+def clipped(square_sum: float, multiplier: float, scaling: Scaling) -> tuple[float | None, Tensor]:
+    """What gradients are multiplied by to have at most a norm, and the norm; None if it is too large for any step."""
+    assert scaling.max_grad_norm is not None
+    multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
+    skips = scaling.skip_step_above is not None and not norm <= scaling.skip_step_above  # a norm that is NaN, too
+    return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+
+
 class Gathered:
     """The tensors of one step, by backend, and the copies to write back.
 
@@ -107,7 +88,7 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
-        spread_of: Callable[[dict[str, Any], Tensor], Spread | None] | None = None,
+        spread_of: Callable[[int, Tensor], Spread | None] | None = None,
     ) -> None:
         self._takes_sums = takes_sums
         self._spread_of = spread_of
@@ -118,6 +99,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
+        self.is_taken = False  # the step, unless a device knows better
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -142,25 +124,19 @@ class Gathered:
             session = self.sessions[backends.first(group["backend"], params).name]
             missed = session.collect(part, params, state)
             if missed:
-                missed = self._collect_shards(session, part, group, params, missed, state)
+                missed = self._collect_shards(session, part, params, missed, state)
             left += [self.member(part, entry) for entry in missed]
         return sorted(left)
 
     def _collect_shards(
-        self,
-        session: Session,
-        part: int,
-        group: dict[str, Any],
-        params: list[Tensor],
-        missed: list[int],
-        state: dict[Tensor, Any],
+        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
     ) -> list[int]:
         """Hands over the shards among those parameters; what is left of them all."""
         shards, wrappers, others = sharding.as_they_lie(params, missed, state)
         if not wrappers:
             return missed
         if self._spread_of is not None:
-            shards.spreads = [self._spread_of(group, wrapper) for wrapper in wrappers]
+            shards.spreads = [self._spread_of(self.groups[part].param_group, wrapper) for wrapper in wrappers]
         left = session.collect_shards(part, shards)
         if left:
             held = set(left)
@@ -210,7 +186,15 @@ class Gathered:
         )
         entry = self._as_it_lies(settings, entry) or self._row_major(entry)
         for backend in candidates:
-            if backend.refusal(local) is None and self.sessions[backend.name].add(entry):
+            if backend.refusal(local) is not None:
+                continue
+            session = self.sessions[backend.name]
+            if is_streamed(entry):
+                if isinstance(session, DeviceSession) and can_stream(entry):
+                    streamer_of(self.sessions).take(entry, session)
+                    return
+                entry = on_device(entry, self._copies)
+            if session.add(entry):
                 return
         names = " or ".join(repr(backend.name) for backend in candidates)
         raise ValueError(
@@ -235,14 +219,14 @@ class Gathered:
                 return None
         grad = self._numbers(entry.grad, entry.param)
         tensors = [entry.param, *(held for (held,) in entry.states), *([] if entry.master is None else [entry.master])]
-        if any(tensor.stride() != strides or not _is_plain_memory(tensor) for tensor in tensors):
+        if any(tensor.stride() != strides or not is_plain_memory(tensor) for tensor in tensors):
             return None
-        if grad.stride() != strides or not _is_plain_memory(grad):
+        if grad.stride() != strides or not is_plain_memory(grad):
             grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
         run = ((entry.param.numel(),), (1,))
         return replace(
             entry,
-            param=_base(entry.param).as_strided(*run),
+            param=base(entry.param).as_strided(*run),
             grad=grad.as_strided(*run),
             states=tuple((held.as_strided(*run),) for (held,) in entry.states),
             master=None if entry.master is None else entry.master.as_strided(*run),
@@ -260,8 +244,8 @@ class Gathered:
 
     def _plain(self, tensor: Tensor) -> Tensor:
         """The tensor itself if it is plain and contiguous, else a copy that `write_back` returns."""
-        tensor = _base(tensor)
-        if tensor.is_contiguous() and _is_plain_memory(tensor):
+        tensor = base(tensor)
+        if tensor.is_contiguous() and is_plain_memory(tensor):
             return tensor
         copy = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
         self._copies.append((tensor, copy))
@@ -278,13 +262,27 @@ class Gathered:
         active = [session for session in self.sessions.values() if len(session) > 0]
         if len(active) == 1 and not (isinstance(active[0], DeviceSession) and active[0].device() is None):
             return [active[0].square_sums()]
+        apart = [
+            s for s in active if isinstance(s, Streamer) or (isinstance(s, DeviceSession) and s.device() is not None)
+        ]
+        if active and len(apart) == len(active):
+            sums: dict[tuple[int, int], Tensor] = {}
+            for session in apart:
+                sums |= session.sums_by_place()
+            return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
         # List order runs across backends: the reference takes them all.
         return [square_sums(_dense(grad)).cpu() for grad in grads]
+
+    def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
+        """The sums of squares by chunk of each gradient; all of them are here."""
+        grads = [sharding.local(grad) for _, _, grad in listed]
+        sums = self._chunk_sums(grads)
+        return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 
     def square_sum(self, listed: Iterable[Listed]) -> float:
         """The sum of squares of gradients that are all here."""
         sums = self._chunk_sums([sharding.local(grad) for _, _, grad in listed])
-        return float(pairwise_sum(torch.cat(sums) if sums else _nothing()).item())
+        return float(pairwise_sum(torch.cat(sums) if sums else nothing()).item())
 
     def square_sums_by_place(self, meshes: Meshes, listed: Iterable[Listed]) -> dict[tuple[Any, Any], float]:
         """The sums of squares here, by (mesh or None, explicit group or None); of replicas those of one rank."""
@@ -305,7 +303,13 @@ class Gathered:
         return {place: float(pairwise_sum(torch.cat(parts)).item()) for place, parts in found.items()}
 
     def step(
-        self, scaling: Scaling, listed: Iterable[Listed], *, counts_health: bool = False
+        self,
+        scaling: Scaling,
+        listed: Iterable[Listed],
+        *,
+        counts_health: bool = False,
+        square_sums: SquareSums | None = None,
+        waits: bool = False,
     ) -> tuple[Health, Tensor | None]:
         """Steps everything, negating gradients where a group maximizes.
 
@@ -313,6 +317,8 @@ class Gathered:
             scaling: What gradients are multiplied by.
             listed: All that has a gradient, in list order.
             counts_health: Whether to count what goes wrong.
+            square_sums: Takes the sums of what was stepped, if it is given.
+            waits: Whether to learn from a device if the step is taken, before it is; `is_taken` is sure then.
 
         Returns:
             What was counted, and the gradient norm if it was clipped to. If gradients were found not to be finite,
@@ -324,12 +330,20 @@ class Gathered:
             return {}, self._fake.new_empty((), dtype=torch.float32, device=self._fake.device)
         active = [session for session in self.sessions.values() if len(session) > 0]
         is_on_one = len(active) == 1 and isinstance(active[0], DeviceSession) and active[0].device() is not None
-        if is_on_one and (self.ranks is None or not self._meets(scaling)):
+        if is_on_one and not waits and (self.ranks is None or not self._meets(scaling)):
             # This waits for nothing.
-            counted, norm = active[0].step_scaled(self._signs(), scaling, counts_health=counts_health)  # type: ignore[attr-defined]
+            self.is_taken = True
+            sums: SquareSums | None = None if square_sums is None else {}
+            counted, norm = active[0].step_scaled(  # type: ignore[attr-defined]
+                self._signs(), scaling, counts_health=counts_health, square_sums=sums
+            )
+            if square_sums is not None and sums:
+                square_sums.update(self._by_member(sums))
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
-        return ({} if multiplier is None else self.step_times(multiplier, counts_health=counts_health)), norm
+        if multiplier is None:
+            return {}, norm
+        return self.step_times(multiplier, counts_health=counts_health, square_sums=square_sums), norm
 
     def _meets(self, scaling: Scaling) -> bool:
         """Whether ranks have something to tell each other before they step, or will meet within the step."""
@@ -339,7 +353,8 @@ class Gathered:
     def multiplier(self, scaling: Scaling, listed: Iterable[Listed]) -> tuple[float | None, Tensor | None]:
         """What gradients are multiplied by, and the norm if they are clipped to one; waits for devices, and ranks.
 
-        None, and nothing is to be stepped, if gradients were found not to be finite.
+        None instead of a number, and nothing is to be stepped, if gradients were found not to be finite, or their norm
+        to be too large.
         """
         found_inf = 0.0 if scaling.found_inf is None else float(scaling.found_inf.item())
         square_sum = 0.0
@@ -354,23 +369,26 @@ class Gathered:
             return multiplier, None
         if self.ranks is None:
             square_sum = self.square_sum(listed)
-        multiplier, norm = clip(square_sum, multiplier, scaling.max_grad_norm)
-        return multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
+        return clipped(square_sum, multiplier, scaling)
 
-    def step_times(self, multiplier: float, *, counts_health: bool = False) -> Health:
-        """Steps everything, gradients times a number; returns what was counted."""
+    def step_times(
+        self, multiplier: float, *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Health:
+        """Steps everything, gradients times a number; returns what was counted. See `step`."""
+        self.is_taken = True
         multipliers = [sign * multiplier for sign in self._signs()]
         active = [session for session in self.sessions.values() if len(session) > 0]
-        steps = [session.summing_step(multipliers, counts_health=counts_health) for session in active]
-        found: Health = {}
-        for counted in backends.taken(backends.together(steps)):
-            found |= self._by_member(counted)
-        return found
+        sums: SquareSums | None = None if square_sums is None else {}
+        steps = [s.summing_step(multipliers, counts_health=counts_health, square_sums=sums) for s in active]
+        found = {place: each for counted in backends.taken(backends.together(steps)) for place, each in counted.items()}
+        if square_sums is not None and sums:
+            square_sums.update(self._by_member(sums))
+        return self._by_member(found)
 
     def _signs(self) -> list[float]:
         return [-1.0 if group.maximize else 1.0 for group in self.groups]
 
-    def _by_member(self, counted: Health) -> Health:
+    def _by_member(self, counted: dict[tuple[int, int], T]) -> dict[tuple[int, int], T]:
         return {self.member(*place)[:2]: counts for place, counts in counted.items()}
 
     def write_back(self) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import GroupStep
+from ..offload import homes
+from ..offload.homes import Wanted, place
 from ..storage import masters
-from ..storage.allocation import Request, allocate
 from ..storage.quantization import encode
 from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
 from . import checkpoint, collectives, reports, sharding
@@ -41,19 +42,38 @@ def parts(
     return groups, positions
 
 
-def rounds(param_groups: list[dict[str, Any]]) -> list[list[list[int]]]:
+def rounds(param_groups: list[dict[str, Any]], listed: Sequence[list[int]] | None = None) -> list[list[list[int]]]:
     """Positions by round and param group: round k has the k-th listing of each parameter, and the first has them all.
 
     A group that lists a parameter twice steps it twice, as in torch, and backends step what they are given at once.
+    With `listed`, only of the parameters at these positions.
     """
     found: list[list[list[int]]] = []
     for index, group in enumerate(param_groups):
+        params = group["params"]
+        wanted = None if listed is None else {params[i] for i in listed[index]}
         times: dict[Tensor, int] = {}
-        for position, param in enumerate(group["params"]):
+        for position, param in enumerate(params):
+            if wanted is not None and param not in wanted:
+                continue
             times[param] = times.get(param, 0) + 1
             if times[param] > len(found):
                 found.append([[] for _ in param_groups])
             found[times[param] - 1][index].append(position)
+    return found
+
+
+def with_gradients(param_groups: list[dict[str, Any]]) -> list[list[int]]:
+    """Positions by param group of what has a gradient, each parameter where its group lists it first."""
+    found: list[list[int]] = []
+    for group in param_groups:
+        seen: set[Tensor] = set()
+        places = []
+        for position, param in enumerate(group["params"]):
+            if param.grad is not None and param not in seen:
+                seen.add(param)
+                places.append(position)
+        found.append(places)
     return found
 
 
@@ -68,7 +88,7 @@ def unstepped(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> s
     return {param for param in params if float(state.get(param, {}).get("step", 0)) == 0}
 
 
-def begin_anew(optimizer: Contract, listed: list[list[int]], new: set[Tensor]) -> None:
+def begin_anew(optimizer: Contract, listed: Sequence[list[int]], new: set[Tensor]) -> None:
     """Makes the states of those parameters in a round that are new what they were before their first step."""
     for group, positions in zip(optimizer.param_groups, listed):
         for param in (group["params"][position] for position in positions):
@@ -103,7 +123,9 @@ def check_param(optimizer: Contract, group_index: int, position: int) -> None:
             f"{where} cannot be stepped by backend={group['backend']!r} ({reasons}); "
             "use backend='auto' or convert the parameter to float32, bfloat16 or float16"
         )
-    reason = masters.refusal(group, param) or optimizer.refusal(group, param)
+    is_part = sharding.is_dtensor(param)
+    reason = homes.refusal(group, sharding.local(param), is_part)
+    reason = reason or masters.refusal(group, param) or optimizer.refusal(group, param)
     if reason is not None:
         raise ValueError(f"{where} cannot be stepped: {reason}")
     for spec in optimizer.states_of(group, param):
@@ -168,6 +190,7 @@ def only_wants_state(optimizer: Contract) -> bool:
 def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bool:
     """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
     wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
+    groups: list[dict[str, Any]] = []  # of each of them
     for group_index, param in members:
         group = optimizer.param_groups[group_index]
         held = optimizer.state.get(param, {})
@@ -181,7 +204,8 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         slot = masters.slot_of(group, param, sharding.local(param))
         if slot is not None and slot.key not in held:
             wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
-    tensors = allocate(Request.of(s, sharding.local(p)) for p, s, _ in wanted)
+        groups += [group] * (len(wanted) - len(groups))
+    tensors = place(Wanted(group, sharding.local(p), s) for group, (p, s, _) in zip(groups, wanted))
     for (param, slot, first), tensor in zip(wanted, tensors):
         if first is not None:
             _begin(tensor, first)

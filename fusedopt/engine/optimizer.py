@@ -6,20 +6,22 @@ import difflib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Scaling, Session, new_sessions
-from ..backends.base import ASKING, REFERENCES, Health
-from . import checkpoint, compiled, members, reports, sharding
+from ..backends import Scaling, Session
+from ..backends.base import ASKING, REFERENCES, Spread
+from ..offload.homes import RESERVE_BYTES, uses_disk
+from ..offload.stream import STREAM_BYTES
+from . import checkpoint, compiled, members, sharding
 from .collectives import Agreement, shard_sums
-from .contract import Contract
-from .gather import Gathered, Ranks, let_go
+from .gather import Gathered, Ranks
 from .options import note_own_defaults, spell_out
+from .partial import Partial
+from .sessions import all_sessions, size_buffers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
 CLASSES: dict[str, type[FusedOptimizer]] = {}
 
 
-class FusedOptimizer(Contract):
+class FusedOptimizer(Partial):
     """Base of all optimizers: param groups, state, steps and checkpoints.
 
     What a subclass declares and answers is described in `Contract`.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups. Every option may differ between
-            groups, except max_grad_norm.
+            groups, except max_grad_norm and skip_step_above.
         defaults: The subclass's own hyperparameters.
         state_dtype: How states are stored: "float32", "bfloat16", "float16", "8bit" (1.02 bytes per element; see
             docs/formats.md), a torch.dtype, or a dict {state: one of them} whose missing states are float32.
@@ -58,9 +60,20 @@ class FusedOptimizer(Contract):
         max_grad_norm: Clip gradients to this global norm (over all groups) inside the step; None does
             not. Gradients are not written to; the norm is left in `last_grad_norm`. Of DTensors it is that of the
             whole, over all shards, with each replica counted once.
+        skip_step_above: Leave out every step whose gradients have a larger norm, or one that is NaN: nothing changes,
+            the step is not counted, and `last_grad_norm` tells. It is looked at before clipping, inside the step and
+            without waiting for a device. None takes all.
         grad_norm_group: A process group over whose members the parameters of a param group are spread without being
             DTensors of a mesh with all of them, such as the stages of a pipeline or experts: their part of the norm
             is summed over it. Not saved in state dicts. None: this process, or the meshes of DTensors.
+        state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
+            the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
+            have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
+        stream_bytes: The size of each of the two buffers on the device that a step streams states through.
+        step_device: "cpu" steps parameters on a GPU on the host: gradients and weights are copied there, states and
+            masters are there, and weights come back. None steps them where they are.
+        host_threads: Threads of such a step; None takes as many as torch.
+        reserve_bytes: What state_device="auto" leaves free on the device, in bytes.
         backend: "auto", or the name of one: "cpu" and "cuda" (compiled), "triton" (AMD and Intel GPUs, and NVIDIA
             ones without compiled kernels; docs/triton.md), "eager" (plain torch, any device).
         maximize: Ascend instead of descend.
@@ -71,11 +84,8 @@ class FusedOptimizer(Contract):
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
-            clipping; None until a step with max_grad_norm was taken.
+            clipping; None until a step with max_grad_norm or skip_step_above was taken.
     """
-
-    _health: reports.HealthRecord | None = None
-    _repeats = False  # whether a group lists a parameter more than once; kept where param groups change
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +117,12 @@ class FusedOptimizer(Contract):
         nonfinite: str = "propagate",
         seed: int = 0,
         max_grad_norm: float | None = None,
+        skip_step_above: float | None = None,
+        state_device: str | None = None,
+        stream_bytes: int = STREAM_BYTES,
+        reserve_bytes: int = RESERVE_BYTES,
+        step_device: str | None = None,
+        host_threads: int | None = None,
         grad_norm_group: ProcessGroup | None = None,
         backend: str = "auto",
         maximize: bool = False,
@@ -134,6 +150,12 @@ class FusedOptimizer(Contract):
             "nonfinite": nonfinite,
             "seed": seed,
             "max_grad_norm": max_grad_norm,
+            "skip_step_above": skip_step_above,
+            "state_device": state_device,
+            "stream_bytes": stream_bytes,
+            "reserve_bytes": reserve_bytes,
+            "step_device": step_device,
+            "host_threads": host_threads,
             "grad_norm_group": grad_norm_group,
             "backend": backend,
         }
@@ -144,9 +166,10 @@ class FusedOptimizer(Contract):
         """Whether GradScaler hands over its scale and whether it found inf, instead of unscaling gradients itself.
 
         As in torch, only where fused=True asks for it, because whoever clips between backward and step, as Lightning
-        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale.
+        does, needs gradients that are unscaled by then; or where the step clips, which needs the scale. Where gradients
+        are released, it finds none, and the step says what to do.
         """
-        return any(group["fused"] or group["max_grad_norm"] is not None for group in self.param_groups)
+        return self._release is not None or any(group["fused"] or self.takes_norm(group) for group in self.param_groups)
 
     # ---- param groups ----------------------------------------------------------------------------
 
@@ -162,6 +185,8 @@ class FusedOptimizer(Contract):
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)
         self._repeats = self._repeats or members.repeats(self.param_groups[-1:])
+        if self._release is not None:
+            self._release.attach()
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -182,7 +207,9 @@ class FusedOptimizer(Contract):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and getattr(self, "found_inf", None) is None and not self._repeats:
+        is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
+        is_plain = is_plain and not self.changes_groups and not self._asks_for_host()
+        if torch.compiler.is_compiling() and is_plain:
             compiled.step(self)
         else:
             self._take_step()
@@ -191,60 +218,39 @@ class FusedOptimizer(Contract):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
         with self._lock:
-            self._take_whole_step()
+            if self._release is not None:
+                self._release.finish()
+            else:
+                self._take_whole_step()
 
     def _take_whole_step(self) -> None:
         if members.only_wants_state(self):
             members.init_state(self, lambda param: param.grad is not None)
             return
+        self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm())
+        scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
         if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return
-        try:
-            take = self._step_in_rounds if self._repeats else self._step_at_once
-            counts, norm = take(scaling, None if meshes is None else Ranks(self._agreement(), self, meshes))
-            if norm is not None:
-                self.last_grad_norm = norm
-            if self._health is not None:
-                self._health.add(counts)
-        finally:
-            let_go(self._sessions())
-
-    def _step_at_once(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
-        gathered = self._gather()
-        gathered.ranks = ranks
-        params = ((group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-        found = gathered.step(scaling, params, counts_health=self._health is not None)
-        gathered.write_back()
-        return found
-
-    def _step_in_rounds(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
-        """Steps parameters once for each time that they are listed; in the norm their gradients count once."""
-        counts: Health = {}
-        multiplier, norm = None, None
-        new = members.unstepped(self.param_groups, self.state) if self.begins_in_first_step else set()
-        for number, listed in enumerate(members.rounds(self.param_groups)):
-            if number > 0:
-                members.begin_anew(self, listed, new)
-            gathered = self._gather(listed)
-            if number == 0:
-                gathered.ranks = ranks
-                firsts = ((g, g["params"][i]) for g, places in zip(self.param_groups, listed) for i in places)
-                multiplier, norm = gathered.multiplier(
-                    scaling, ((g, p, p.grad) for g, p in firsts if p.grad is not None)
-                )
-            if multiplier is None:
-                break
-            counts |= gathered.step_times(multiplier, counts_health=self._health is not None)
-            gathered.write_back()
-        return counts, norm
+        self._is_taken = False
+        ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
+        if self._uses_host():
+            counts, norm = self._step_all_with_host(scaling, ranks)
+        elif uses_disk(self.param_groups) and not self._repeats and ranks is None:
+            counts, norm = self._step_in_windows(scaling)
+        else:
+            counts, norm = self._step_some(None, scaling, ranks=ranks)
+        if norm is not None:
+            self.last_grad_norm = norm
+        self._count_step(counts)
+        if self._is_taken:
+            self.after_step()
 
     def _sessions(self) -> dict[str, Session]:
         # Kept in __dict__ only: copies and pickles of an optimizer make their own.
         if "_session_cache" not in self.__dict__:
-            self._session_cache = new_sessions()
+            self._session_cache = all_sessions()
         return self._session_cache
 
     def _agreement(self) -> Agreement:
@@ -252,19 +258,20 @@ class FusedOptimizer(Contract):
             self._agreement_cache = Agreement()
         return self._agreement_cache
 
-    def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
-        """Everything that this step touches, or what is at these positions of each group, checked.
+    def _spread_of(self, group: int, param: Tensor) -> Spread | None:
+        return shard_sums(self, self.param_groups[group], param)
 
-        Makes missing state; changes nothing else.
-        """
+    def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
+        """Everything that this step touches, or what is at these positions, checked; only makes missing state."""
         max_grad_norm = self.common_max_grad_norm()
         groups, positions = members.parts(self, listed)
+        size_buffers(self._sessions(), self.param_groups)
         gathered = Gathered(
             self._sessions(),
             groups,
             positions,
             takes_sums=max_grad_norm is not None,
-            spread_of=partial(shard_sums, self) if self.takes_sums else None,
+            spread_of=self._spread_of if self.takes_sums else None,
         )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
@@ -275,7 +282,7 @@ class FusedOptimizer(Contract):
             left = gathered.collect(self.param_groups, self.state)
         for member in left:
             param = self.param_groups[member.group]["params"][member.position]
-            spread = shard_sums(self, self.param_groups[member.group], param)
+            spread = self._spread_of(member.group, param)
             gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group), spread)
         return gathered
 
@@ -303,7 +310,7 @@ class FusedOptimizer(Contract):
         for position in positions:
             members.check_param(self, index, position)
         members.make_state(self, ((index, group["params"][position]) for position in positions))
-        if group["max_grad_norm"] is not None and self.last_grad_norm is None:
+        if self.takes_norm(group) and self.last_grad_norm is None:
             self.last_grad_norm = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
         for position in positions:
             param = group["params"][position]
@@ -329,32 +336,6 @@ class FusedOptimizer(Contract):
         """
         with self._lock:
             members.init_state(self, lambda param: param.requires_grad)
-
-    # ---- reports ---------------------------------------------------------------------------------
-
-    def memory_report(self) -> reports.MemoryReport:
-        """What the optimizer's state takes, by kind, beside what torch's would; print it for a table.
-
-        State that is not made yet counts as what it will take.
-        """
-        return reports.memory_report(self)
-
-    def record_health(self, enabled: bool = True) -> None:
-        """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
-
-        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
-        """
-        self._health = reports.HealthRecord(self) if enabled else None
-
-    def health_report(self) -> reports.HealthReport:
-        """What was counted since `record_health`; print it for a table.
-
-        Raises:
-            ValueError: Nothing is being counted.
-        """
-        if self._health is None:
-            raise ValueError("nothing was counted; call record_health() before the steps that are to be counted")
-        return self._health.report()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

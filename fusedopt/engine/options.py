@@ -32,6 +32,12 @@ class Options(TorchFlags, total=False):
     nonfinite: str
     seed: int
     max_grad_norm: float | None
+    skip_step_above: float | None
+    state_device: str | None
+    stream_bytes: int
+    reserve_bytes: int
+    step_device: str | None
+    host_threads: int | None
     grad_norm_group: ProcessGroup | None
     backend: str
 

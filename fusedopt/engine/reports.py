@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor, float32
 
 from ..backends.base import HEALTH_COUNTS, Health
+from ..offload.homes import PLACES, is_moved, moved_beside_states, note_of, place_of
 from ..storage import masters
-from ..storage.state import EIGHT_BIT, StateSpec, requested_format, slots_of, why_not_quantized
+from ..storage.state import EIGHT_BIT, Slot, StateSpec, requested_format, slots_of, why_not_quantized
 from .contract import Contract
 from .sharding import local
 
@@ -57,7 +58,7 @@ def _callers_level() -> int:
 # ---- tables ------------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """A table in plain text: the first column to the left, the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -90,12 +91,18 @@ class MemoryReport:
         ours: Bytes by kind.
         torch: Bytes by kind of the same run with torch.optim, which keeps states in the parameter's dtype.
         unquantized: Why states that 8 bits are asked for are kept in float32: {reason: (states, elements)}.
+        places: Bytes of states, masters and step counts by where they are: "device" for a GPU, "host" and "disk".
+        moved_bytes: What a step copies between a GPU and the host, both ways together.
+        notes: What was asked for and changes nothing.
     """
 
     numel: int
     ours: dict[str, int]
     torch: dict[str, int]
     unquantized: dict[str, tuple[int, int]]
+    places: dict[str, int] = field(default_factory=dict)
+    moved_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -116,17 +123,24 @@ class MemoryReport:
         kinds = dict.fromkeys([*self.ours, *self.torch])
         rows = [row(kind, self.ours.get(kind, 0), self.torch.get(kind, 0)) for kind in kinds]
         rows.append(row("total", sum(self.ours.values()), sum(self.torch.values())))
-        text = _table(["", "B/param", "here", "B/param", "torch"], rows)
+        text = table(["", "B/param", "here", "B/param", "torch"], rows)
         for reason, (states, elements) in self.unquantized.items():
             text += f"\nnot in 8 bits, {states} states of {elements:,} elements: {reason}"
-        return f"{self.numel:,} parameters\n{text}"
+        where = ", ".join(f"{_size(size)} on the {place}" for place, size in self.places.items() if size > 0)
+        if self.moved_bytes or self.places.get("disk"):
+            text += f"\nstates and step counts: {where}"
+        if self.moved_bytes:
+            text += f"\na step moves {_size(self.moved_bytes)}, {self.moved_bytes / n:.2f} B/param"
+        return "\n".join([f"{self.numel:,} parameters", text, *self.notes])
 
 
 def memory_report(optimizer: Contract) -> MemoryReport:
     """See Contract.memory_report."""
     ours: dict[str, int] = {"parameters": 0, "gradients": 0}
     theirs = dict(ours)
-    numel = 0
+    numel = moved = 0
+    places = dict.fromkeys(PLACES, 0)
+    notes: dict[str, None] = {}
 
     def count(kinds: dict[str, int], kind: str, size: int) -> None:
         kinds[kind] = kinds.get(kind, 0) + size
@@ -141,6 +155,15 @@ def memory_report(optimizer: Contract) -> MemoryReport:
             if param.requires_grad:
                 grad = here.element_size() if param.grad is None else param.grad.element_size()
                 count(kinds, "gradients", here.numel() * grad)
+        kept = [(slot, held.get(slot.key)) for slot in _slots(optimizer, group, param)]
+        for slot, tensor in kept:
+            place = place_of(group, here, slot, None if tensor is None else local(tensor))
+            size = slot.shape.numel() * slot.dtype.itemsize
+            places[place] += size
+            moved += 2 * size if is_moved(group, here, place) else 0
+        moved += moved_beside_states(group, here)
+        if note := note_of(group, here):
+            notes[note] = None
         for spec in optimizer.states_of(group, param):
             keys = spec.keys_in(held)
             made = sum(local(held[key]).numel() * held[key].element_size() for key in keys)
@@ -150,12 +173,25 @@ def memory_report(optimizer: Contract) -> MemoryReport:
         master = masters.slot_of(group, param, here)
         if master is not None:
             count(ours, master.key, master.shape.numel() * master.dtype.itemsize)
+    if optimizer._release is not None:
+        ours["gradients"] = min(ours["gradients"], optimizer._release.gradient_bytes())
     unquantized: dict[str, tuple[int, int]] = {}
     for param, spec, reason in _unquantized(optimizer):
         if reason:
             states, elements = unquantized.get(reason, (0, 0))
             unquantized[reason] = (states + 1, elements + spec.shape_for(local(param).shape).numel())
-    return MemoryReport(numel, ours, theirs, unquantized)
+    return MemoryReport(numel, ours, theirs, unquantized, places, moved, tuple(notes))
+
+
+def _slots(optimizer: Contract, group: dict[str, Any], param: Tensor) -> Iterator[Slot]:
+    """The tensors of a parameter's state, as a group wants them."""
+    here = local(param)
+    yield Slot("step", Size(), Size(), float32)
+    for spec in optimizer.states_of(group, param):
+        yield from slots_of(spec, group, param, here)
+    master = masters.slot_of(group, param, here)
+    if master is not None:
+        yield master
 
 
 # ---- health ------------------------------------------------------------------------------------------
@@ -219,11 +255,11 @@ class HealthReport:
         for name, meaning in _MEANINGS.items():
             share = self.totals[name] / max(1, of.get(name, self.elements))
             rows.append([meaning, f"{self.totals[name]:,}", f"{share:.2%}"])
-        text = f"{self.steps} steps, {self.elements:,} elements\n" + _table(["", "count", "share"], rows)
+        text = f"{self.steps} steps, {self.elements:,} elements\n" + table(["", "count", "share"], rows)
         if self.nonfinite:
             head = ["gradients that were inf or NaN", "elements", "steps", "first in step"]
             found = [[f.where, f"{f.elements:,}", f"{f.steps:,}", f"{f.first_step:,}"] for f in self.nonfinite[:_SHOWN]]
-            text += "\n\n" + _table(head, found)
+            text += "\n\n" + table(head, found)
             if len(self.nonfinite) > _SHOWN:
                 text += f"\nand {len(self.nonfinite) - _SHOWN:,} more parameters, in `nonfinite` of the report"
         return text

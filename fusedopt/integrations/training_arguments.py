@@ -70,10 +70,22 @@ def _from_arguments(cls: type[FusedOptimizer], args: Any) -> dict[str, Any]:
         found["betas"] = tuple(parsed.pop(f"beta{i}", value) for i, value in enumerate(values, 1))
         if "eps" in parameters:
             found["eps"] = args.adam_epsilon
+    if "warmup_steps" in parameters and (steps := _warmup_steps(args)):
+        found["warmup_steps"] = steps
     for theirs, translated in _THEIRS.items():
         if theirs in parsed and theirs not in parameters:
             parsed.update(translated(parsed.pop(theirs)))
     return {**found, **parsed}
+
+
+def _warmup_steps(args: Any) -> float:
+    """The length of a warmup inside the optimizer; a ratio of the training is for schedulers, which know its length."""
+    if 0 < args.warmup_steps < 1 and args.max_steps <= 0:
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps!r} is a ratio of a training whose length the optimizer does not know; "
+            "pass a number of steps, or max_steps"
+        )
+    return float(args.get_warmup_steps(args.max_steps))
 
 
 def _parsed(text: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from .anyprecision import AnyPrecisionAdamW
 from .lion import Lion
 from .names import create_optimizer, optimizer_names
 from .rmsprop import RMSprop
+from .schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from .sgd import SGD
 
 __all__ = [
@@ -20,9 +21,12 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "AnyPrecisionAdamW",
     "Lion",
+    "RAdamScheduleFree",
     "RMSprop",
+    "SGDScheduleFree",
     "create_optimizer",
     "optimizer_names",
     "recommended_adafactor",

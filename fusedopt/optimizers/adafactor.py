@@ -320,15 +320,13 @@ class Adafactor(FusedOptimizer):
         """
         return getattr(self, "_opt_called", False) and "initial_lr" not in group
 
-    def _take_whole_step(self) -> None:
-        rms = {}
+    def _before_some(self) -> None:
         for index, group in enumerate(self.param_groups):
             param = group["params"][0] if group["params"] else None  # the only one that will be asked for
             if group["scale_parameter"] and self._is_reported(group) and param is not None and param.grad is not None:
                 # The step's number as it is, on a device perhaps, since to read it is to wait for it.
-                rms[index] = self.state.get(param, {}).get("step", 0) + 1, self._rms_of(group, param)
-        self._rms_before = rms
-        super()._take_whole_step()
+                step = self.state.get(param, {}).get("step", 0) + 1
+                self._rms_before[index] = step, self._rms_of(group, param)
 
     def _rms_of(self, group: dict[str, Any], param: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(full_precision(self, group, param), dtype=torch.float64)

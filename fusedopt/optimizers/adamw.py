@@ -138,6 +138,8 @@ class AdamW(Adam):
         "adamw_bf16": {"state_dtype": "bfloat16"},
         "adamw_8bit": {"state_dtype": "8bit"},
         "adamw_bnb_8bit": {"state_dtype": "8bit"},
+        "paged_adamw_32bit": {"state_device": "cpu"},
+        "paged_adamw_8bit": {"state_dtype": "8bit", "state_device": "cpu"},
     }
     NOTES: ClassVar[dict[str, str]] = {
         "adamw_torch_4bit": "state is kept in 8 bits, not in 4: there is no smaller format here"

@@ -43,7 +43,12 @@ class AdEMAMix(FusedOptimizer):
 
     STATES = (StateSpec("exp_avg"), StateSpec("exp_avg_slow"), StateSpec("exp_avg_sq", is_signed=False))
     REFERENCES: ClassVar[dict[str, Reference]] = {"ademamix": ademamix}
-    NAMES: ClassVar[dict[str, dict[str, Any]]] = {"ademamix": {}, "ademamix_8bit": {"state_dtype": "8bit"}}
+    NAMES: ClassVar[dict[str, dict[str, Any]]] = {
+        "ademamix": {},
+        "ademamix_8bit": {"state_dtype": "8bit"},
+        "paged_ademamix_32bit": {"state_device": "cpu"},
+        "paged_ademamix_8bit": {"state_dtype": "8bit", "state_device": "cpu"},
+    }
 
     def __init__(
         self,

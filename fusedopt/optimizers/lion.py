@@ -41,11 +41,13 @@ class Lion(FusedOptimizer):
     USUAL_LR = (1e-9, 3e-4)
     USUAL_LR_NOTE = "every weight moves by lr in each step, so the paper takes a third to a tenth of AdamW's"
     USUAL_WEIGHT_DECAY = 1.0  # by the same factor larger
-    # transformers' Trainer gives Lion the betas of Adam, so two of the names mean those.
+    # transformers' Trainer gives Lion the betas of Adam, so its names mean those.
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {
         "lion": {},
         "lion_32bit": {"betas": (0.9, 0.999)},
         "lion_8bit": {"betas": (0.9, 0.999), "state_dtype": "8bit"},
+        "paged_lion_32bit": {"betas": (0.9, 0.999), "state_device": "cpu"},
+        "paged_lion_8bit": {"betas": (0.9, 0.999), "state_dtype": "8bit", "state_device": "cpu"},
     }
 
     def __init__(

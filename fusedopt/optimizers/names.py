@@ -8,8 +8,6 @@ from typing import Any
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
 
-_PAGED = "paged_"
-
 # What transformers' `optim` argument takes, and why no optimizer of ours answers to it: the beginning of a name, and
 # the sentence that follows "optimizer name ...".
 _REFUSED = {
@@ -22,21 +20,17 @@ _REFUSED = {
         "steps of single elements; for small state use 'adamw_8bit' or 'adafactor'"
     ),
     "lomo": (
-        "steps during the backward pass and frees gradients as it goes (arXiv:2306.09782), which does not exist yet; "
-        "use 'sgd'"
+        "steps during the backward pass and frees gradients as it goes (arXiv:2306.09782); use 'sgd' and "
+        "release_gradients"
     ),
     "adalomo": (
-        "steps during the backward pass and frees gradients as it goes (arXiv:2310.10195), which does not exist yet; "
-        "use 'adafactor'"
+        "steps during the backward pass and frees gradients as it goes (arXiv:2310.10195); use 'adafactor' and "
+        "release_gradients"
     ),
     "grokadamw": (
         "amplifies gradients by a signal that it takes from losses, which a step does not see; use 'adamw_torch'"
     ),
     "stable_adamw": "clips each tensor's update by its RMS (arXiv:2304.13013), which does not exist yet; use 'adamw'",
-    "schedule_free_": (
-        "steps an average of the weights beside them (arXiv:2405.15682), which does not exist yet; "
-        "use another optimizer with get_scheduler"
-    ),
 }
 
 
@@ -56,11 +50,6 @@ def refusal(name: str) -> str | None:
     """
     if name in CLASSES:
         return None
-    if name.startswith(_PAGED):
-        plain = name.removeprefix(_PAGED)
-        plain = plain if plain in CLASSES else plain.removesuffix("_32bit")
-        if plain in CLASSES:
-            return f"optimizer name {name!r} needs paged state, which does not exist yet; use {plain!r} until it does"
     for beginning, reason in _REFUSED.items():
         if name.startswith(beginning):
             return f"optimizer name {name!r} {reason}"
@@ -101,7 +90,7 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
         The optimizer.
 
     Raises:
-        ValueError: The name is unknown, or means something that does not exist, such as paged state.
+        ValueError: The name is unknown, or means something that does not exist.
         TypeError: A keyword is unknown.
     """
     cls, arguments = resolved(name, kwargs)

@@ -67,6 +67,8 @@ class RMSprop(FusedOptimizer):
         "rmsprop_bnb_32bit": {},
         "rmsprop_8bit": {"state_dtype": "8bit"},
         "rmsprop_bnb_8bit": {"state_dtype": "8bit"},
+        "paged_rmsprop": {"state_device": "cpu"},
+        "paged_rmsprop_8bit": {"state_dtype": "8bit", "state_device": "cpu"},
     }
 
     def __init__(  # type: ignore[misc]  # torch takes some of the options by position

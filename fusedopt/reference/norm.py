@@ -6,11 +6,28 @@ pairs; the chunks are then added in pairs. The gradient norm adds the chunks of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 CHUNK = 4096
 LANES = 16
+
+# Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
+_CLIP_EPS = 1e-6
+
+
+def coefficient(norm: float, max_grad_norm: float) -> float:
+    """What gradients of a norm are multiplied by to clip them."""
+    found = max_grad_norm / (norm + _CLIP_EPS)
+    return 1.0 if found > 1.0 else found  # NaN stays NaN
+
+
+def clip(square_sum: float, multiplier: float, max_grad_norm: float) -> tuple[float, float]:
+    """The multiplier that also clips, and the norm found; both of gradients already times `multiplier`."""
+    norm = math.sqrt(square_sum) * multiplier
+    return multiplier * coefficient(norm, max_grad_norm), norm
 
 
 def square_sums(grad: Tensor) -> Tensor:

@@ -85,23 +85,24 @@ def allocate(requests: Iterable[Request]) -> list[Tensor]:
             slab = _zeroed(torch.Size([sum(slots)]), dtype).view(torch.uint8).numpy()
             offset = 0
             for i, slot in zip(slab_members, slots):
-                tensors[i] = _within(slab, offset, dtype, requests[i])
+                tensors[i] = within(slab, offset, requests[i].shape, dtype, requests[i].strides)
                 offset += slot * dtype.itemsize
     return tensors  # type: ignore[return-value]
 
 
-def _within(slab: Any, offset: int, dtype: torch.dtype, request: Request) -> Tensor:
-    """A tensor of its own in a slab's memory, not a view with the bookkeeping of one.
+def within(
+    slab: Any, offset: int, shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...] | None = None
+) -> Tensor:
+    """A tensor of its own in a slab's memory, from a byte on, not a view with the bookkeeping of one.
 
     Its storage begins where it does. With an offset in a storage that tensors share, a compiled step would copy all
     that lies before it as well, and in torch 2.6 from the wrong place.
     """
-    tensor, shape = torch.empty(0, dtype=dtype, device="cpu"), request.shape
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
     if shape.numel() == 0:
         return tensor.view(shape)
     storage = torch.frombuffer(slab, dtype=dtype, count=shape.numel(), offset=offset).untyped_storage()
-    strides = () if request.strides is None else (request.strides,)
-    return tensor.set_(storage, 0, shape, *strides)
+    return tensor.set_(storage, 0, shape, *(() if strides is None else (strides,)))
 
 
 def _slot(request: Request) -> int:

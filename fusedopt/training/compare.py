@@ -15,9 +15,10 @@ from .. import checks
 from .comparison import Comparison, Trial, evaluated, read_trial, with_measured
 from .evaluate import Metric
 from .loops import Loop, Progress, Watch, check_loop, follow, loop_name
+from .monitor_runs import read_run
 from .presets import find_preset
 from .recipe import Recipe
-from .records import check_same, environment, locked, read_json, read_run, write_json
+from .records import check_same, environment, locked, read_json, write_json
 
 VERSION = 1
 _DEFINITION = "comparison.json"
@@ -139,7 +140,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     curves = {}
     for path in sorted((folder / "runs").glob("*.jsonl")):
         name, _, seed = path.stem.rpartition("-")
-        records = [record for record in read_run(path) if record.get("loss") is not None]
+        records = [record for record in read_run(path).records if record.get("loss") is not None]
         curves[name, int(seed)] = [(record["step"], float(record["loss"])) for record in records]
     return Comparison(
         recipes, metrics, tuple(rounds), tuple(values["seeds"]), values["level"], tuple(ordered), total,

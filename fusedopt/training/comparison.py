@@ -89,10 +89,11 @@ class Comparison:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """Means over seeds of the finalists, judged; None if it was stopped before."""
+        """Means over seeds of the finalists that did not fail, judged; None if it was stopped before."""
         if not self.is_finished:
             return None
-        return evaluated(self.metrics, self._of(self.rounds[-1][0]), self.finalists)
+        well = [name for name in self.finalists if name not in self.failed] or self.finalists
+        return evaluated(self.metrics, self._of(self.rounds[-1][0]), well)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -238,9 +239,11 @@ class Comparison:
         """What the numbers of the table mean."""
         lines = []
         if len(self.seeds) > 1:
+            together = f" for all {self.pairs} pairs together" if self.pairs > 1 else ""
+            how = " (Bonferroni)" if self.pairs > 1 else ""
             lines.append(
-                f"Means over {len(self.seeds)} seeds. In brackets: paired t intervals over seeds, which hold for all "
-                f"{self.pairs} pairs together with {percent(self.level)} (Bonferroni)."
+                f"Means over {len(self.seeds)} seeds. In brackets: paired t intervals over seeds, which hold{together} "
+                f"with {percent(self.level)}{how}."
             )
         if len(self.rounds) > 1:
             rounds = ", ".join(f"{len(names)} to step {until:,}" for until, names in self.rounds)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import checks
 from .evaluate import Metric
 from .recipe import Recipe
 from .records import RunFile
@@ -208,6 +209,46 @@ def follow(
             there = ", ".join(map(repr, metrics))
             raise ValueError(f"the loop yields no {metric.name!r}, only {there}; yield it, or score something else")
     return Outcome(status, records.last or 0, metrics, reason)
+
+
+def run(
+    recipe: Recipe,
+    train: Loop,
+    budget: int,
+    path: str | Path = "run.jsonl",
+    *,
+    seed: int | None = None,
+    watch: Watch | None = None,
+) -> Outcome:
+    """Trains once, and writes a run file.
+
+    Args:
+        recipe: What is trained.
+        train: Called with (recipe, seed, budget); yields (step, loss), or mappings with more, up to step `budget`.
+        budget: Steps.
+        path: The run file: JSON lines, an object for each step.
+        seed: The recipe's by default.
+        watch: Called with `Progress` after each step.
+
+    Returns:
+        What came of it: its status, and all metrics.
+
+    Raises:
+        ValueError: The loop yields what cannot be read, or ends early.
+        TypeError: Something is of the wrong type.
+    """
+    check_loop(train)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe={recipe!r} is a {type(recipe).__name__}; pass a Recipe")
+    if checks.whole("budget", budget) < 1:
+        raise ValueError(f"budget={budget!r} is below 1; pass an int >= 1")
+
+    def tell(record: dict[str, Any]) -> None:
+        if watch is not None:
+            watch(Progress(record["step"], budget, "training", record.get("loss")))
+
+    chosen = recipe.seed if seed is None else checks.uint32("seed", seed)
+    return follow(train, recipe, chosen, budget, Path(path), scored=(), on_record=tell)
 
 
 def _iterator(made: Any, budget: int) -> Iterator[Any]:

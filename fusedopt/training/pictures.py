@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,34 @@ def curves(series: Mapping[str, Sequence[Sequence[tuple[int, float]]]], y: str, 
             mean = [(steps[0][0], sum(v for _, v in steps) / len(steps)) for steps in zip(*smooth)]
             ax.plot(*zip(*_thinned(mean)), color=colour, linewidth=2, label=name)
     ax.xaxis.set_major_formatter("{x:,.0f}")
+    keep_in_view(ax, [value for runs in series.values() for run in runs for _, value in run])
     return finish(ax, "step", y)
+
+
+def keep_in_view(ax: Axes, values: Sequence[float]) -> None:
+    """Cuts the upper end of an axis off if a few values are so high that the others would be one line."""
+    ordered = sorted(value for value in values if math.isfinite(value))
+    if len(ordered) < 2:
+        return
+    low, most, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))], ordered[-1]
+    if high - low > 20 * (most - low) > 0:
+        ax.set_ylim(low - 0.05 * (most - low), low + 1.5 * (most - low))
+        text: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": "small", "color": "#5a626c"}
+        ax.text(1.0, 1.01, f"cut off above; the highest is {high:.3g}", transform=ax.transAxes, **text)
+
+
+def log_axis(ax: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis with few ticks, however short it is."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    ax.set_xscale("log")
+    if high / low >= 100:
+        ax.xaxis.set_major_locator(LogLocator(numticks=4))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        return
+    ticks = [low, (low * high) ** 0.5, high]
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 
 def svg(ax: Axes, title: str) -> str:

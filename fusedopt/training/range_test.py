@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from .loops import Loop, Progress, Watch, check_loop, follow
+from .monitor_runs import read_run
 from .recipe import Recipe
-from .records import finite, read_run
+from .records import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +155,7 @@ def range_test(
         found = follow(
             train, ramp, chosen, steps, path, on_record=tell, stops_at=lambda *_: _has_diverged(losses, steps)
         )  # fmt: skip
-        losses = [record["loss"] for record in read_run(path)]
+        losses = [record["loss"] for record in read_run(path).records]
     rates = [low * (high / low) ** (i / (steps - 1)) for i in range(len(losses))]
     smoothed = smooth(losses, steps)
     steepest, lowest = _read(rates, smoothed)

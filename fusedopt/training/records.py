@@ -10,11 +10,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from ..backends.info import info
+from .monitor_runs import Lines, read_run
 
 try:
     import fcntl
@@ -43,38 +44,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); it was written by something else") from error
 
 
-def read_run(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run file: JSON lines, one object per step with "step", "loss" and others.
-
-    Args:
-        path: The file. A last line that a kill cut off is left out.
-
-    Returns:
-        The records, in order.
-
-    Raises:
-        ValueError: It cannot be read, or another line is no record.
-    """
-    try:
-        lines = Path(path).read_text().split("\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); pass the path of a run file") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no newline after it: it was being written
-                break
-            raise ValueError(f"{path}:{number} is not JSON; a run file has one object in each line") from None
-        if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}:{number} has no 'step'; a run file has one object per step")
-        records.append(record)
-    return records
-
-
 class RunFile:
     """Writes a run file, a line per step, so that a kill loses nothing that was written before it.
 
@@ -86,15 +55,14 @@ class RunFile:
     def __init__(self, path: Path, *, append: bool = False) -> None:
         self.path, self.append = path, append
         self.kept: list[dict[str, Any]] = []
-        self._file: IO[str] | None = None
+        self._file: Lines | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes the record of a step."""
         if self._file is None:
             self._open(record["step"])
         assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()  # into the kernel, which a kill -9 does not reach
+        self._file.write(record)
 
     def begin(self, step: int) -> None:
         """Makes the file, with those records of before that come before a step."""
@@ -104,11 +72,14 @@ class RunFile:
     def _open(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.append and self.path.exists():
-            self.kept = [record for record in read_run(self.path) if record["step"] < step]
+            self.kept = [record for record in read_run(self.path).records if record["step"] < step]
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
+        beside.unlink(missing_ok=True)
+        file = Lines(beside)
+        for record in self.kept:
+            file.write(record)
         beside.replace(self.path)
-        self._file = self.path.open("a")
+        self._file = file
 
     def __enter__(self) -> RunFile:
         return self

@@ -1,14 +1,18 @@
-// As much of the runtime's interface as launching needs. Memory is the host's; everything happens at once, in order.
+// As much of the runtime's interface as launching and copying need. Memory is the host's; everything happens at once,
+// in order, unless a test wants it late (queues.h).
 #pragma once
 
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <tuple>
 #include <utility>
 
 #include "language.h"
 #include "launch.h"
+#include "queues.h"
 
 #define CUDART_VERSION 13000
 
@@ -91,7 +95,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int device) {
   return cuda_on_cpu::remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cuda_on_cpu::finish_all(), cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cuda_on_cpu::remember(cudaErrorInvalidDevice);
@@ -119,19 +123,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 // Streams and events.
 
 using cudaStream_t = struct CUstream_st*;
-using cudaEvent_t = struct CUevent_st {
-  std::chrono::steady_clock::time_point time;
-}*;
+using cudaEvent_t = CUevent_st*;
 
 enum cudaStreamCaptureStatus {
   cudaStreamCaptureStatusNone = 0,
   cudaStreamCaptureStatusActive = 1,
   cudaStreamCaptureStatusInvalidated = 2
 };
+constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
 
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  cuda_on_cpu::queues.streams.push_back(*stream = new CUstream_st());
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cuda_on_cpu::finish(stream), cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+  cuda_on_cpu::put(stream, {nullptr, event, event->recorded});
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
@@ -139,11 +149,21 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new CUevent_st(), cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
-  return event->time = std::chrono::steady_clock::now(), cudaSuccess;
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
+  const uint64_t count = ++event->recorded;
+  cuda_on_cpu::put(stream, [event, count] {
+    event->reached = count;
+    event->time = std::chrono::steady_clock::now();
+  });
+  return cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return event->reached >= event->recorded ? cudaSuccess : cudaErrorNotReady;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  cuda_on_cpu::advance_until([event, count = event->recorded] { return event->reached >= count; });
+  return cudaSuccess;
+}
 inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   *milliseconds = std::chrono::duration<float, std::milli>(to->time - from->time).count();
   return cudaSuccess;
@@ -160,18 +180,21 @@ enum cudaMemcpyKind {
   cudaMemcpyDefault = 4
 };
 
-// As aligned as the device's, and filled with what makes a NaN of every number: nobody may rely on zeros.
+namespace cuda_on_cpu {
+
+template <class T>
+cudaError_t malloc_of(T** pointer, size_t bytes, Memory memory) {
+  *pointer = nullptr;
+  if (bytes == 0) return cudaSuccess;
+  *pointer = static_cast<T*>(take_memory(bytes, memory));
+  return *pointer == nullptr ? remember(cudaErrorMemoryAllocation) : cudaSuccess;
+}
+
+}  // namespace cuda_on_cpu
+
 template <class T>
 cudaError_t cudaMalloc(T** pointer, size_t bytes) {
-  constexpr size_t kAlignment = 256;
-  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  *pointer = nullptr;
-  if (rounded < bytes) return cuda_on_cpu::remember(cudaErrorMemoryAllocation);
-  if (bytes == 0) return cudaSuccess;
-  void* memory = std::aligned_alloc(kAlignment, rounded);
-  if (memory == nullptr) return cuda_on_cpu::remember(cudaErrorMemoryAllocation);
-  *pointer = static_cast<T*>(memset(memory, 0xff, rounded));
-  return cudaSuccess;
+  return cuda_on_cpu::malloc_of(pointer, bytes, cuda_on_cpu::Memory::kDevice);
 }
 template <class T>
 cudaError_t cudaMallocAsync(T** pointer, size_t bytes, cudaStream_t) {
@@ -179,27 +202,36 @@ cudaError_t cudaMallocAsync(T** pointer, size_t bytes, cudaStream_t) {
 }
 template <class T>
 cudaError_t cudaMallocHost(T** pointer, size_t bytes, unsigned = 0) {
-  return cudaMalloc(pointer, bytes);
+  return cuda_on_cpu::malloc_of(pointer, bytes, cuda_on_cpu::Memory::kPinned);
 }
-inline cudaError_t cudaFree(void* pointer) { return std::free(pointer), cudaSuccess; }
+inline cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
+  *total = cuda_on_cpu::queues.capacity;
+  *left = *total - cuda_on_cpu::queues.used;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* pointer) {  // which waits for the device
+  cuda_on_cpu::finish_all();
+  if (pointer != nullptr) cuda_on_cpu::give_memory(pointer);
+  return cudaSuccess;
+}
 inline cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
 inline cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
 
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  cuda_on_cpu::finish_all();
   if (bytes > 0) memmove(to, from, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                                   cudaStream_t = nullptr) {
-  return cudaMemcpy(to, from, bytes, kind);
-}
-inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  if (bytes > 0) memset(to, value, bytes);
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t stream = nullptr) {
+  cuda_on_cpu::copy_memory(to, from, bytes, stream);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
-  return cudaMemset(to, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr) {
+  if (bytes > 0) cuda_on_cpu::put(stream, [to, value, bytes] { memset(to, value, bytes); });
+  return cudaSuccess;
 }
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes); }
 template <class T>
 cudaError_t cudaMemcpyToSymbol(const T& symbol, const void* from, size_t bytes, size_t offset = 0,
                                cudaMemcpyKind kind = cudaMemcpyHostToDevice) {
@@ -290,8 +322,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_assert((!std::is_reference_v<Expected> && ...), "a kernel's parameters are passed by value");
   const cudaError_t error = cuda_on_cpu::check_launch(*config);
   if (error != cudaSuccess) return cuda_on_cpu::remember(error);
-  const std::tuple<Expected...> parameters(std::forward<Actual>(arguments)...);
-  cuda_on_cpu::run_kernel(config->gridDim, config->blockDim, kernel, parameters);
+  // Padding is zero, since the parameters are searched for addresses. The heap keeps a launch that is late.
+  using Parameters = std::tuple<Expected...>;
+  const std::shared_ptr<void> memory(std::calloc(1, sizeof(Parameters)), [](void* kept) {
+    static_cast<Parameters*>(kept)->~Parameters();
+    std::free(kept);
+  });
+  const auto* parameters = new (memory.get()) Parameters(std::forward<Actual>(arguments)...);
+  cuda_on_cpu::put(config->stream, [memory, parameters, kernel, grid = config->gridDim, block = config->blockDim] {
+    if (!cuda_on_cpu::queues.regions.empty()) cuda_on_cpu::check_parameters(parameters, sizeof(Parameters));
+    cuda_on_cpu::run_kernel(grid, block, kernel, *parameters);
+  });
   return cudaSuccess;
 }
 

@@ -34,7 +34,7 @@ def new(case: Case, **kwargs: object) -> torch.optim.Optimizer:
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiled_steps_have_the_same_bits(case: Case, kwargs: dict) -> None:
-    """With a Tensor lr that a schedule changes: one graph for all steps, none broken."""
+    """With a Tensor lr that a schedule changes: one graph for all steps, none broken; none if steps are left out."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     runs = []
@@ -45,14 +45,15 @@ def test_compiled_steps_have_the_same_bits(case: Case, kwargs: dict) -> None:
         def step(optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.step()
 
-        take = torch.compile(step, backend=counter, fullgraph=True) if is_compiled else step
+        is_traced = not case.ours.changes_groups
+        take = torch.compile(step, backend=counter, fullgraph=is_traced) if is_compiled else step
         for i in range(5):
             set_grads(params, i)
             take()
             optimizer.param_groups[0]["lr"].mul_(0.9)
         runs.append(optimizer)
     assert_same_run(*runs)
-    assert counter.frame_count == 1
+    assert counter.frame_count == is_traced
     if "max_grad_norm" in kwargs:
         assert torch.equal(runs[0].last_grad_norm, runs[1].last_grad_norm)
 
@@ -111,6 +112,7 @@ def test_operator_declares_what_it_mutates() -> None:
             "backends": ["auto"],
             "derives_on_device": True,
             "max_grad_norm": 1.0,
+            "skip_step_above": None,
         },
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )

@@ -26,7 +26,11 @@ shapes = st.lists(
 )
 formats = st.sampled_from(["float32", "bfloat16", "float16", "8bit"])
 roundings = st.sampled_from(["nearest", "stochastic"])
-decays = st.floats(0, 0.9999)
+
+
+def decays(least: float = 0.0) -> st.SearchStrategy[float]:
+    return st.floats(least, 0.9999)
+
 
 # What arguments may be, by name; an optimizer is given those that it has.
 arguments = {
@@ -35,9 +39,9 @@ arguments = {
     "weight_decay": st.floats(0, 1),
     "amsgrad": st.booleans(),
     "maximize": st.booleans(),
-    "alpha": decays,
-    "momentum": decays,
-    "dampening": decays,
+    "alpha": decays(),
+    "momentum": decays(),
+    "dampening": decays(),
     "centered": st.booleans(),
     "lr_decay": st.floats(0, 1),
     "initial_accumulator_value": st.floats(0, 10),
@@ -56,9 +60,12 @@ def runs(draw: st.DrawFn) -> tuple:
     """(case, its arguments, dtype)."""
     case = draw(st.sampled_from(CASES))
     known = inspect.signature(case.ours).parameters
-    kwargs = {name: draw(strategy) for name, strategy in arguments.items() if name in known}
+    kwargs = {name: draw(strategy) for name, strategy in arguments.items() if name in known and name not in case.least}
     if "betas" in known:
-        kwargs["betas"] = draw(st.tuples(*[decays] * len(known["betas"].default)))
+        least = case.least.get("betas", (0.0,) * len(known["betas"].default))
+        kwargs["betas"] = draw(st.tuples(*map(decays, least)))
+    if "momentum" in case.least:
+        kwargs["momentum"] = draw(decays(case.least["momentum"]))
     dense = {spec.name for spec in case.ours.STATES if spec.unquantized or kwargs.get("centered")}
     each = {
         spec.name: st.sampled_from(["float32", "bfloat16"]) if spec.name in dense else formats

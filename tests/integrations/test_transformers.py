@@ -76,6 +76,7 @@ def given_by_trainer(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
 def test_names_mean_what_trainer_gives_them(name: str, tmp_path: Path) -> None:
     params = [torch.nn.Parameter(torch.ones(3))]
     theirs = given_by_trainer(name, tmp_path)
+    theirs.pop("weight_decay", None)  # of the training, which is no default
     optimizer = fusedopt.create_optimizer(name, params, lr=theirs.pop("lr"))
     theirs = {key: value for key, value in theirs.items() if key not in THEIR_STATE}
     # With arguments of the training that are not the defaults, too.
@@ -248,6 +249,38 @@ def test_optim_args_are_arguments(tmp_path: Path) -> None:
         kwargs("adamw_torch", "momentun=0.9")
     with pytest.raises(ValueError, match="optim_args has 'nesterov', which has no value"):
         kwargs("sgd", "nesterov")
+
+
+def test_a_warmup_inside_the_optimizer(tmp_path: Path) -> None:
+    args = arguments(tmp_path, optim="schedule_free_adamw", warmup_steps=7)
+    assert ours.optimizer(args)[1]["warmup_steps"] == 7
+    args = arguments(tmp_path, optim="schedule_free_adamw", warmup_steps=0.25)
+    assert ours.optimizer(args)[1]["warmup_steps"] == STEPS / 4
+    args = arguments(tmp_path, optim="schedule_free_sgd", warmup_steps=0.25, max_steps=-1)
+    with pytest.raises(ValueError, match=r"warmup_steps=0\.25 is a ratio of a training whose length"):
+        ours.optimizer(args)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_sgd", "schedule_free_adamw", "schedule_free_radam"])
+def test_schedule_free_evaluates_averages_and_resumes(name: str, tmp_path: Path) -> None:
+    def run(resume: str | None = None) -> Any:
+        args = arguments(
+            tmp_path,
+            optim=name,
+            save_strategy="steps",
+            save_steps=10,
+            lr_scheduler_type="constant",
+            eval_strategy="steps",
+            eval_steps=5,
+        )
+        made = trainer(tmp_path, bert(), args, ours.FusedTrainer)
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-10"))
+    assert same(whole.model, resumed.model)
+    assert not unwrapped(whole).param_groups[0]["train_mode"]  # after the last evaluation
+    assert unwrapped(whole).param_groups[0]["k"] == STEPS
 
 
 def test_what_cannot_be_is_said_before_training(tmp_path: Path) -> None:

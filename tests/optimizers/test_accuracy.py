@@ -31,6 +31,9 @@ def test_error_is_at_most_torchs(case: Case, kwargs: dict) -> None:
         judge.step()
         if step + 1 in (1, 10, 100):
             errors = [rms(param.detach() - exact.detach()) for param in (ours, theirs)]
+            if torch.equal(exact.detach(), start.detach().double()):  # RAdam's first steps may stand still
+                assert errors == [0.0, 0.0]
+                continue
             assert 0 < errors[0] <= case.error_ratio * errors[1], f"after {step + 1} steps"
 
 

@@ -44,13 +44,16 @@ def steps(optimizer: Any, count: int, first: int = 0) -> Any:
 
 
 def one_after_the_other(case: Case, dtype: torch.dtype, count: int, **kwargs: Any) -> list[Any]:
-    """An optimizer for each parameter, which is stepped as often as it is listed."""
+    """An optimizer for each parameter, which is stepped as often as it is listed, with the settings of one step."""
     params = make_params(SHAPES, dtype)
     optimizers = [case.ours([param], **kwargs) for param in params]
     for step in range(count):
         set_grads(params, step)
         for optimizer, param in zip(optimizers, range(len(params))):
+            (group,) = optimizer.param_groups
+            before = dict(group)
             for _ in range(LISTED.count(param)):
+                group.update(before)
                 optimizer.step()
     return optimizers
 

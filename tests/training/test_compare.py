@@ -46,7 +46,9 @@ def test_row_43_the_best_is_picked_with_how_sure_it_is(tmp_path: Path) -> None:
     assert found.tied == ()
     assert found.confidence > 0.95
     assert found.difference("slow", "loss").low > 1
-    assert all(row["step"] == i for i, row in enumerate(training.read_run(tmp_path / "runs" / "low-3.jsonl"), 1))
+    assert all(
+        row["step"] == i for i, row in enumerate(training.read_run(tmp_path / "runs" / "low-3.jsonl").records, 1)
+    )
     text = str(found)
     assert "confidence of" in text
     assert "paired t intervals" in text
@@ -147,7 +149,7 @@ def test_a_loop_with_a_folder_goes_on_at_its_checkpoint(tmp_path: Path) -> None:
 
     compare(recipes(), saving, 40, seeds=1, halving=2, folder=tmp_path)
     assert len(trained) == 4 * 20 + 2 * 20  # the second round goes on
-    assert [r["step"] for r in training.read_run(tmp_path / "runs" / "slow-0.jsonl")] == list(range(1, 41))
+    assert [r["step"] for r in training.read_run(tmp_path / "runs" / "slow-0.jsonl").records] == list(range(1, 41))
 
 
 def test_what_fails_is_not_picked(tmp_path: Path) -> None:
@@ -231,12 +233,12 @@ def test_a_folder_belongs_to_one_comparison_and_one_process(tmp_path: Path) -> N
 def test_a_run_file_that_was_cut_off_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert training.read_run(path) == [{"step": 1, "loss": 2.0}]
+    assert training.read_run(path).records == [{"step": 1, "loss": 2.0}]
     with RunFile(path, append=True) as file:
         file.write({"step": 2, "loss": 1.0})
-    assert [record["step"] for record in training.read_run(path)] == [1, 2]
+    assert [record["step"] for record in training.read_run(path).records] == [1, 2]
     path.write_text('{"step": 1\n{"step": 2, "loss": 1.0}\n')
-    with pytest.raises(ValueError, match=r"run.jsonl:1 is not JSON"):
+    with pytest.raises(ValueError, match=r"line 1 of .*run.jsonl is no record of a run"):
         training.read_run(path)
 
 

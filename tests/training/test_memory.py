@@ -212,6 +212,9 @@ def test_rows_28_and_29_what_is_recommended_fits(size: str, memory: str) -> None
         optimizer, _ = recipe.replaced(release_gradients=False).build(model, 100)
         report = optimizer.memory_report()
         held = sum(report.ours.values()) - (report.ours["gradients"] if recipe.release_gradients else 0)
+        on_host = {kind: report.ours[kind] for kind in advice.estimate.host}  # of parameters on a GPU
+        assert on_host == advice.estimate.host
+        held -= sum(on_host.values())
         assert (held <= memory_bytes(memory)) >= advice.fits
         assert held <= advice.estimate.total
         assert training.validate(recipe, steps=20_000).errors == []

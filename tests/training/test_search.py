@@ -73,7 +73,7 @@ def test_asha_stops_what_is_not_among_the_best(tmp_path: Path) -> None:
     assert {trial.step for trial in early} <= {10, 30}
     assert len(early) >= 9
     assert found.best.status == "finished"
-    lengths = [len(training.read_run(tmp_path / "runs" / f"{trial.number}.jsonl")) for trial in early]
+    lengths = [len(training.read_run(tmp_path / "runs" / f"{trial.number}.jsonl").records) for trial in early]
     assert lengths == [trial.step for trial in early]
     # Each was stopped because a third of those that came as far before it, or more, were better.
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/study.db")
@@ -101,7 +101,9 @@ def test_killed_and_continued_is_the_same(tmp_path: Path, sampler: str, halving:
     assert told(continued) == told(whole)
     for trial in whole.trials:
         name = f"runs/{trial.number}.jsonl"
-        lines = [[{**r, "seconds": 0} for r in training.read_run(tmp_path / way / name)] for way in ("whole", "cut")]
+        lines = [
+            [{**r, "seconds": 0} for r in training.read_run(tmp_path / way / name).records] for way in ("whole", "cut")
+        ]
         assert lines[0] == lines[1]
 
 

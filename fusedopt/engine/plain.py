@@ -1,0 +1,22 @@
+"""Tensors as the memory that they are in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def base(tensor: Tensor) -> Tensor:
+    """The same numbers as a Tensor, apart from autograd's graph."""
+    tensor = tensor.detach()
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def is_plain_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are what its memory holds, aligned to their size."""
+    return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def nothing() -> Tensor:
+    """No sums."""
+    return torch.zeros(0, dtype=torch.float64, device="cpu")

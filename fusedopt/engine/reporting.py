@@ -1,0 +1,67 @@
+"""Reporting: what an optimizer tells about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import norms, reports
+from .contract import Contract
+
+
+class Reporting(Contract):
+    """The reports of an optimizer."""
+
+    _health: reports.HealthRecord | None = None
+    _norms: norms.NormsRecord | None = None
+
+    def memory_report(self) -> reports.MemoryReport:
+        """What the optimizer's state takes, by kind, beside what torch's would; print it for a table.
+
+        State that is not made yet counts as what it will take.
+        """
+        return reports.memory_report(self)
+
+    def record_health(self, enabled: bool = True) -> None:
+        """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
+
+        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
+        """
+        self._health = reports.HealthRecord(self) if enabled else None
+
+    def health_report(self) -> reports.HealthReport:
+        """What was counted since `record_health`; print it for a table.
+
+        Raises:
+            ValueError: Nothing is being counted.
+        """
+        if self._health is None:
+            raise ValueError("nothing was counted; call record_health() before the steps that are to be counted")
+        return self._health.report()
+
+    def record_norms(self, enabled: bool = True) -> None:
+        """Takes, in every step from now on, the norms of updates and weights; `norms_report` tells.
+
+        On the CPU they are taken inside the step, while weights are in cache. On other devices the weights before the
+        step are kept for its length, which takes as much memory as they do. Compiled steps are not looked at.
+        """
+        self._norms = norms.NormsRecord(self) if enabled else None
+
+    @property
+    def records_norms(self) -> bool:
+        """Whether `record_norms` is on."""
+        return self._norms is not None
+
+    def norms_report(self) -> norms.NormsReport:
+        """The norms of the last step since `record_norms`; print it for a table.
+
+        Raises:
+            ValueError: None were taken.
+        """
+        if self._norms is None or self._norms.report is None:
+            raise ValueError("no norms were taken; call record_norms() before the step whose norms are to be taken")
+        return self._norms.report
+
+    def _recorded(self) -> dict[str, Any]:
+        """What steps are told to count and measure, as keyword arguments."""
+        sums = None if self._norms is None else self._norms.sums
+        return {"counts_health": self._health is not None, "square_sums": sums}

@@ -1,0 +1,1 @@
+"""Where state lives, and who steps it when."""

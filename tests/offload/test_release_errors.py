@@ -1,0 +1,125 @@
+"""Gradient release: what goes wrong, and what is refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from cases import assert_same_run, make_params, params_of
+from released import BUCKET, SHAPES, Fails, backward, train, twins
+
+import fusedopt
+
+
+@pytest.mark.parametrize("bucket", [1, 2000, 2**20])
+def test_two_backward_passes_without_a_step(bucket: int) -> None:
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), lr=1e-2)
+    fusedopt.release_gradients(optimizer, bucket_numel=bucket)
+    backward(params_of(optimizer), 0)
+    with pytest.raises(ValueError, match=r"a second gradient came for parameter \d of group 0 before optimizer.step"):
+        backward(params_of(optimizer), 1)
+    with pytest.raises(ValueError, match="a second gradient came"):
+        optimizer.step()
+    optimizer.zero_grad()
+    train(optimizer, 1)
+    optimizer.step()
+
+
+def test_a_backward_pass_that_raises() -> None:
+    """What it has stepped stays so; the next pass steps everything."""
+    optimizer = fusedopt.SGD(make_params([(500,)] * 4, torch.float32), lr=1.0)
+    params = params_of(optimizer)
+    fusedopt.release_gradients(optimizer, bucket_numel=1000)
+    before = [param.detach().clone() for param in params]
+    x = torch.ones(500)
+    for i, param in enumerate(params):
+        x = (Fails.apply(x) if i == 1 else x) * 1.0 + param
+    with pytest.raises(RuntimeError, match="a failure in the backward pass"):
+        x.sum().backward()
+    steps = [(a - b).mean().item() for a, b in zip(before, params)]
+    assert steps[0] == 0
+    assert sum(steps) == pytest.approx(2.0, rel=1e-5)  # a bucket of two of the other three; rounding of float32
+    optimizer.zero_grad()
+    before = [param.detach().clone() for param in params]
+    sum(param.sum() for param in params).backward()
+    optimizer.step()
+    assert all(torch.equal(param, old - 1) for param, old in zip(params, before))
+
+
+@pytest.mark.parametrize("wants", ["accumulate", "exact"])
+def test_an_exception_within_its_contexts(wants: str) -> None:
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), max_grad_norm=1.0)
+    usual = fusedopt.AdamW(make_params(SHAPES, torch.float32), max_grad_norm=1.0)
+    handle = fusedopt.release_gradients(optimizer, bucket_numel=BUCKET, clip="exact")
+    loss = Fails.apply(params_of(optimizer)[0]).sum() + params_of(optimizer)[1].sum()
+    with (
+        pytest.raises(RuntimeError, match="a failure"),
+        handle.accumulate() if wants == "accumulate" else nullcontext(),
+    ):
+        handle.backward(loss)
+    optimizer.zero_grad()
+    train(optimizer, 2, handle=handle)
+    train(usual, 2)
+    assert_same_run(optimizer, usual)
+
+
+def test_exact_clipping_needs_its_own_backward() -> None:
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), max_grad_norm=1.0)
+    fusedopt.release_gradients(optimizer, clip="exact")
+    with pytest.raises(ValueError, match=r"call handle.backward\(loss\) instead"):
+        backward(params_of(optimizer), 0)
+
+
+def test_settings_that_change_between_backward_and_step() -> None:
+    lr = torch.tensor(1e-2)
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), lr=lr)
+    fusedopt.release_gradients(optimizer, bucket_numel=1)
+    backward(params_of(optimizer), 0)
+    lr.fill_(1e-3)
+    with pytest.raises(ValueError, match=r"lr of group 0 has changed since the backward pass.*before the backward"):
+        optimizer.step()
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32))
+    fusedopt.release_gradients(optimizer, bucket_numel=1)
+    backward(params_of(optimizer), 0)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    with pytest.raises(ValueError, match="weight_decay of group 0 has changed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_dynamic_loss_scaling(clips: bool) -> None:
+    optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), max_grad_norm=1.0 if clips else None)
+    fusedopt.release_gradients(optimizer, clip="previous" if clips else None)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(sum(param.sum() for param in params_of(optimizer))).backward()
+    with pytest.raises(ValueError, match=r"GradScaler finds out whether a gradient is inf only.*constant loss_scale"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "error", "message"),
+    [
+        ({}, {"bucket_numel": 0}, ValueError, "bucket_numel=0"),
+        ({}, {"bucket_numel": 1.5}, TypeError, "bucket_numel"),
+        ({}, {"clip": "exact"}, ValueError, "no norm to clip to; make the optimizer with max_grad_norm"),
+        ({}, {"loss_scale": 0.0}, ValueError, "loss_scale=0"),
+        ({"max_grad_norm": 1.0}, {}, ValueError, "pass clip='exact'"),
+        ({"max_grad_norm": 1.0}, {"clip": "exakt"}, ValueError, "clip='exakt'.*'exact'"),
+    ],
+)
+def test_arguments(options: dict, arguments: dict, error: type[Exception], message: str) -> None:
+    optimizer = fusedopt.AdamW(make_params([(3,)], torch.float32), **options)
+    with pytest.raises(error, match=message):
+        fusedopt.release_gradients(optimizer, **arguments)
+    assert params_of(optimizer)[0]._post_accumulate_grad_hooks is None
+
+
+def test_another_optimizer_and_a_second_handle() -> None:
+    with pytest.raises(TypeError, match="is a SGD; pass an optimizer of fusedopt"):
+        fusedopt.release_gradients(torch.optim.SGD(make_params([(3,)], torch.float32)))
+    optimizer = fusedopt.AdamW(make_params([(3,)], torch.float32))
+    with fusedopt.release_gradients(optimizer), pytest.raises(ValueError, match="releases gradients already"):
+        fusedopt.release_gradients(optimizer)
+    fusedopt.release_gradients(optimizer).remove()
+    twins(lambda: optimizer, 0)
