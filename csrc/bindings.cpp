@@ -80,9 +80,11 @@ PYBIND11_MODULE(_core, module) {
            "positions"_a = std::vector<int64_t>())
       .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
       .def("collect_shards", &TensorTable::collect_shards, py::kw_only(), "group"_a, "positions"_a, "params"_a,
-           "grads"_a, "states"_a, "places"_a)
+           "grads"_a, "states"_a, "places"_a, "wholes"_a = std::vector<std::optional<fusedopt::WholeOfShard>>(),
+           "channels"_a = std::vector<std::array<int32_t, 3>>())
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
-           "master"_a, "step"_a, "first_index"_a, "segment"_a = 0, "segment_stride"_a = 0)
+           "master"_a, "step"_a, "first_index"_a, "segment"_a = 0, "segment_stride"_a = 0, "whole"_a = py::none(),
+           "channels"_a = std::array<int32_t, 3>())
       .def("count_versions", &TensorTable::count_versions)
       .def("batch", &TensorTable::batch, py::kw_only(), "grad_multipliers"_a)
       .def("rows", &bytes_of<&TensorTable::rows>)
@@ -90,5 +92,9 @@ PYBIND11_MODULE(_core, module) {
       .def("count_square_sums", &TensorTable::count_square_sums)
       .def("square_sums", &TensorTable::square_sums, py::kw_only(), "sums"_a, "threads"_a)
       .def("step", &TensorTable::step, py::kw_only(), "grad_multipliers"_a, "threads"_a, "counts_health"_a,
+           "square_sums"_a = py::none())
+      .def("begin_shards", &TensorTable::begin_shards, py::kw_only(), "grad_multipliers"_a, "channels"_a)
+      .def("sum_shards", &TensorTable::sum_shards, py::kw_only(), "round"_a, "totals"_a, "sums"_a, "threads"_a)
+      .def("step_shards", &TensorTable::step_shards, py::kw_only(), "totals"_a, "threads"_a, "counts_health"_a,
            "square_sums"_a = py::none());
 }

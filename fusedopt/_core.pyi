@@ -57,6 +57,8 @@ class TensorTable:
         grads: list[Tensor],
         states: list[dict[str, Any]],
         places: list[tuple[int, int, int]],
+        wholes: list[tuple[int, int, int, int, bool] | None] = ...,
+        channels: list[list[int]] = ...,
     ) -> list[int]: ...
     def add(
         self,
@@ -71,6 +73,8 @@ class TensorTable:
         first_index: int,
         segment: int = ...,
         segment_stride: int = ...,
+        whole: tuple[int, int, int, int, bool] | None = ...,
+        channels: list[int] = ...,
     ) -> bool: ...
     def count_versions(self) -> None: ...
     def batch(self, *, grad_multipliers: list[float]) -> int: ...
@@ -82,6 +86,16 @@ class TensorTable:
         self,
         *,
         grad_multipliers: list[float],
+        threads: int,
+        counts_health: bool,
+        square_sums: dict[tuple[int, int], tuple[float, float]] | None = None,
+    ) -> dict[tuple[int, int], dict[str, int]]: ...
+    def begin_shards(self, *, grad_multipliers: list[float], channels: int) -> list[list[tuple[int, int]]]: ...
+    def sum_shards(self, *, round: int, totals: int, sums: int, threads: int) -> None: ...
+    def step_shards(
+        self,
+        *,
+        totals: int,
         threads: int,
         counts_health: bool,
         square_sums: dict[tuple[int, int], tuple[float, float]] | None = None,

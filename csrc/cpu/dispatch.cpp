@@ -162,9 +162,11 @@ int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position) {
 
 std::string selected_isa() { return select().name; }
 
+const Kernels& selected_kernels() { return *select().kernels; }
+
 void step(const std::vector<TensorDesc>& tensors, const std::vector<GroupDesc>& groups, int threads,
           const Recording& recording) {
-  const Kernels& kernels = *select().kernels;
+  const Kernels& kernels = selected_kernels();
   const Contexts contexts = derive_all(tensors, groups);
   const auto takes_one_pass = [&](int64_t i) { return !rules()[groups[tensors[i].group].rule].normalizes; };
   for_each_chunk(plan_step(tensors, takes_one_pass), threads, [&](int64_t, const Chunk& chunk) {
@@ -188,7 +190,7 @@ int64_t count_square_sums(const std::vector<TensorDesc>& tensors) {
 }
 
 void square_sums(const std::vector<TensorDesc>& tensors, double* sums, int threads) {
-  const Kernels& kernels = *select().kernels;
+  const Kernels& kernels = selected_kernels();
   for_each_chunk(plan_reduction(tensors), threads, [&](int64_t i, const Chunk& chunk) {
     sums[i] = kernels.square_sum(tensors[chunk.tensor].grad, chunk.begin, chunk.length);
   });

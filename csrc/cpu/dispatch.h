@@ -18,6 +18,7 @@ std::vector<std::string> available_isas();
 // The one in use: FUSEDOPT_CPU_ISA if set, else the best. Throws std::invalid_argument if the variable
 // names one that is unknown or that this machine cannot run. Read anew by every call.
 std::string selected_isa();
+const Kernels& selected_kernels();
 
 // What is recorded of a step on request; null where it is not.
 struct Recording {

@@ -47,6 +47,8 @@ void write_row(const TensorDesc& tensor, int64_t* row) {
 void TensorTable::clear() {
   groups_.clear();
   lists_.tensors.clear();
+  shards_.clear();
+  sharded_step_.clear();
   alive_.clear();
   versions_.clear();
   is_sorted_ = true;
@@ -112,9 +114,12 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
 
 std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<int64_t>& positions,
                                                  const py::list& params, const py::list& grads, const py::list& states,
-                                                 const std::vector<std::array<int64_t, 3>>& places) {
+                                                 const std::vector<std::array<int64_t, 3>>& places,
+                                                 const std::vector<std::optional<WholeOfShard>>& wholes,
+                                                 const std::vector<std::array<int32_t, 3>>& channels) {
   const size_t count = positions.size();
-  if (params.size() != count || grads.size() != count || states.size() != count || places.size() != count) {
+  if (params.size() != count || grads.size() != count || states.size() != count || places.size() != count ||
+      (!wholes.empty() && wholes.size() != count) || channels.size() != wholes.size()) {
     throw py::value_error("lists of shards must have one length");
   }
   const ParamGroup& settings = groups_.at(group);
@@ -133,6 +138,7 @@ std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<in
     const GlobalPlace place{places[i][0], places[i][1], places[i][2]};
     if (objects.find(settings, PyList_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i))) &&
         take(group, position, objects, place, records[static_cast<size_t>(position)])) {
+      if (!wholes.empty() && wholes[i].has_value()) set_apart(*wholes[i], channels[i]);
       is_sorted_ = false;
     } else {
       missed.push_back(position);
@@ -145,8 +151,8 @@ std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<in
 }
 
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,
-                      py::handle master, py::handle step, int64_t first_index, int64_t segment,
-                      int64_t segment_stride) {
+                      py::handle master, py::handle step, int64_t first_index, int64_t segment, int64_t segment_stride,
+                      const std::optional<WholeOfShard>& whole, const std::array<int32_t, 3>& channels) {
   const size_t dense = groups_.at(group).states.size();
   if (states.size() != dense + (groups_[group].is_factored() ? 2 : 0))
     throw py::value_error("one tuple of tensors is needed for every state of the rule");
@@ -169,16 +175,27 @@ bool TensorTable::add(int group, int64_t position, py::handle param, py::handle 
   for (const py::handle tensor : {param, grad, step, master, py::handle(states)}) {
     alive_.push_back(py::reinterpret_borrow<py::object>(tensor));
   }
+  if (whole.has_value()) set_apart(*whole, channels);
   is_sorted_ = false;
   return true;
 }
 
+// Makes the tensor that was taken last a shard of a whole.
+void TensorTable::set_apart(const WholeOfShard& whole, const std::array<int32_t, 3>& channels) {
+  const auto& [numel, rows, columns, matrices, cuts_columns] = whole;
+  shards_.push_back({lists_.tensors.back(), {numel, rows, columns, matrices, cuts_columns}, channels});
+  lists_.tensors.pop_back();
+}
+
 void TensorTable::sort() {
   if (is_sorted_) return;
-  const auto listed = [&](const TensorDesc& tensor) { return groups_[tensor.group].listed(tensor.position); };
-  std::sort(lists_.tensors.begin(), lists_.tensors.end(),
-            [&](const TensorDesc& a, const TensorDesc& b) { return listed(a) < listed(b); });
+  sort(lists_.tensors);
   is_sorted_ = true;
+}
+
+void TensorTable::sort(std::vector<TensorDesc>& tensors) const {
+  std::sort(tensors.begin(), tensors.end(),
+            [&](const TensorDesc& a, const TensorDesc& b) { return listed(a) < listed(b); });
 }
 
 void TensorTable::list_groups(const std::vector<double>& grad_multipliers) {
@@ -214,39 +231,88 @@ uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {
   return reinterpret_cast<uintptr_t>(&lists_);
 }
 
-py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
-                           std::optional<py::dict> square_sums) {
-  list_groups(grad_multipliers);
-  std::vector<HealthCounts> health(counts_health ? lists_.tensors.size() : 0);
+// What step(recording) records of tensors.
+template <class Step>
+py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+                               const std::optional<py::dict>& square_sums, const Step& step) {
+  std::vector<HealthCounts> health(counts_health ? tensors.size() : 0);
   std::vector<UpdateSums> sums;
   {
     const py::gil_scoped_release released;
     std::optional<cpu::UpdateRecord> updates;
-    if (square_sums) updates.emplace(lists_.tensors);
-    const cpu::Recording recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr};
-    cpu::step(lists_.tensors, lists_.groups, threads, recording);
+    if (square_sums) updates.emplace(tensors);
+    step(cpu::Recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr});
     if (updates) sums = updates->totals();
   }
   count_versions();
   for (size_t i = 0; i < sums.size(); ++i) {
-    (*square_sums)[py::make_tuple(lists_.tensors[i].group, lists_.tensors[i].position)] =
+    (*square_sums)[py::make_tuple(tensors[i].group, tensors[i].position)] =
         py::make_tuple(sums[i].update, sums[i].weight);
   }
   py::dict found;
   for (size_t i = 0; i < health.size(); ++i) {
     py::dict counts;
     for (const HealthCount& each : kHealthCounts) counts[each.name] = health[i].*each.count;
-    found[py::make_tuple(lists_.tensors[i].group, lists_.tensors[i].position)] = counts;
+    found[py::make_tuple(tensors[i].group, tensors[i].position)] = counts;
   }
   return found;
 }
 
-int64_t TensorTable::count_square_sums() const { return cpu::count_square_sums(lists_.tensors); }
+py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
+                           std::optional<py::dict> square_sums) {
+  list_groups(grad_multipliers);
+  return recorded(lists_.tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+    cpu::step(lists_.tensors, lists_.groups, threads, recording);
+  });
+}
+
+std::vector<cpu::ShardedStep::Counts> TensorTable::begin_shards(const std::vector<double>& grad_multipliers,
+                                                                int channels) {
+  list_groups(grad_multipliers);
+  // All ranks must have the same order, and how a shard was taken may differ.
+  std::sort(shards_.begin(), shards_.end(),
+            [&](const cpu::Shard& a, const cpu::Shard& b) { return listed(a.tensor) < listed(b.tensor); });
+  for (const cpu::Shard& shard : shards_) {
+    for (const int32_t channel : shard.channels) {
+      if (channel < 0 || channel >= channels) throw py::value_error("a channel of a shard is not among the step's");
+    }
+  }
+  sharded_step_.begin(shards_, lists_.groups, channels, cpu::selected_kernels());
+  std::vector<cpu::ShardedStep::Counts> counts;
+  for (int round = 0; round < cpu::ShardedStep::kRounds; ++round) counts.push_back(sharded_step_.counts(round));
+  return counts;
+}
+
+void TensorTable::sum_shards(int round, uintptr_t totals, uintptr_t sums, int threads) {
+  const py::gil_scoped_release released;
+  sharded_step_.sum(round, reinterpret_cast<const double*>(totals), reinterpret_cast<double*>(sums), threads);
+}
+
+py::dict TensorTable::step_shards(uintptr_t totals, int threads, bool counts_health,
+                                  std::optional<py::dict> square_sums) {
+  std::vector<TensorDesc> tensors;
+  for (const cpu::Shard& shard : shards_) tensors.push_back(shard.tensor);
+  return recorded(tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+    sharded_step_.step(reinterpret_cast<const double*>(totals), threads, recording);
+  });
+}
+
+int64_t TensorTable::count_square_sums() const {
+  int64_t count = cpu::count_square_sums(lists_.tensors);
+  for (const cpu::Shard& shard : shards_) count += cpu::count_square_sums({shard.tensor});
+  return count;
+}
 
 void TensorTable::square_sums(uintptr_t sums, int threads) {
   sort();
+  std::vector<TensorDesc> all;
+  if (!shards_.empty()) {
+    all = lists_.tensors;
+    for (const cpu::Shard& shard : shards_) all.push_back(shard.tensor);
+    sort(all);
+  }
   const py::gil_scoped_release released;
-  cpu::square_sums(lists_.tensors, reinterpret_cast<double*>(sums), threads);
+  cpu::square_sums(shards_.empty() ? lists_.tensors : all, reinterpret_cast<double*>(sums), threads);
 }
 
 }  // namespace fusedopt

@@ -10,9 +10,11 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/registry.h"
+#include "cpu/normalize_shards.h"
 #include "python/param_group.h"
 #include "python/param_objects.h"
 #include "python/read_tensor.h"
@@ -25,6 +27,9 @@ namespace fusedopt {
 struct GlobalPlace {
   int64_t first_index = 0, segment = 0, segment_stride = 0;
 };
+
+// The numel, rows, columns, matrices and cuts_columns of a cpu::Whole.
+using WholeOfShard = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
 class TensorTable {
  public:
@@ -47,16 +52,20 @@ class TensorTable {
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
 
   // The same of shards, of which what is held here is given: parameters, gradients, dicts of their state, and places in
-  // the global tensors. Returns which of `positions`, in their group, do not fit.
+  // the global tensors. Returns which of `positions`, in their group, do not fit. `wholes` is empty, or has of each the
+  // `whole`, as `add`, and `channels` as many.
   std::vector<int64_t> collect_shards(int group, const std::vector<int64_t>& positions, const pybind11::list& params,
                                       const pybind11::list& grads, const pybind11::list& states,
-                                      const std::vector<std::array<int64_t, 3>>& places);
+                                      const std::vector<std::array<int64_t, 3>>& places,
+                                      const std::vector<std::optional<WholeOfShard>>& wholes,
+                                      const std::vector<std::array<int32_t, 3>>& channels);
 
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
+  // With a `whole` it is a shard of that, stepped by `sum_shards` and `step_shards`, with sums in these `channels`.
   bool add(int group, int64_t position, pybind11::handle param, pybind11::handle grad, const pybind11::tuple& states,
-           pybind11::handle master, pybind11::handle step, int64_t first_index, int64_t segment,
-           int64_t segment_stride);
+           pybind11::handle master, pybind11::handle step, int64_t first_index, int64_t segment, int64_t segment_stride,
+           const std::optional<WholeOfShard>& whole, const std::array<int32_t, 3>& channels);
 
   // Tells autograd that the parameters have been written. `step` does so itself.
   void count_versions() { versions_.count(); }
@@ -71,22 +80,38 @@ class TensorTable {
   // a slab (core/matrices.h).
   std::vector<int64_t> cuts();
 
-  // On the CPU: steps everything. Counts, if asked to: {(group, position): {name of a count: number}}. `square_sums`,
-  // unless it is null, takes the sums of squares of updates and of the weights after them: {(group, position): both}.
+  // On the CPU: steps everything, but for shards of a whole. Counts, if asked to:
+  // {(group, position): {name of a count: number}}. `square_sums`, unless it is null, takes the sums of squares of
+  // updates and of the weights after them: {(group, position): both}.
   pybind11::dict step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
                       std::optional<pybind11::dict> square_sums);
   int64_t count_square_sums() const;
   void square_sums(uintptr_t sums, int threads);
-  size_t size() const { return lists_.tensors.size(); }
+  size_t size() const { return lists_.tensors.size() + shards_.size(); }
+
+  // The steps of shards of a whole (cpu/normalize_shards.h). `begin_shards` returns the channels of each round, and how
+  // many numbers they have; `sums` and `totals` are where doubles lie.
+  std::vector<cpu::ShardedStep::Counts> begin_shards(const std::vector<double>& grad_multipliers, int channels);
+  void sum_shards(int round, uintptr_t totals, uintptr_t sums, int threads);
+  pybind11::dict step_shards(uintptr_t totals, int threads, bool counts_health,
+                             std::optional<pybind11::dict> square_sums);
 
  private:
   bool take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place, Record& record);
+  void set_apart(const WholeOfShard& whole, const std::array<int32_t, 3>& channels);
   void list_groups(const std::vector<double>& grad_multipliers);
+  template <class Step>
+  pybind11::dict recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+                          const std::optional<pybind11::dict>& square_sums, const Step& step);
+  auto listed(const TensorDesc& tensor) const { return groups_[tensor.group].listed(tensor.position); }
   void sort();
+  void sort(std::vector<TensorDesc>& tensors) const;
 
   std::vector<ParamGroup> groups_;
-  Device device_;                             // where tensors must lie to be taken
-  StepLists lists_;                           // its groups are filled by `list_groups`
+  Device device_;                   // where tensors must lie to be taken
+  StepLists lists_;                 // its groups are filled by `list_groups`
+  std::vector<cpu::Shard> shards_;  // of a whole; they are in no list
+  cpu::ShardedStep sharded_step_;
   bool is_sorted_ = true;                     // the tensors, by group and position
   Versions versions_;                         // the parameters'
   std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold

@@ -12,6 +12,7 @@ from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .device import DeviceSession
 from .eager import EagerBackend
+from .rounds import taken, together
 from .triton import TritonBackend
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "first",
     "names",
     "new_sessions",
+    "taken",
+    "together",
 ]
 
 BACKENDS: dict[str, Backend] = {

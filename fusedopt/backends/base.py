@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .. import _core
-from ..reference.asking import Asking, Extent
+from ..reference.asking import Asking, Extent, Result
 from ..storage.masters import KEYS
 from ..storage.state import StateSpec
 
@@ -102,9 +102,24 @@ class Spread(Protocol):
     def extent(self) -> Extent:
         """Its size."""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every rank holds an evenly spread run of elements, as compiled backends take them."""
+
+    def matrices(self, held: Tensor) -> int:
+        """How many matrices there are in what is held here of it; 0 if it is none."""
+
+    def channel(self, over: str) -> tuple[str, ...]:
+        """Where its sums over "rows", "columns" or "all" go: sums of one channel over the same ranks, of () nowhere."""
+
     @staticmethod
     def sums(asked: Sequence[tuple[Spread, str, Tensor]]) -> list[Tensor]:
         """The sums over all shards of what is here: over their "rows", "columns", or "all" of them."""
+
+
+# A parameter of which the rest is elsewhere, over what of it a sum goes, what is here; and a step that asks for sums.
+Asked = tuple[Spread, str, Tensor]
+Summing = Generator["list[Asked]", "Sequence[Tensor]", Result]
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ class Shards:
     """What is held here of parameters of a group, one after the other.
 
     `positions` are their places among the parameters of their GroupStep, `states` their states by name, `places` as
-    ParamStep's first_index, segment and segment_stride.
+    ParamStep's first_index, segment and segment_stride, `spreads` as ParamStep's; empty if all would be None.
     """
 
     positions: list[int] = field(default_factory=list)
@@ -144,6 +159,11 @@ class Shards:
     grads: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     places: list[tuple[int, int, int]] = field(default_factory=list)
+    spreads: list[Spread | None] = field(default_factory=list)
+
+    def picked(self, which: Sequence[int]) -> Shards:
+        """Some of them, by index."""
+        return Shards(*([held[i] for i in which] if held else [] for held in vars(self).values()))
 
 
 class Session(Protocol):
@@ -183,6 +203,11 @@ class Session(Protocol):
         Returns:
             If asked for, what was counted of each parameter on the way; else nothing.
         """
+
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
+        """The same, together with the steps of other backends: asks for the sums that it needs (rounds.py)."""
 
 
 class Backend(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling, Shards, SquareSums
+from .base import GroupStep, Health, ParamStep, Scaling, Shards, SquareSums, Summing
 from .eager import count_health, step_param, update_sums, weights
 from .table import add_entry, add_groups, add_shards
 
@@ -144,6 +144,12 @@ class DeviceSession:
         self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
     ) -> Health:
         return self.step_scaled(grad_multipliers, Scaling(), counts_health=counts_health, square_sums=square_sums)[0]
+
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
+        yield from ()  # it takes no shards of a whole
+        return self.step(grad_multipliers, counts_health=counts_health, square_sums=square_sums)
 
     def step_scaled(
         self,

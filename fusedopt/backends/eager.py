@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..reference.arithmetic import rounded
-from ..reference.asking import Asking, all_here
 from ..reference.dense import round_stochastic
 from ..reference.norm import pairwise_sum, square_sums
 from ..reference.random import bits_at
@@ -17,7 +16,8 @@ from ..storage import quantization, skipping
 from ..storage import weights as storage
 from ..storage.masters import SIXTEEN_BIT
 from ..storage.state import StateSpec, keeps_own_precision
-from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards, SquareSums
+from .base import ASKING, HEALTH_COUNTS, REFERENCES, GroupStep, Health, ParamStep, Shards, SquareSums, Summing
+from .rounds import over_shards, taken, together
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 _PARAM_STREAM = 4  # after the four states that a rule has at most
@@ -25,38 +25,11 @@ _PARAM_STREAM = 4  # after the four states that a rule has at most
 
 def step_param(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> int:
     """Steps one parameter in place: decode, reference, encode. Returns how many weights it left as they were."""
-    return all_here(asking_step(group, entry, grad_multiplier))
+    return taken(summing_step(group, entry, grad_multiplier))
 
 
-def step_spread(steps: Sequence[Asking[int]], entries: Sequence[ParamStep]) -> list[int]:
-    """Takes steps that ask for sums over shards together, so that ranks meet once for each sum that they ask for.
-
-    Returns what each of them returns.
-    """
-    results = [0] * len(steps)
-    totals: list[Tensor | None] = [None] * len(steps)
-    left = list(range(len(steps)))
-    while left:
-        asked, asking = [], []
-        for i in left:
-            try:
-                over, numbers = steps[i].send(totals[i])  # type: ignore[arg-type]
-            except StopIteration as end:
-                results[i] = end.value
-                continue
-            spread = entries[i].spread
-            assert spread is not None
-            asked.append((spread, over, numbers))
-            asking.append(i)
-        if asked:
-            for i, total in zip(asking, asked[0][0].sums(asked)):
-                totals[i] = total
-        left = asking
-    return results
-
-
-def asking_step(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> Asking[int]:
-    """The same, of a parameter that may be a shard, which asks for sums over the whole."""
+def summing_step(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> Summing[int]:
+    """The same, of a parameter that may be a shard: asks for sums over the whole."""
     step = int(entry.step.item()) + 1
 
     def bits(rounding: str, state: int, stored: torch.dtype) -> Tensor | None:
@@ -80,7 +53,8 @@ def asking_step(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> A
         results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
     else:
         told["whole"] = entry.spread.extent
-        results = yield from ASKING[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+        asking = ASKING[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
+        results = yield from over_shards(asking, entry.spread)
     stored = skipping.Stored.of(entry.param, entry.master, entry.states) if group.skips_blocks else None
     for k, (spec, held, value) in enumerate(zip(group.states, entry.states, results[1:])):
         _write_state(spec, held, value, bits(group.roundings[k], k, held[0].dtype))
@@ -193,19 +167,24 @@ class EagerSession:
     def step(
         self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
     ) -> Health:
+        return taken(self.summing_step(grad_multipliers, counts_health=counts_health, square_sums=square_sums))
+
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
         health: Health = {}
         looks = counts_health or square_sums is not None
         before = [weights(self._groups[e.group], e).clone() for e in self._entries] if looks else []
         skipped = [0] * len(self._entries)
-        asking = []
+        summing = []
         for i, entry in enumerate(self._entries):
             if entry.spread is None:
                 skipped[i] = step_param(self._groups[entry.group], entry, grad_multipliers[entry.group])
             else:
-                asking.append(i)
-        spread = [self._entries[i] for i in asking]
-        steps = [asking_step(self._groups[e.group], e, grad_multipliers[e.group]) for e in spread]
-        for i, count in zip(asking, step_spread(steps, spread)):
+                summing.append(i)
+        spread = [self._entries[i] for i in summing]
+        steps = [summing_step(self._groups[e.group], e, grad_multipliers[e.group]) for e in spread]
+        for i, count in zip(summing, (yield from together(steps))):
             skipped[i] = count
         for entry, held, count in zip(self._entries, before, skipped):
             group = self._groups[entry.group]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,7 +78,7 @@ class Gathered:
         groups: What is stepped; one or more for a param group.
         positions: Which of its param group's parameters each of them has; None for all.
         takes_sums: Whether gradients are clipped to their norm, whose sum is taken in row-major order.
-        sums_over_shards: Whether rules take sums over whole parameters.
+        spread_of: Where the rest of a param group's parameter is, if rules take sums over whole parameters.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Gathered:
         positions: list[list[int] | None],
         *,
         takes_sums: bool,
-        sums_over_shards: bool = False,
+        spread_of: Callable[[int, Tensor], Spread | None] | None = None,
     ) -> None:
         self._takes_sums = takes_sums
-        self._sums_over_shards = sums_over_shards
+        self._spread_of = spread_of
         self.ranks: Ranks | None = None
         self.sessions = sessions
         self.groups = groups
@@ -123,7 +123,7 @@ class Gathered:
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
             missed = session.collect(part, params, state)
-            if missed and not self._sums_over_shards:
+            if missed:
                 missed = self._collect_shards(session, part, params, missed, state)
             left += [self.member(part, entry) for entry in missed]
         return sorted(left)
@@ -135,6 +135,8 @@ class Gathered:
         shards, wrappers, others = sharding.as_they_lie(params, missed, state)
         if not wrappers:
             return missed
+        if self._spread_of is not None:
+            shards.spreads = [self._spread_of(self.groups[part].param_group, wrapper) for wrapper in wrappers]
         left = session.collect_shards(part, shards)
         if left:
             held = set(left)
@@ -375,16 +377,14 @@ class Gathered:
     ) -> Health:
         """Steps everything, gradients times a number; returns what was counted. See `step`."""
         self.is_taken = True
-        found: Health = {}
-        for session in self.sessions.values():
-            if len(session) > 0:
-                multipliers = [sign * multiplier for sign in self._signs()]
-                sums: SquareSums | None = None if square_sums is None else {}
-                counted = session.step(multipliers, counts_health=counts_health, square_sums=sums)
-                found |= self._by_member(counted)
-                if square_sums is not None and sums:
-                    square_sums.update(self._by_member(sums))
-        return found
+        multipliers = [sign * multiplier for sign in self._signs()]
+        active = [session for session in self.sessions.values() if len(session) > 0]
+        sums: SquareSums | None = None if square_sums is None else {}
+        steps = [s.summing_step(multipliers, counts_health=counts_health, square_sums=sums) for s in active]
+        found = {place: each for counted in backends.taken(backends.together(steps)) for place, each in counted.items()}
+        if square_sums is not None and sums:
+            square_sums.update(self._by_member(sums))
+        return self._by_member(found)
 
     def _signs(self) -> list[float]:
         return [-1.0 if group.maximize else 1.0 for group in self.groups]

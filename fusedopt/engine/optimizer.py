@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Scaling, Session
-from ..backends.base import ASKING, REFERENCES
+from ..backends.base import ASKING, REFERENCES, Spread
 from ..offload.homes import RESERVE_BYTES, uses_disk
 from ..offload.stream import STREAM_BYTES
 from . import checkpoint, compiled, members, sharding
@@ -258,6 +258,9 @@ class FusedOptimizer(Partial):
             self._agreement_cache = Agreement()
         return self._agreement_cache
 
+    def _spread_of(self, group: int, param: Tensor) -> Spread | None:
+        return shard_sums(self, self.param_groups[group], param)
+
     def _gather(self, listed: Sequence[list[int]] | None = None) -> Gathered:
         """Everything that this step touches, or what is at these positions, checked; only makes missing state."""
         max_grad_norm = self.common_max_grad_norm()
@@ -268,7 +271,7 @@ class FusedOptimizer(Partial):
             groups,
             positions,
             takes_sums=max_grad_norm is not None,
-            sums_over_shards=self.takes_sums,
+            spread_of=self._spread_of if self.takes_sums else None,
         )
         left = gathered.collect(self.param_groups, self.state)
         if not left:
@@ -279,7 +282,7 @@ class FusedOptimizer(Partial):
             left = gathered.collect(self.param_groups, self.state)
         for member in left:
             param = self.param_groups[member.group]["params"][member.position]
-            spread = shard_sums(self, self.param_groups[member.group], param)
+            spread = self._spread_of(member.group, param)
             gathered.add(member, param, param.grad, self.state[param], self.backends_of(member.group), spread)
         return gathered
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _core
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Shards
-from ..backends.base import Health, SquareSums
+from ..backends.base import Health, SquareSums, Summing
 from ..backends.device import Scalars, copy, lr_on
 from ..backends.eager import count_health, step_param, update_sums, weights
 from ..backends.table import add_entry, add_groups
@@ -196,6 +196,12 @@ class Streamer:
         return self._groups[entry.group].param_group, entry.position if positions is None else positions[entry.position]
 
     # ---- a step ------------------------------------------------------------------------------------
+
+    def summing_step(
+        self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
+    ) -> Summing[Health]:
+        yield from ()  # it takes no shards of a whole
+        return self.step(grad_multipliers, counts_health=counts_health, square_sums=square_sums)
 
     def step(
         self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,16 +68,20 @@ def actual_lr(knobs: Knobs, step: int, param: Tensor) -> float:
     Returns:
         What the update is multiplied by.
     """
-    return all_here(_actual_lr(knobs, step, param, Extent(param.numel())))
+    return _lr_from(knobs, step, _weight_sums(knobs, param), Extent(param.numel()))
 
 
-def _actual_lr(knobs: Knobs, step: int, param: Tensor, whole: Extent) -> Asking[float]:
+def _weight_sums(knobs: Knobs, param: Tensor) -> list[Tensor]:
+    """The sum of the squares of the weights here, if it is needed."""
     if not knobs.scale_parameter:
-        return relative_lr(knobs, step)
+        return []
     squares = param.double() * param.double()
-    sums = unit_sums(squares) if param.dim() > 1 else chunk_sums(squares)
-    total = yield "all", pairwise_sum(sums)
-    return scaled_lr(knobs, step, _rms(total, whole))
+    return [pairwise_sum(unit_sums(squares) if param.dim() > 1 else chunk_sums(squares))]
+
+
+def _lr_from(knobs: Knobs, step: int, weight_sums: Sequence[Tensor], whole: Extent) -> float:
+    """The learning rate, from what that came to."""
+    return scaled_lr(knobs, step, _rms(weight_sums[0], whole)) if weight_sums else relative_lr(knobs, step)
 
 
 def scaled_lr(knobs: Knobs, step: int, rms: float) -> float:
@@ -101,18 +106,27 @@ def _torchs_eps(knobs: Knobs, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if knobs.eps1 < 0 else knobs.eps1
 
 
+def _moved(average: Tensor, sums: Tensor, count: int, step: int, knobs: Knobs) -> Tensor:
+    """The new averages of rows or columns, from the sums of so many squares each."""
+    mean = sums / count
+    return _averages((mean if knobs.is_torch else mean + knobs.eps1).to(average.dtype), average, step, knobs)
+
+
 def _matrix_update(
-    grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs, whole: Extent
-) -> Asking[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The update of (batch, rows, columns), double sums of its squares by unit or matrix, and the new moments."""
+    param: Tensor, grad: Tensor, row: Tensor, col: Tensor, step: int, dtype: torch.dtype, knobs: Knobs, whole: Extent
+) -> Asking[tuple[Tensor, Tensor, float, Tensor, Tensor]]:
+    """The update of (batch, rows, columns), the sum of its squares, its learning rate, and the new moments."""
     squares = grad.double() * grad.double()
-    row_mean = (yield "columns", row_sums(squares)) / whole.columns
-    col_mean = (yield "rows", column_sums(squares)) / whole.rows
-    if not knobs.is_torch:
-        row_mean, col_mean = row_mean + knobs.eps1, col_mean + knobs.eps1
-    row = _averages(row_mean.to(grad.dtype), row, step, knobs)
-    col = _averages(col_mean.to(grad.dtype), col, step, knobs)
-    mean = ((yield "rows", row_sums(row.double())) / whole.rows).to(grad.dtype).unsqueeze(-1)
+    (sums,) = yield [("columns", row_sums(squares))]
+    row = _moved(row, sums, whole.columns, step, knobs)
+    weight_sums = _weight_sums(knobs, param)
+    sums, total, *weight_sums = yield [
+        ("rows", column_sums(squares)),
+        ("rows", row_sums(row.double())),
+        *(("all", sums) for sums in weight_sums),
+    ]
+    col = _moved(col, sums, whole.rows, step, knobs)
+    mean = (total / whole.rows).to(grad.dtype).unsqueeze(-1)
     if knobs.is_torch:
         eps = _torchs_eps(knobs, dtype)
         mean = torch.maximum(mean, torch.full_like(mean, eps))
@@ -125,13 +139,14 @@ def _matrix_update(
         # mean R / (R C) g g, added up without reading g again: a row is weighed as soon as its average is known.
         weighted = weighted_column_sums(grad, 1.0 / root(row))
         sums = pairwise_sum(weighted / col.double()) * mean.double().squeeze(-1)
-    return update, sums, row, col
+    (total,) = yield [("all", pairwise_sum(sums))]
+    return update, total, _lr_from(knobs, step, weight_sums, whole), row, col
 
 
 def _vector_update(
-    grad: Tensor, average: Tensor, step: int, dtype: torch.dtype, knobs: Knobs
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The update, the double sums of its squares by chunk, and the new second moment."""
+    param: Tensor, grad: Tensor, average: Tensor, step: int, dtype: torch.dtype, knobs: Knobs, whole: Extent
+) -> Asking[tuple[Tensor, Tensor, float, Tensor]]:
+    """The update, the sum of its squares, its learning rate, and the new second moment."""
     if knobs.is_torch:
         average = _averages(grad * grad, average, step, knobs)
         eps = _torchs_eps(knobs, dtype)
@@ -139,7 +154,10 @@ def _vector_update(
     else:
         average = _averages(grad * grad + rounded(knobs.eps1, grad), average, step, knobs)
         update = grad / root(average)
-    return update, square_sums(update), average
+    yield []  # as a matrix, which has sums of rows first
+    weight_sums = yield [("all", sums) for sums in _weight_sums(knobs, param.reshape(-1))]
+    (total,) = yield [("all", pairwise_sum(square_sums(update)))]
+    return update, total, _lr_from(knobs, step, weight_sums, whole), average
 
 
 def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
@@ -155,11 +173,9 @@ def _decayed(param: Tensor, lr: float, knobs: Knobs) -> Tensor:
 
 
 def _applied(
-    param: Tensor, update: Tensor, sums: Tensor, exp_avg: Tensor | None, step: int, knobs: Knobs, whole: Extent
-) -> Asking[tuple[Tensor, ...]]:
+    param: Tensor, update: Tensor, total: Tensor, lr: float, exp_avg: Tensor | None, knobs: Knobs, whole: Extent
+) -> tuple[Tensor, ...]:
     """The new parameter and, if it was given, the new first moment."""
-    lr = yield from _actual_lr(knobs, step, param, whole)
-    total = yield "all", pairwise_sum(sums)
     denominator = _at_least(_rms(total, whole) / knobs.clip_threshold, 1.0)
     param = _decayed(param, lr, knobs)
     if exp_avg is None:
@@ -204,11 +220,11 @@ def asking_matrix(
     rows, cols = row.shape[-1], col.shape[-1]
     count = row.numel() // rows if rows else col.numel() // max(1, cols)  # a shard may have no rows, or no columns
     matrices = (count, rows, cols)
-    update, sums, new_row, new_col = yield from _matrix_update(
-        grad.reshape(matrices), row.reshape(count, rows), col.reshape(count, cols), step, dtype, knobs, whole
+    shaped, factors = param.reshape(matrices), (row.reshape(count, rows), col.reshape(count, cols))
+    update, total, lr, new_row, new_col = yield from _matrix_update(
+        shaped, grad.reshape(matrices), *factors, step, dtype, knobs, whole
     )
-    exp_avg = first[0].reshape(matrices) if first else None
-    applied = yield from _applied(param.reshape(matrices), update, sums, exp_avg, step, knobs, whole)
+    applied = _applied(shaped, update, total, lr, first[0].reshape(matrices) if first else None, knobs, whole)
     return *(x.reshape(param.shape) for x in applied), new_row.reshape(row.shape), new_col.reshape(col.shape)
 
 
@@ -228,7 +244,8 @@ def asking_vector(
         return param, *states
     knobs = Knobs(**hyper)
     *first, average = states
-    update, sums, average = _vector_update(grad, average, step, dtype, knobs)
-    exp_avg = first[0].reshape(-1) if first else None
-    applied = yield from _applied(param.reshape(-1), update.reshape(-1), sums, exp_avg, step, knobs, whole)
+    update, total, lr, average = yield from _vector_update(param, grad, average, step, dtype, knobs, whole)
+    applied = _applied(
+        param.reshape(-1), update.reshape(-1), total, lr, first[0].reshape(-1) if first else None, knobs, whole
+    )
     return *(x.reshape(param.shape) for x in applied), average

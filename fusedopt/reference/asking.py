@@ -1,19 +1,20 @@
 """Steps that ask for sums over a whole parameter, of which only a shard may be here.
 
-Such a step is a generator. It yields what the numbers here add up to and over what the sum goes, "rows", "columns" or
-"all", and is sent the sum over the whole. Where everything is here, that is the same number.
+Such a step is a generator. It yields rounds: in each, lists what numbers here add up to, and over what each sum goes,
+"rows", "columns" or "all", and is sent the sums over the whole. Where everything is here, those are the same numbers.
+Rounds of several parameters are asked together, so a step goes through as many as the others of its kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
 Result = TypeVar("Result")
-Asking = Generator["tuple[str, Tensor]", Tensor, Result]
+Asking = Generator["list[tuple[str, Tensor]]", "Sequence[Tensor]", Result]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Extent:
 
 def all_here(asking: Asking[Result]) -> Result:
     """The result of a step, if everything is here."""
-    total: Tensor | None = None
+    totals: Sequence[Tensor] | None = None
     try:
         while True:
-            _, total = asking.send(total)  # type: ignore[arg-type]
+            totals = [numbers for _, numbers in asking.send(totals)]  # type: ignore[arg-type]
     except StopIteration as end:
         return end.value

@@ -63,6 +63,20 @@ def of_spec(spec: Any) -> Place | None:
     return place
 
 
+def is_even(param: Any) -> bool:
+    """Whether what every rank holds of a DTensor is a regular place, as far as its placements tell.
+
+    The same on every rank, where places themselves need not be: a shard may be empty, or all of a dimension.
+    """
+    from torch.distributed.tensor import Shard
+
+    cutting = [p for p in param.placements if not p.is_replicate()]
+    dims = sorted({p.dim for p in cutting})
+    if any(type(p) is not Shard for p in cutting):
+        return False
+    return len(dims) < 2 or (len(dims) == 2 and param.shape[: dims[0]].numel() == 1)
+
+
 def why_blocks_are_cut(param: Any, scales_shape: torch.Size, block: int) -> str:
     """Why blocks of a DTensor's rows would not lie in one shard each, as a clause; empty if they do.
 

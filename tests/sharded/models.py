@@ -95,14 +95,14 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def assert_same_whole(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
-    """Parameters and states of a sharded optimizer and of one that is not, bit for bit."""
+    """Parameters and states of a sharded optimizer and of another, bit for bit."""
     pairs = list(zip(params_of(ours), params_of(theirs), strict=True))
     for i, (param, twin) in enumerate(pairs):
-        assert_same_bits(whole(param), twin, f"parameter {i} of shape {tuple(param.shape)}")
+        assert_same_bits(whole(param), whole(twin), f"parameter {i} of shape {tuple(param.shape)}")
         held, other = ours.state.get(param, {}), theirs.state.get(twin, {})
         assert held.keys() == other.keys(), f"parameter {i} of shape {tuple(param.shape)}"
         for key, value in held.items():
-            assert_same_bits(whole(value), other[key], f"{key} of parameter {i} of shape {tuple(param.shape)}")
+            assert_same_bits(whole(value), whole(other[key]), f"{key} of parameter {i} of shape {tuple(param.shape)}")
 
 
 # ---- bare parameters ---------------------------------------------------------------------------------

@@ -148,6 +148,13 @@ def _run(rank: int, world: int, layout: str, names: list[str], formats: list[str
                 found[name, format_name] = str(error)
                 continue
             weights = [whole(param) for param in params]
+            if getattr(fusedopt, name).takes_sums:  # compiled or not
+                plain = LAYOUTS[layout][1](world, full_params(SHAPES, dtype))
+                reference = _build(name, layout, plain, {**kwargs, "backend": "eager"})
+                for step in range(3):
+                    _set_grads(plain, step, dtype)
+                    reference.step()
+                assert all(torch.equal(integers(whole(a)), integers(b)) for a, b in zip(plain, weights))
             found[name, format_name] = _verdict(weights, twins, dtype) + (" ¹" if any(cut) else "")
             gathered = [None] * world
             torch.distributed.all_gather_object(gathered, weights)
