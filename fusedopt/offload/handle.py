@@ -94,6 +94,7 @@ class Release:
         self._accumulates = False
         self._is_measuring: bool | None = None  # in an exact backward: whether its first pass is on, or its second
         self._previous: float | None = None  # the norm that the step before found
+        self._before: dict[tuple[int, int], float] = {}  # and what each parameter had in its square
         self._is_checked = False  # that nobody else reduces gradients
         self._begin()
         self.attach()
@@ -105,6 +106,7 @@ class Release:
         self._pending: dict[Tensor, None] = {}
         self._pending_numel = 0
         self._sums: dict[tuple[int, int], Tensor] = {}
+        self._seen = [0.0, 0.0]  # the sums of those that are there, and what the same had in the step before
         self._norms: list[Tensor] = []  # of single parameters
         self._counts: Health = {}
         self._settings: list[dict[str, Any]] | None = None
@@ -190,13 +192,16 @@ class Release:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What clip="previous" needs to go on: the gradient norm of the step before."""
-        return {"previous_norm": self._previous}
+        """What clip="previous" needs to go on: the norm of the step before, and each parameter's part in it."""
+        parts = [[*place, part] for place, part in self._before.items()]
+        return {"previous_norm": self._previous, "previous_sums": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned."""
         norm = state_dict["previous_norm"]
         self._previous = None if norm is None else checks.nonnegative("previous_norm", norm)
+        parts = state_dict.get("previous_sums", [])
+        self._before = {(group, position): float(part) for group, position, part in parts}
 
     # ---- during a backward pass --------------------------------------------------------------------
 
@@ -272,7 +277,7 @@ class Release:
             self._step(params, self._scaling, self._measured[0])
         elif self._clip == "previous" and self._previous is not None:
             self._measure(params)
-            self._step(params, self._scaling, self._unscaled * coefficient(self._previous, max_norm))
+            self._step(params, self._scaling, self._unscaled * coefficient(self._expected_norm(), max_norm))
         else:
             total = sum(param.numel() for param in self._hooks)
             if self._clip == "previous":
@@ -293,7 +298,13 @@ class Release:
     def _measure(self, params: Iterable[Tensor]) -> None:
         listed = self._listed(params)
         places = [(index, position) for index, positions in enumerate(listed) for position in positions]
-        self._sums.update(zip(places, self._optimizer._square_sums(listed)))
+        sums = dict(zip(places, self._optimizer._square_sums(listed)))
+        self._sums |= sums
+        if self._clip == "previous":
+            for place, sum_of_one in sums.items():
+                if place in self._before:
+                    self._seen[0] += float(sum_of_one.sum())
+                    self._seen[1] += self._before[place]
 
     def _measure_and_free(self) -> None:
         self._measure(self._pending)
@@ -304,6 +315,12 @@ class Release:
             param.grad = None
         self._pending.clear()
         self._pending_numel = 0
+
+    def _expected_norm(self) -> float:
+        """The norm of the step before, changed as much as that of the gradients that are there."""
+        assert self._previous is not None
+        now, before = self._seen
+        return self._previous * math.sqrt(now / before) if before > 0 else self._previous
 
     def _norm(self) -> float:
         """The norm of all gradients measured, as a usual step finds it."""
@@ -364,6 +381,7 @@ class Release:
             self._optimizer.last_grad_norm = norm
         if norm is not None and math.isfinite(norm):
             self._previous = float(norm)
+            self._before = {place: float(found.sum()) for place, found in self._sums.items()}
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()
         self._begin()

@@ -24,9 +24,10 @@ def release_gradients(
 
     - "exact": as the usual step. Call `handle.backward(loss)` instead of `loss.backward()`: it measures all gradients
       in a first backward pass and steps in a second.
-    - "previous": by the coefficient that the norm of the step before gives. It costs no backward pass, but a sudden
-      large gradient is clipped one step late. The first step, which has no norm before it, clips each parameter to
-      its share of max_grad_norm, the root of its share of all elements, so that the whole does not exceed it.
+    - "previous": by the norm of the step before, times how much that of the gradients that are there has changed since.
+      It costs no backward pass, and each bucket waits for its sums. Where gradients grow that come last, those that
+      came first are clipped less than they would be. The first step, which has no norm before it, clips each parameter
+      to its share of max_grad_norm, the root of its share of all elements, so that the whole does not exceed it.
     - "parameter": each parameter's gradient by itself, to max_grad_norm.
 
     `last_grad_norm` is the norm of all gradients in each case.
