@@ -30,7 +30,7 @@ struct Shard {
 //   1   sums of squares of columns, sums of the averages of rows, sums of squares of weights
 //   2   sums of squares of updates
 //
-// They come as fusedopt/reference/adafactor.py asks for them, shard by shard in the order given, but channel by
+// They come as the reference asks for them, shard by shard in the order given, but channel by
 // channel: the channel first that is met first.
 class ShardedStep {
  public:

@@ -127,7 +127,7 @@ class CudaRuntime:
         tensor.record_stream(stream)
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def finish(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)

@@ -125,7 +125,7 @@ class Broken(CpuBackend):
 
     def session(self) -> CpuSession:
         session = CpuSession()
-        begin, collect, step, seen = session.begin, session.collect, session.step, {}
+        begin, collect, step, seen = session.begin, session.collect, session.summing_step, {}
 
         def begun(groups: Any, positions: Any) -> None:
             seen["rules"] = [group.rule for group in groups]
@@ -136,12 +136,12 @@ class Broken(CpuBackend):
             return collect(group, params, state)
 
         def stepped(*args: Any, **kwargs: Any) -> Any:
-            found = step(*args, **kwargs)
+            found = yield from step(*args, **kwargs)
             if seen["rules"] == ["adamw"] and seen["param"].dtype == torch.bfloat16:
                 seen["param"].view(torch.int16)[1, 2] += 1
             return found
 
-        session.begin, session.collect, session.step = begun, collected, stepped
+        session.begin, session.collect, session.summing_step = begun, collected, stepped
         return session
 
 
