@@ -72,7 +72,7 @@ def test_row_48_a_report_of_a_comparison(tmp_path: Path) -> None:
     text = check_page(made, tmp_path)
     assert made.blocks[0] == Text(f"P{found.verdict[1:]}.", is_verdict=True)
     for part in (
-        "## Results", "paired t intervals", " nats", " s |", "iB", "## Curves", "## What differs",
+        "## Results", "paired t intervals", " nats", " s |", "B |", "## Curves", "## What differs",
         "| lr | 0.05 | 0.3 |",
         "## Schedule", "is decided while it trains", f"## Recipe of {found.pick}", "## Environment", "| torch | ",
         "fusedopt compare recipes/low.yaml recipes/good.yaml",
