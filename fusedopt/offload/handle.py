@@ -299,12 +299,12 @@ class Release:
         listed = self._listed(params)
         places = [(index, position) for index, positions in enumerate(listed) for position in positions]
         sums = dict(zip(places, self._optimizer._square_sums(listed)))
-        self._sums |= sums
         if self._clip == "previous":
-            for place, sum_of_one in sums.items():
-                if place in self._before:
-                    self._seen[0] += float(sum_of_one.sum())
-                    self._seen[1] += self._before[place]
+            sums = {place: found.cpu() for place, found in sums.items()}  # waited for once
+            known = sums.keys() & self._before.keys()
+            self._seen[0] += sum(float(sums[place].sum()) for place in sorted(known))
+            self._seen[1] += sum(self._before[place] for place in sorted(known))
+        self._sums |= sums
 
     def _measure_and_free(self) -> None:
         self._measure(self._pending)
@@ -381,7 +381,8 @@ class Release:
             self._optimizer.last_grad_norm = norm
         if norm is not None and math.isfinite(norm):
             self._previous = float(norm)
-            self._before = {place: float(found.sum()) for place, found in self._sums.items()}
+            if self._clip == "previous":
+                self._before = {place: float(found.sum()) for place, found in self._sums.items()}
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()
         self._begin()
