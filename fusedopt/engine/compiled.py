@@ -24,7 +24,7 @@ from . import sharding
 from .collectives import shard_sums
 from .contract import Contract
 from .gather import Gathered, Listed, Member, Ranks
-from .sessions import all_sessions, let_go, size_buffers
+from .sessions import all_sessions, let_go, size_buffers, streamer_of
 
 
 class _Column(NamedTuple):
@@ -151,6 +151,7 @@ def _step(
                 gathered.ranks = Ranks(owner._agreement(), owner, meshes)
             _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm, skip_step_above=skip_step_above), listed)
             gathered.write_back()
+            streamer_of(sessions).settle()
         finally:
             let_go(sessions)
     if norm is not None and grad_norm is not None:
