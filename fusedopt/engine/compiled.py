@@ -21,10 +21,10 @@ from torch import Tensor
 from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from . import sharding
-from .collectives import shard_sums
 from .contract import Contract
 from .gather import Gathered, Listed, Member, Ranks
 from .sessions import all_sessions, let_go, size_buffers, streamer_of
+from .shard_sums import shard_sums
 
 
 class _Column(NamedTuple):

@@ -16,12 +16,14 @@ from ..backends import Scaling, Session
 from ..backends.base import ASKING, REFERENCES, Spread
 from ..offload.homes import RESERVE_BYTES
 from ..offload.stream import STREAM_BYTES
+from ..reference.norm import pairwise_sum
 from . import checkpoint, compiled, members, sharding
-from .collectives import Agreement, shard_sums
+from .collectives import Agreement
 from .gather import Gathered, Ranks
 from .options import note_own_defaults, spell_out
 from .partial import Partial
 from .sessions import all_sessions, size_buffers
+from .shard_sums import shard_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -258,6 +260,15 @@ class FusedOptimizer(Partial):
         if "_agreement_cache" not in self.__dict__:
             self._agreement_cache = Agreement()
         return self._agreement_cache
+
+    def _sums_over_ranks(self, sums: dict[tuple[int, int], Tensor]) -> dict[tuple[int, int], Tensor] | None:
+        """The sum of squares of each whole gradient, of which `sums` is what is here, by chunk; None if that is all."""
+        meshes = self._agreement().meshes(self)
+        if meshes is None or not meshes.meshes:
+            return None
+        here = {place: float(pairwise_sum(found)) for place, found in sums.items()}
+        whole = self._agreement().whole_sums(self, meshes, here)
+        return {place: torch.tensor([total], dtype=torch.float64, device="cpu") for place, total in whole.items()}
 
     def _spread_of(self, group: int, param: Tensor) -> Spread | None:
         return shard_sums(self, self.param_groups[group], param)
