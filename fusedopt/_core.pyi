@@ -55,7 +55,9 @@ class TensorTable:
         group: int,
         params: list[Tensor],
         state: dict[Tensor, Any],
-        whole_of: Callable[[Tensor, Tensor], tuple[tuple[int, int, int, int, bool] | None, list[int]] | Literal[False] | None]
+        whole_of: Callable[
+            [Tensor, Tensor], tuple[tuple[int, int, int, int, bool] | None, list[int]] | Literal[False] | None
+        ]
         | None = ...,
     ) -> list[int]: ...
     def add(
