@@ -145,6 +145,22 @@ def test_gradients_may_be_unsummed(ranks: Ranks) -> None:
     ranks(WORLD, _partial_gradients)
 
 
+def _another_mesh(rank: int, world: int) -> None:
+    """The same objects, spread over a mesh that the optimizer has never met: the norm is that of all of them."""
+    ours, theirs = _optimizers(max_grad_norm=0.5)
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("one", "all"))
+    for param in params_of(ours):
+        held = ours.state[param]
+        held.update({k: placed(whole(v), mesh, [Replicate()] * 2) for k, v in held.items() if isinstance(v, DTensor)})
+        torch.utils.swap_tensors(param, torch.nn.Parameter(placed(whole(param), mesh, [Replicate()] * 2)))
+    step_both(ours, theirs, range(2, 4))
+    assert ours.last_grad_norm.item() == theirs.last_grad_norm.item() > 0.5
+
+
+def test_parameters_may_move_to_another_mesh(ranks: Ranks) -> None:
+    ranks(WORLD, _another_mesh)
+
+
 def _versions(rank: int, world: int) -> None:
     ours, _ = _optimizers()
     set_grads(ours, 2)
