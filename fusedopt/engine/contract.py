@@ -66,6 +66,9 @@ class Contract(Optimizer):
     # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
     changes_groups: ClassVar[bool] = False
 
+    # Whether averages of the weights do what the end of a schedule does: one that decays as well is one too many.
+    replaces_schedules: ClassVar[bool] = False
+
     # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
     why_no_block_is_skipped: ClassVar[str | None] = None
 
