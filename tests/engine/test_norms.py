@@ -21,6 +21,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16 + split24 + 8bit": {**EIGHT_BIT, "master_weights": "split24", "dtype": torch.bfloat16},
     "bf16 + kahan": {"master_weights": "kahan", "dtype": torch.bfloat16},
     "bf16 + fp32 master": {"master_weights": "float32", "dtype": torch.bfloat16},
+    "bf16": {"rounding": "stochastic", "state_dtype": "bfloat16", "dtype": torch.bfloat16},
     "fp16": {"rounding": "stochastic", "dtype": torch.float16},
 }
 # Of rows of whole blocks, ragged ones, and more than two work items of either.

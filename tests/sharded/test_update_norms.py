@@ -44,7 +44,8 @@ def _update_norms(rank: int, world: int, kwargs: dict[str, Any]) -> None:
     dist.all_gather_object(everywhere, dataclasses.astuple(ours))
     assert all(other == everywhere[0] for other in everywhere)
     assert len(ours.parameters) == len(whole.parameters) == len(full_params(SHAPES))
-    for one, other in zip([ours.total, *ours.groups, *ours.parameters], [whole.total, *whole.groups, *whole.parameters]):
+    found, expected = ([each.total, *each.groups, *each.parameters] for each in reports)
+    for one, other in zip(found, expected, strict=True):
         assert (one.where, one.elements) == (other.where, other.elements)
         # Weights have the same bits; their squares are added in another order.
         assert one.update == pytest.approx(other.update, rel=1e-12)
