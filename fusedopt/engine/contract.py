@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import backends, checks
 from ..backends import GroupStep
+from ..backends.base import Health
 from ..offload import homes
 from ..offload.handle import Release
 from ..storage import masters
@@ -264,6 +265,14 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _recorded(self) -> dict[str, Any]:
+        """What steps are told to count and measure, as keyword arguments."""
+        raise NotImplementedError
+
+    def _count_step(self, counts: Health) -> None:
+        """Notes what a whole step counted and measured."""
         raise NotImplementedError
 
     def _agreement(self) -> Any:
