@@ -191,9 +191,14 @@ class Agreement:
         if _distributed() is None:
             return None
         groups = optimizer.param_groups
-        # Where the parameters are the same, so are their meshes.
+        # Where the parameters and what they are spread by are the same, so are their meshes.
         key = [
-            (*map(repr, map(group.get, _AGREED)), id(group["grad_norm_group"]), *map(id, group["params"]))
+            (
+                *map(repr, map(group.get, _AGREED)),
+                id(group["grad_norm_group"]),
+                *map(id, group["params"]),
+                *(id(getattr(param, "_spec", None)) for param in group["params"]),
+            )
             for group in groups
         ]
         if key == self._key and not self._hashes and not any(group["grad_norm_group"] for group in groups):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..reference.asking import Extent
 from ..storage import placement
-from . import sharding
 from .collectives import groups_of, summed
 from .contract import Contract
 
@@ -57,14 +56,15 @@ _of_specs: dict[tuple[int, int | None], tuple[Any, ShardSums | None]] = {}
 
 def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardSums | None:
     """Where the sums go that a rule takes over a parameter; None if it takes none, or all of it is here."""
-    if not optimizer.takes_sums or not sharding.is_dtensor(param):
+    spec = getattr(param, "_spec", None)  # asked of every parameter in every step, where `is_dtensor` takes its time
+    if spec is None or not optimizer.takes_sums:
         return None
-    key = id(param._spec), optimizer.row_dim(group, param)
+    key = id(spec), optimizer.row_dim(group, param)
     found = _of_specs.get(key)
-    if found is None or found[0] is not param._spec:
+    if found is None or found[0] is not spec:
         if len(_of_specs) >= 1 << 16:
             _of_specs.clear()
-        found = _of_specs[key] = param._spec, _shard_sums(param, key[1])
+        found = _of_specs[key] = spec, _shard_sums(param, key[1])
     return found[1]
 
 
