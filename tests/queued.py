@@ -22,6 +22,7 @@ from emulated import EmulatedBackend
 from torch import Tensor
 
 from fusedopt import _core, backends
+from fusedopt.backends.base import SpreadOf
 from fusedopt.backends.cuda import CudaSession
 from fusedopt.backends.device import Scalars
 from fusedopt.offload import disk, runtime
@@ -136,7 +137,9 @@ class QueuedSession(CudaSession):
 
     _backend: QueuedBackend
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
 
     def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
