@@ -188,9 +188,14 @@ class Agreement:
         if _distributed() is None:
             return None
         groups = optimizer.param_groups
-        # Where the parameters are the same, so are their meshes.
+        # Where the parameters and what they are spread by are the same, so are their meshes.
         key = [
-            (*map(repr, map(group.get, _AGREED)), id(group["grad_norm_group"]), *map(id, group["params"]))
+            (
+                *map(repr, map(group.get, _AGREED)),
+                id(group["grad_norm_group"]),
+                *map(id, group["params"]),
+                *(id(getattr(param, "_spec", None)) for param in group["params"]),
+            )
             for group in groups
         ]
         if key == self._key and not self._hashes and not any(group["grad_norm_group"] for group in groups):
@@ -333,14 +338,15 @@ _of_specs: dict[tuple[int, int | None], tuple[Any, ShardSums | None]] = {}
 
 def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardSums | None:
     """Where the sums go that a rule takes over a parameter; None if it takes none, or all of it is here."""
-    if not optimizer.takes_sums or not sharding.is_dtensor(param):
+    spec = getattr(param, "_spec", None)  # asked of every parameter in every step, where `is_dtensor` takes its time
+    if spec is None or not optimizer.takes_sums:
         return None
-    key = id(param._spec), optimizer.row_dim(group, param)
+    key = id(spec), optimizer.row_dim(group, param)
     found = _of_specs.get(key)
-    if found is None or found[0] is not param._spec:
+    if found is None or found[0] is not spec:
         if len(_of_specs) >= 1 << 16:
             _of_specs.clear()
-        found = _of_specs[key] = param._spec, _shard_sums(param, key[1])
+        found = _of_specs[key] = spec, _shard_sums(param, key[1])
     return found[1]
 
 

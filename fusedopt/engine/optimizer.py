@@ -298,8 +298,8 @@ class FusedOptimizer(Partial):
 
         Returns:
             Of each parameter, joined by colons: its layout; the keys of what it appended to `states`, joined by
-            commas; its position if it is a DTensor. Parameters are joined by semicolons. One string, because
-            torch.compile takes what this returns for a constant.
+            commas; its position in the group; "sharded" if it is a DTensor, or nothing. Parameters are joined by
+            semicolons. One string, because torch.compile takes what this returns for a constant.
 
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
@@ -318,8 +318,8 @@ class FusedOptimizer(Partial):
             grads.append(param.grad)
             held = self.state[param]
             own = checkpoint.state_keys(self, group, param, held)
-            where = str(position) if sharding.is_dtensor(param) else ""
-            keys.append(":".join((self.layout_of(group, param), ",".join(own), where)))
+            kind = "sharded" if sharding.is_dtensor(param) else ""
+            keys.append(":".join((self.layout_of(group, param), ",".join(own), str(position), kind)))
             states.extend(held[key] for key in own)
             steps.append(held["step"])
         return ";".join(keys)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, Shards
+from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, SpreadOf
 from ..backends.base import Health, SquareSums, Summing
 from ..backends.device import Scalars, copy, lr_on
 from ..backends.eager import count_health, step_param, update_sums, weights
@@ -98,11 +98,10 @@ class Streamer:
             for table in ring.tables:
                 table.clear()
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
-
-    def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        return list(shards.positions)
 
     def add(self, entry: ParamStep) -> bool:
         return False  # not by itself
