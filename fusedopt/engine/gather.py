@@ -259,7 +259,7 @@ class Gathered:
 
     def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
         """The sums of squares by chunk of each gradient; all of them are here."""
-        grads = [sharding.local(grad) for _, _, grad in listed]
+        grads = [sharding.local_grad(grad, param) for _, param, grad in listed]
         sums = self._chunk_sums(grads)
         return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 
