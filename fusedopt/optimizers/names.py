@@ -30,7 +30,6 @@ _REFUSED = {
     "grokadamw": (
         "amplifies gradients by a signal that it takes from losses, which a step does not see; use 'adamw_torch'"
     ),
-    "stable_adamw": "clips each tensor's update by its RMS (arXiv:2304.13013), which does not exist yet; use 'adamw'",
 }
 
 

@@ -44,6 +44,7 @@ EXPECTED = {
     "schedule_free_radam": (fusedopt.RAdamScheduleFree, {}),
     "schedule_free_sgd": (fusedopt.SGDScheduleFree, {}),
     "sgd": (fusedopt.SGD, {}),
+    "stable_adamw": (fusedopt.StableAdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "master_weights": "kahan"}),
     "paged_adamw_32bit": (fusedopt.AdamW, {"state_device": "cpu"}),
     "paged_adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit", "state_device": "cpu"}),
     "paged_lion_32bit": (fusedopt.Lion, {"state_device": "cpu"}),

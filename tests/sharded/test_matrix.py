@@ -23,7 +23,7 @@ from fusedopt.storage.state import why_not_quantized
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"
 OPTIMIZERS = {"AdamW": "adamw", "Lion": "lion", "AdEMAMix": "ademamix", "RMSprop": "rmsprop", "Adagrad": "adagrad"}
-OPTIMIZERS |= {"SGD": "sgd", "Adafactor": "adafactor"}
+OPTIMIZERS |= {"SGD": "sgd", "Adafactor": "adafactor", "StableAdamW": "stable_adamw"}
 KWARGS = {"SGD": {"momentum": 0.9}, "Adafactor": {"scale_parameter": True, "relative_step": True, "lr": None}}
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
