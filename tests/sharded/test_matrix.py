@@ -192,8 +192,8 @@ def documented() -> dict[tuple[str, str, str], str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_the_table_says(ranks: Ranks, layout: str) -> None:
-    """An optimizer of two states and one of one, and the one that takes sums, in the formats that differ most."""
-    names, formats = ["AdamW", "SGD", "Adafactor"], ["fp32", "masters"]
+    """An optimizer of two states and one of one, and those that take sums, in the formats that differ most."""
+    names, formats = ["AdamW", "SGD", "Adafactor", "StableAdamW"], ["fp32", "masters"]
     found = results(ranks, layout, names, formats)
     expected = documented()
     assert found == {(name, kind): expected[layout, name, kind] for name in names for kind in formats}
