@@ -190,10 +190,10 @@ class Gathered:
     def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
         """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
 
-        Its gradient and states lie in the same order then, and nothing depends on an element's place: no layout, no
-        random bits, no blocks, no sums.
+        Its gradient and states lie in the same order then, and nothing depends on an element's place: no sums, no
+        random bits, no blocks.
         """
-        strides = None if self._takes_sums or settings.layout else permuted_strides(entry.param)
+        strides = None if self._takes_sums or settings.takes_sums else permuted_strides(entry.param)
         if strides is None:
             return None
         if entry.param.dtype in masters.SIXTEEN_BIT and settings.rounding != "nearest":

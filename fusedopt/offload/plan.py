@@ -104,7 +104,7 @@ def _cuts(settings: GroupStep, entry: ParamStep, room: int, size: int) -> Iterat
     """The parts of a parameter: as much as there is room for, and then buffers of a size full."""
     whole = _whole(entry)
     # Sums over a tensor need it as a whole, and so does what is not stored in row-major order.
-    if whole.size <= room or settings.layout or not all(tensor.is_contiguous() for tensor in whole.runs):
+    if whole.size <= room or settings.takes_sums or not all(tensor.is_contiguous() for tensor in whole.runs):
         yield whole
         return
     numel = entry.param.numel()
@@ -134,7 +134,7 @@ def is_cut_at_chunks(pieces: Sequence[Piece]) -> bool:
 
 def least_size(groups: Sequence[GroupStep], entries: Sequence[ParamStep]) -> int:
     """Bytes that a buffer needs at least, for what cannot be cut."""
-    sizes = [_whole(entry).size for entry in entries if groups[entry.group].layout]
+    sizes = [_whole(entry).size for entry in entries if groups[entry.group].takes_sums]
     return max(sizes, default=0)
 
 

@@ -17,6 +17,7 @@ from ..offload.runtime import runtime_of
 from ..optimizers.names import create_optimizer
 from ..storage import masters
 from ..storage.state import DTYPES, slots_of
+from .evaluate import size
 from .recipe import Recipe
 from .shapes import Shape, shape_of_model, shape_of_size, skeleton
 
@@ -64,20 +65,15 @@ class Estimate:
         where = f"on each of {self.devices} devices ({self.distribution})" if self.devices > 1 else "on one device"
         rows = [*self.device.items(), ("activations", self.activations), ("total", self.total)]
         lines = [f"{self.parameters:,} parameters, {self.trained:,} of them trained, {where}"]
-        for kind, size in rows:
-            lines.append(f"  {kind:24} {'unknown' if size is None else gib(size):>12}")
-        for place, held in (("host", self.host), ("disk", self.disk)):
-            lines += [f"  {f'{kind} ({place})':24} {gib(size):>12}" for kind, size in held.items()]
+        for kind, held in rows:
+            lines.append(f"  {kind:24} {'unknown' if held is None else size(held):>12}")
+        for place, kinds in (("host", self.host), ("disk", self.disk)):
+            lines += [f"  {f'{kind} ({place})':24} {size(held):>12}" for kind, held in kinds.items()]
         if self.transferred:
-            lines.append(f"  {'moved by a step':24} {gib(self.transferred):>12}")
+            lines.append(f"  {'moved by a step':24} {size(self.transferred):>12}")
         if self.disk:
-            lines.append(f"  {'in and out of files':24} {gib(2 * sum(self.disk.values())):>12}")
+            lines.append(f"  {'in and out of files':24} {size(2 * sum(self.disk.values())):>12}")
         return "\n".join(lines)
-
-
-def gib(size: float) -> str:
-    """Bytes, as "1.23 GiB"."""
-    return f"{size / 2**30:,.2f} GiB"
 
 
 def estimate(
@@ -182,8 +178,8 @@ def _held(model: nn.Module, optimizer: FusedOptimizer, shards: int) -> dict[str,
         key = (id(group), param.shape, param.dtype)
         if key not in known:
             known[key] = _of_one(optimizer, group, param, _here(param, shards))
-        for kind, size in known[key].items():
-            held[kind] = held.get(kind, 0) + size
+        for kind, taken in known[key].items():
+            held[kind] = held.get(kind, 0) + taken
     return held
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORMATS, Case, assert_same_run, format_kwargs, make_params, params_of, saved, set_grads, train
+from cases import CASES, FORMATS, Case, assert_same_run, format_kwargs, make_params, params_of, saved, set_grads, train
 from queued import QueuedRuntime, queued, run  # noqa: F401
 
 import fusedopt
@@ -39,6 +39,14 @@ def test_many_windows(queued: QueuedRuntime, state_format: str) -> None:  # noqa
     assert torch.equal(ours.last_grad_norm, usual.last_grad_norm)
     assert ours.health_report() == usual.health_report()
     assert len(next(iter(ours._streamer()._rings.values())).windows) > 2 * _SLOTS
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.ours.takes_sums], ids=lambda case: case.name)
+def test_what_takes_sums_is_not_cut(queued: QueuedRuntime, case: Case) -> None:  # noqa: F811
+    """Its sums go over a whole parameter, for which buffers grow."""
+    ours = streamed(case.ours, make_params(SHAPES, torch.float32), **case.kwargs)
+    run(queued, ours, 2, seed=7)
+    assert_same_run(ours, train(case.ours(make_params(SHAPES, torch.float32), backend="cpu", **case.kwargs), 2))
 
 
 def missing_waits(runtime: QueuedRuntime, forget: set[int], seeds: range) -> int:
