@@ -19,6 +19,7 @@ from emulated import EmulatedBackend
 from torch import Tensor
 
 from fusedopt import _core, backends
+from fusedopt.backends import SpreadOf
 from fusedopt.backends.cuda import CudaSession
 from fusedopt.backends.device import Scalars
 from fusedopt.offload import runtime
@@ -133,7 +134,9 @@ class QueuedSession(CudaSession):
 
     _backend: QueuedBackend
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
 
     def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
