@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Unread
 from emulated import EmulatedBackend
+from scaling import Unread
 
 from fusedopt import _core, backends
 from fusedopt.backends.cpu import CpuBackend, CpuSession
