@@ -11,6 +11,7 @@ what was predicted. What is built goes to another folder. `--summary` reads the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,9 +61,20 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise Stopped(signal.Signals(number).name)
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What is done here is done whole: a signal that arrives meanwhile ends this process right after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _in_a_group_of_its_own() -> None:
     """A stage can be interrupted with everything that it started, and ends if this process is killed."""
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     for each in ENDING:
         signal.signal(each, signal.SIG_DFL)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -157,19 +169,23 @@ class Check:
         reason = stage.missing()
         fields: dict[str, Any] = {"reason": reason}
         outcome = "absent"
-        if not reason:
-            self.results.add("begin", of=stage.name, may_take=round(deadline - begun, 1))
-            print(f"{stage.name} ...", flush=True)
-            size = self.log.stat().st_size if self.log.exists() else 0
-            try:
-                outcome, fields = self._run_processes(stage, deadline, scale)
-            except BaseException as error:
-                outcome, fields = "cut off", {"reason": str(error) or type(error).__name__}
-                raise
-            finally:
-                self._finish(stage, outcome, begun, size, fields)
+        if reason:
+            with _undisturbed():
+                self._finish(stage, outcome, begun, None, fields)
             return
-        self._finish(stage, outcome, begun, None, fields)
+        self.log.touch()
+        size = self.log.stat().st_size
+        try:
+            with _undisturbed():
+                self.results.add("begin", of=stage.name, may_take=round(deadline - begun, 1))
+            print(f"{stage.name} ...", flush=True)
+            outcome, fields = self._run_processes(stage, deadline, scale)
+        except BaseException as error:
+            outcome, fields = "cut off", {"reason": str(error) or type(error).__name__}
+            raise
+        finally:
+            with _undisturbed():  # what has begun has an outcome
+                self._finish(stage, outcome, begun, size, fields)
 
     def _finish(self, stage: Stage, outcome: str, begun: float, log_from: int | None, fields: dict[str, Any]) -> None:
         """Records how a stage ended, with the end of what it printed if it did not end well."""
@@ -203,17 +219,18 @@ class Check:
             log.flush()
             try:
                 for number in range(stage.processes):
-                    processes.append(
-                        subprocess.Popen(
-                            interpreted(stage),
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env=self.environment(stage, number),
-                            cwd=self.work,
-                            preexec_fn=_in_a_group_of_its_own,
+                    with _undisturbed():  # whoever is started is in the list of those to end
+                        processes.append(
+                            subprocess.Popen(
+                                interpreted(stage),
+                                stdin=subprocess.DEVNULL,
+                                stdout=log,
+                                stderr=subprocess.STDOUT,
+                                env=self.environment(stage, number),
+                                cwd=self.work,
+                                preexec_fn=_in_a_group_of_its_own,
+                            )
                         )
-                    )
                 in_time = _wait(processes, deadline - grace)
             finally:
                 _end(processes, grace)

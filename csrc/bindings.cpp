@@ -5,6 +5,7 @@
 #include "core/matrices.h"
 #include "cpu/dispatch.h"
 #include "python/read_tensor.h"
+#include "python/shard_objects.h"
 #include "python/tensor_table.h"
 
 namespace py = pybind11;
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_core, module) {
   module.attr("weighed_rows") = fusedopt::kWeighedRows;
   module.def("bind_torch", &fusedopt::bind_torch, py::kw_only(), "tensor_types"_a, "dtypes"_a, "is_neg"_a, "data_ptr"_a,
              "exchange_api"_a, "probes"_a, "increment_version"_a);
+  module.def("bind_shards", &fusedopt::bind_shards, py::kw_only(), "type"_a, "place_of"_a);
   module.def("available_isas", &fusedopt::cpu::available_isas);
   module.def("selected_isa", &fusedopt::cpu::selected_isa);
   module.def("rules", [] {
@@ -78,10 +80,7 @@ PYBIND11_MODULE(_core, module) {
       .def("add_group", &TensorTable::add_group, py::kw_only(), "rule"_a, "config"_a, "seed"_a, "roundings"_a,
            "rounding"_a, "master"_a, "master_key"_a, "skips_blocks"_a = false, "param_group"_a = 0,
            "positions"_a = std::vector<int64_t>())
-      .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a)
-      .def("collect_shards", &TensorTable::collect_shards, py::kw_only(), "group"_a, "positions"_a, "params"_a,
-           "grads"_a, "states"_a, "places"_a, "wholes"_a = std::vector<std::optional<fusedopt::WholeOfShard>>(),
-           "channels"_a = std::vector<std::array<int32_t, 3>>())
+      .def("collect", &TensorTable::collect, py::kw_only(), "group"_a, "params"_a, "state"_a, "whole_of"_a = py::none())
       .def("add", &TensorTable::add, py::kw_only(), "group"_a, "position"_a, "param"_a, "grad"_a, "states"_a,
            "master"_a, "step"_a, "first_index"_a, "segment"_a = 0, "segment_stride"_a = 0, "whole"_a = py::none(),
            "channels"_a = std::array<int32_t, 3>())

@@ -1,6 +1,7 @@
 """The compiled core (csrc/bindings.cpp)."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ def bind_torch(
     probes: list[Tensor],
     increment_version: Any,
 ) -> None: ...
+def bind_shards(*, type: type, place_of: Callable[[Any], tuple[Any, ...] | None]) -> None: ...
 def available_isas() -> list[str]: ...
 def selected_isa() -> str: ...
 def rules() -> dict[str, tuple[str, ...]]: ...
@@ -47,18 +49,16 @@ class TensorTable:
         param_group: int = ...,
         positions: list[int] = ...,
     ) -> None: ...
-    def collect(self, *, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]: ...
-    def collect_shards(
+    def collect(
         self,
         *,
         group: int,
-        positions: list[int],
         params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        places: list[tuple[int, int, int]],
-        wholes: list[tuple[int, int, int, int, bool] | None] = ...,
-        channels: list[list[int]] = ...,
+        state: dict[Tensor, Any],
+        whole_of: Callable[
+            [Tensor, Tensor], tuple[tuple[int, int, int, int, bool] | None, list[int]] | Literal[False] | None
+        ]
+        | None = ...,
     ) -> list[int]: ...
     def add(
         self,

@@ -18,14 +18,21 @@ from fusedopt.backends.triton import is_interpreting, missing
 
 @pytest.fixture(scope="session")
 def _quick() -> Iterator[None]:
-    """Functions that kernels call patch the language anew with every call, as the kernel has done. Ours need not."""
+    """Functions that kernels call patch the language anew with every call, which takes longer than most of them.
+
+    For ours the kernel has done so. What Triton's own patch stays patched, so once is enough for each of their modules.
+    """
     from triton.runtime import interpreter
 
     patched = interpreter.InterpretedFunction.__call__
+    done: set[str] = set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__.startswith("fusedopt."):
+        module = self.fn.__module__
+        if module.startswith("fusedopt.") or module in done:
             return self.rewrite()(*args, **kwargs)
+        if module.startswith("triton.language."):
+            done.add(module)
         return patched(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -32,7 +32,8 @@ def run(page: Path) -> Iterator[tuple[str, str, str]]:
         line = text.count("\n", 0, found.start()) + 2
         look = _shape if _DIFFER in f"{found['title']}{found['output_title']}" else str
         if found["kind"] == "console":
-            for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", found["text"], re.MULTILINE):
+            commands = found["text"].replace("\\\n", "")  # a command may go on in the next line
+            for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", commands, re.MULTILINE):
                 yield f"{page.name}:{line} $ {command}", look(expected), look(_command(command))
             continue
         printed = io.StringIO()

@@ -1,4 +1,5 @@
-"""The documentation: its code runs and prints what it says, and every public name is in the API reference."""
+"""The documentation: its code runs and prints what it says, every public name is in the API reference, and the
+architecture is that of the sources."""
 
 from __future__ import annotations
 
@@ -118,3 +119,16 @@ def test_listed_members_exist() -> None:
         ):
             for member in members.split(", "):
                 assert hasattr(pydoc.locate(path), member), f"{path} has no {member}"
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "docs/architecture.svg"])
+def test_the_architecture_is_that_of_the_sources(page: str) -> None:
+    """Every room is in the text and in the drawing, and every file that they name exists."""
+    text = (ROOT / page).read_text()
+    rooms = [folder.name for folder in (*(ROOT / "fusedopt").iterdir(), *(ROOT / "csrc").iterdir()) if folder.is_dir()]
+    assert [room for room in rooms if room != "__pycache__" and f"{room}/" not in text] == []
+    named = set(re.findall(r"(?<![\w*])\w+\.(?:py|h|inl|cpp|cu|cuh)\b", text))
+    files = {
+        file.name for folder in ("csrc", "fusedopt", "triton_kernels", "tests") for file in (ROOT / folder).rglob("*")
+    }
+    assert sorted(named - files) == []

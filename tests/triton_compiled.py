@@ -1,4 +1,7 @@
-"""What triton/test_compile.py runs without the interpreter: python triton_compiled.py TASK TARGET ... prints JSON."""
+"""What triton/test_compile.py runs without the interpreter: python triton_compiled.py "TASK TARGET ..." ...
+
+Prints a line of JSON for each task.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import re
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 from cases import CASES, make_params, set_grads
@@ -69,9 +73,11 @@ def compiled_in_training(target: str) -> list[list[int]]:
     def without_launching(self: Any, grid: Any) -> Any:
         return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=True, **kwargs)
 
-    type(step.step_kernel).__getitem__ = without_launching
-    backend.is_interpreting = lambda: True
-    with ahead.on(ahead.parse_target(target)):
+    with (
+        mock.patch.object(type(step.step_kernel), "__getitem__", without_launching),
+        mock.patch.object(backend, "is_interpreting", return_value=True),
+        ahead.on(ahead.parse_target(target)),
+    ):
         return [
             _compiled_by(CASES[0].ours, ["adamw"], {}),
             _compiled_by(
@@ -114,4 +120,6 @@ if __name__ == "__main__":
         "scaled_roots": scaled_roots,
         "training": compiled_in_training,
     }
-    print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))
+    for argument in sys.argv[1:]:
+        task, *rest = argument.split()
+        print(json.dumps(tasks[task](*rest)))

@@ -143,10 +143,10 @@ void step_chunk(const Kernels& kernels, int rule, const TensorDesc& tensor, int6
   HealthCounts counts;
   HealthCounts* const counted = recording.health == nullptr ? nullptr : &counts;
   if (recording.updates == nullptr) {
-    step(tensor, context, begin, length, counted);
+    step(tensor, context, begin, length, {counted, nullptr});
   } else {
-    recording.updates->take(kernels, tensor, index, begin, length,
-                            [&](int64_t at, int64_t n) { step(tensor, context, at, n, counted); });
+    const UpdateTarget target = recording.updates->target(tensor, index, begin, length);
+    step(tensor, context, begin, length, {counted, &target});
   }
   if (counted == nullptr) return;
 #if defined(_OPENMP)

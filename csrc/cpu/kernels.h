@@ -6,6 +6,7 @@
 #include "core/pairwise.h"
 #include "core/tensors.h"
 #include "rules/normalize.h"
+#include "storage/blockwise8.h"
 #include "storage/random.h"
 
 namespace fusedopt {
@@ -17,8 +18,35 @@ struct StepContext {
   uint32_t stream_keys[kStreams];
 };
 
-// `health` is null or takes counts of the chunk. Chunks begin and end where blocks do.
-using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length, HealthCounts* health);
+// Sums of squares of an update, new weights less old in float, and of the new weights.
+struct UpdateSums {
+  double update, weight;
+};
+
+// A place within a reduction chunk where the step of a tensor is cut, fewer than kBlock elements before the chunk's
+// end: what is on either side.
+struct UpdateCut {
+  double update_lanes[kSumLanes], weight_lanes[kSumLanes];  // of what is before it
+  int64_t count = 0;                                        // how many elements these are
+  int64_t rest = 0;                                         // elements from it on
+  float updates[kBlock], weights[kBlock];
+};
+
+// Where the sums of a run of elements go.
+struct UpdateTarget {
+  UpdateSums* chunks;  // of the tensor's reduction chunks
+  UpdateCut* begin;    // where the run begins and ends, if that is within a chunk
+  UpdateCut* end;
+};
+
+// What a step records of a run of elements; null where it does not.
+struct StepRecord {
+  HealthCounts* health = nullptr;
+  const UpdateTarget* updates = nullptr;
+};
+
+// Chunks begin and end where blocks do.
+using StepFn = void (*)(const TensorDesc&, const StepContext&, int64_t begin, int64_t length, const StepRecord&);
 using SquareSumFn = double (*)(const Buffer&, int64_t begin, int64_t length);
 
 constexpr int kMaxRules = 32;
@@ -42,17 +70,9 @@ struct UnitSums {
   int64_t row_stride;
 };
 
-// Sums of squares of an update, new weights less old in float, and of the new weights.
-struct UpdateSums {
-  double update, weight;
-};
-
 struct Kernels {
   StepFn step[kMaxRules];  // in the order of rules/all.h
   SquareSumFn square_sum;  // of at most kReductionChunk elements
-  // See updates.inl.
-  void (*read_weights)(const TensorDesc&, int64_t begin, int64_t length, float* weights);
-  void (*sum_updates)(const TensorDesc&, int64_t begin, int64_t length, const float* before, UpdateSums*);
   // Of rules that normalize; see normalize.inl.
   void (*sum_unit)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&, const UnitSums&);
   void (*sum_weighted)(const TensorDesc&, float multiplier, const MatrixUnit&, double* weighted);

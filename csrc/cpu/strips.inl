@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/normalize.inl"
 #include "cpu/strip_formats.inl"
+#include "cpu/updates.inl"
 #include "rules/normalize.h"
 
 #if defined(__AVX2__)
@@ -85,7 +86,7 @@ constexpr bool kDenseStrips = false;  // tiles of 16-bit formats are as fast
 
 template <class Rule, class Weights, class State, size_t... k>
 void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
-                 std::index_sequence<k...>) {
+                 UpdateTally* updates, std::index_sequence<k...>) {
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
   const uint32_t lo = static_cast<uint32_t>(tensor.first_index + begin);
   Stream streams[] = {{context.stream_keys[0], lo}, {context.stream_keys[1], lo}};
@@ -96,33 +97,40 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
   const State states[] = {State(tensor.states[k], begin)..., State(tensor.states[0], 0)};
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
-  for (int64_t i = 0; i < length; i += kStrip) {
-    // Where only two tensors are read, the hardware alone does not keep enough loads under way (Emerald Rapids: .48 ns
-    // per element, with this .42; Zen 4 gained nothing).
-    if constexpr (Rule::kStates == 0 && std::is_same_v<Weights, Float32Weights>) {
-      prefetch_after<kStrip>(weights.p + i);
-      prefetch_after<kStrip>(weights.g + i);
+  // If updates are summed, strip by strip, around a loop that knows nothing of it: a condition within it took ordinary
+  // steps some percent of their time.
+  for (int64_t begun = 0, end; begun < length; begun = end) {
+    end = updates == nullptr ? length : begun + kStrip;
+    if (updates != nullptr) updates->keep(weights.load(begun));
+    for (int64_t i = begun; i < end; i += kStrip) {
+      // Where only two tensors are read, the hardware alone does not keep enough loads under way (Emerald Rapids: .48
+      // ns per element, with this .42; Zen 4 gained nothing).
+      if constexpr (Rule::kStates == 0 && std::is_same_v<Weights, Float32Weights>) {
+        prefetch_after<kStrip>(weights.p + i);
+        prefetch_after<kStrip>(weights.g + i);
+      }
+      const auto weight = weights.load(i);
+      const auto grad = weights.gradient(i);
+      [[maybe_unused]] const std::tuple held(states[k].template decode<Rule::kSigned[k]>(i)...);
+      [[maybe_unused]] LaneBlock p, roots, decoded[sizeof...(k) + 1];
+      for (int j = 0; j < kVectors; ++j) {
+        p.at[j] = weight.at(j);
+        Lanes s[] = {std::get<k>(held).at(j)..., Lanes{}};
+        roots.at[j] = Rule::update(p.at[j], gradient.of(grad.at(j), kVector * j), s, hyper);
+        ((decoded[k].at[j] = s[k]), ...);
+      }
+      weights.store(i, p, Weights::kDraws ? param_stream.next() : RunBits{});
+      [[maybe_unused]] const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])..., {}};
+      [[maybe_unused]] RunBits random[sizeof...(k) / 2 + 1] = {};
+      gradient.next_strip();
+      if (draws) {
+        for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) random[stream] = streams[stream].next();
+      }
+      (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k], random[k / 2],
+                                                                       k & 1),
+       ...);
     }
-    const auto weight = weights.load(i);
-    const auto grad = weights.gradient(i);
-    [[maybe_unused]] const std::tuple held(states[k].template decode<Rule::kSigned[k]>(i)...);
-    [[maybe_unused]] LaneBlock p, roots, decoded[sizeof...(k) + 1];
-    for (int j = 0; j < kVectors; ++j) {
-      p.at[j] = weight.at(j);
-      Lanes s[] = {std::get<k>(held).at(j)..., Lanes{}};
-      roots.at[j] = Rule::update(p.at[j], gradient.of(grad.at(j), kVector * j), s, hyper);
-      ((decoded[k].at[j] = s[k]), ...);
-    }
-    weights.store(i, p, Weights::kDraws ? param_stream.next() : RunBits{});
-    [[maybe_unused]] const BlockScale scales[] = {states[k].template scale_of<Rule::kSigned[k]>(decoded[k])..., {}};
-    [[maybe_unused]] RunBits random[sizeof...(k) / 2 + 1] = {};
-    gradient.next_strip();
-    if (draws) {
-      for (size_t stream = 0; stream < (sizeof...(k) + 1) / 2; ++stream) random[stream] = streams[stream].next();
-    }
-    (states[k].template encode<Rule::kSigned[k], Rule::kRooted == k>(i, decoded[k], roots, scales[k], random[k / 2],
-                                                                     k & 1),
-     ...);
+    if (updates != nullptr) updates->add_strip(weights.load(begun));
   }
 }
 
@@ -132,9 +140,10 @@ struct Type {
 };
 
 template <class Rule, class State>
-void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length) {
+void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                    UpdateTally* updates) {
   const auto step = [&](auto weights) {
-    step_strips<Rule, typename decltype(weights)::type, State>(tensor, context, begin, length,
+    step_strips<Rule, typename decltype(weights)::type, State>(tensor, context, begin, length, updates,
                                                                std::make_index_sequence<Rule::kStates>());
   };
   const bool stochastic = tensor.param.rounding == Rounding::kStochastic;
@@ -149,7 +158,8 @@ void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_
 
 // Steps as much of a chunk as comes in strips of a layout that is known here. Returns how many elements that were.
 template <class Rule>
-int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length) {
+int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                    UpdateTally* updates) {
   if constexpr (Rule::kStates == 0 && !kGetsQuotient<Rule>) {
     return 0;
   } else {
@@ -161,22 +171,23 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
     // stored, this holds but for 2^32.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
     if (tensor.segment != 0) return 0;
+    if (updates != nullptr && begin % kReductionChunk != 0) return 0;
     if (!has_weights || !has_gradient_strips<Rule>(tensor, context) || index % kRun != 0) return 0;
     if (length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
     bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks
     bool halves = Rule::kStates > 0;
-    // float32 throughout would leave nothing to decode.
-    bool floats = tensor.param.dtype != DType::kFloat32 || kGetsQuotient<Rule>;
+    // float32 throughout would leave nothing to decode; but sums hide between the loads of strips, not of whole tiles.
+    bool floats = tensor.param.dtype != DType::kFloat32 || kGetsQuotient<Rule> || updates != nullptr;
     for (int k = 0; k < Rule::kStates; ++k) {
       blocks &= tensor.states[k].is_blockwise();
       halves &= tensor.states[k].dtype == DType::kBFloat16;
       floats &= tensor.states[k].dtype == DType::kFloat32;
     }
     const int64_t whole = length - length % kStrip;
-    if (blocks) step_strips_of<Rule, BlockState>(tensor, context, begin, whole);
+    if (blocks) step_strips_of<Rule, BlockState>(tensor, context, begin, whole, updates);
     if constexpr (kDenseStrips) {
-      if (halves) step_strips_of<Rule, BFloat16State>(tensor, context, begin, whole);
-      if (floats) step_strips_of<Rule, Float32State>(tensor, context, begin, whole);
+      if (halves) step_strips_of<Rule, BFloat16State>(tensor, context, begin, whole, updates);
+      if (floats) step_strips_of<Rule, Float32State>(tensor, context, begin, whole, updates);
     }
     return blocks || (kDenseStrips && (halves || floats)) ? whole : 0;
   }

@@ -77,7 +77,7 @@ void draw(const TensorDesc& tensor, uint32_t stream_key, int64_t at, int n, uint
 // time.
 template <class Rule, bool kHasBlocks, bool kSkips = false>
 void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
-                HealthCounts* health) {
+                HealthCounts* health, UpdateTally* updates) {
   alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[kSlots<Rule>][kTile], spare[kTile], before[kTile];
   alignas(64) uint32_t random[kTile];
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
@@ -100,7 +100,7 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       s[k] = load_state(tensor.states[k], tensor.row, at, n, state_tiles[k]);
     }
 
-    if (health != nullptr) memcpy(before, p, sizeof(float) * static_cast<size_t>(n));
+    if (health != nullptr || updates != nullptr) memcpy(before, p, sizeof(float) * static_cast<size_t>(n));
 
     constexpr bool kKeepRoots = kHasBlocks && Rule::kRooted >= 0;
     if constexpr (kGetsQuotient<Rule>) {
@@ -138,27 +138,37 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
       count_stalled(before, load_param(tensor, at, n, param_tile, spare), g, n, *health);
       for (int k = 0; k < Rule::kStates; ++k) count_codes(tensor.states[k], tensor.row, at, n, *health);
     }
+    if (updates != nullptr) updates->add(before, load_param(tensor, at, n, param_tile, spare), n);
     at += n;
   }
 }
 
 template <class Rule>
-void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
-                HealthCounts* health) {
+void step_run(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length, HealthCounts* health,
+              UpdateTally* updates) {
 #if defined(__AVX2__)
   if (health == nullptr && !tensor.skips_blocks) {
-    const int64_t taken = take_strips<Rule>(tensor, context, begin, length);
+    const int64_t taken = take_strips<Rule>(tensor, context, begin, length, updates);
     begin += taken;
     length -= taken;
   }
 #endif
   if (tensor.skips_blocks) {
-    if constexpr (!kGetsQuotient<Rule>) step_tiles<Rule, true, true>(tensor, context, begin, length, health);
+    if constexpr (!kGetsQuotient<Rule>) step_tiles<Rule, true, true>(tensor, context, begin, length, health, updates);
   } else if (has_blocks<Rule>(tensor)) {
-    step_tiles<Rule, true>(tensor, context, begin, length, health);
+    step_tiles<Rule, true>(tensor, context, begin, length, health, updates);
   } else {
-    step_tiles<Rule, false>(tensor, context, begin, length, health);
+    step_tiles<Rule, false>(tensor, context, begin, length, health, updates);
   }
+}
+
+template <class Rule>
+void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
+                const StepRecord& record) {
+  if (record.updates == nullptr) return step_run<Rule>(tensor, context, begin, length, record.health, nullptr);
+  UpdateTally tally(*record.updates, tensor, begin);
+  step_run<Rule>(tensor, context, begin, length, record.health, &tally);
+  tally.end();
 }
 
 }  // namespace
@@ -172,8 +182,6 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
   const Kernels name = {                     \
       {FUSEDOPT_RULES(FUSEDOPT_STEP_ENTRY)}, \
       square_sum,                            \
-      read_weights,                          \
-      sum_updates,                           \
       sum_unit,                              \
       sum_weighted,                          \
       sum,                                   \

@@ -164,6 +164,7 @@ bool Record::describe_step(PyObject* object, const TensorView& param, TensorDesc
 }
 
 void Record::prefetch(size_t state_count) const {
+  if (shard_) shard_->prefetch();
   param_.prefetch();
   grad_.prefetch();
   step_.place.prefetch();

@@ -10,6 +10,7 @@
 #include "python/param_group.h"
 #include "python/param_objects.h"
 #include "python/read_tensor.h"
+#include "python/shard_objects.h"
 
 namespace fusedopt {
 
@@ -42,6 +43,12 @@ class Record {
   // Of the parameter that was read last; null if unknown.
   const void* implementation() const { return implementation_; }
 
+  // What is remembered of it as a DTensor.
+  ShardRecord& shard() {
+    if (!shard_) shard_ = std::make_unique<ShardRecord>();
+    return *shard_;
+  }
+
  private:
   bool describe_state(const StateSpec& state, const ParamObjects& objects, size_t k, const TensorView& param,
                       TensorDesc& desc);
@@ -54,6 +61,7 @@ class Record {
   Known master_, step_;
   std::array<Known, 2> factors_;  // rows, columns
   const void* implementation_ = nullptr;
+  std::unique_ptr<ShardRecord> shard_;
 };
 
 }  // namespace fusedopt

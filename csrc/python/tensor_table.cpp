@@ -79,7 +79,8 @@ bool TensorTable::take(int group, int64_t position, const ParamObjects& objects,
   return true;
 }
 
-std::vector<int64_t> TensorTable::collect(int group, const py::list& params, const py::dict& state) {
+std::vector<int64_t> TensorTable::collect(int group, const py::list& params, const py::dict& state,
+                                          const std::optional<py::function>& whole_of) {
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
   // A cold step waits for memory here: tensor objects lie scattered and each is visited once. So they are
   // asked for, where they lay last time, some parameters ahead.
@@ -103,7 +104,10 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
     ParamObjects objects;
     objects.param = param;
     objects.grad = grad.ptr();
-    if (objects.find(settings, entries.find(param)) && take(group, i, objects, {}, records[i])) {
+    const bool is_taken = objects.find(settings, entries.find(param)) &&
+                          (is_dtensor(param) ? take_shard(group, i, objects, whole_of, records[i])
+                                             : take(group, i, objects, {}, records[i]));
+    if (is_taken) {
       alive_.push_back(std::move(grad));  // nothing else may hold it while it is read without the GIL
     } else {
       missed.push_back(i);
@@ -112,42 +116,23 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
   return missed;
 }
 
-std::vector<int64_t> TensorTable::collect_shards(int group, const std::vector<int64_t>& positions,
-                                                 const py::list& params, const py::list& grads, const py::list& states,
-                                                 const std::vector<std::array<int64_t, 3>>& places,
-                                                 const std::vector<std::optional<WholeOfShard>>& wholes,
-                                                 const std::vector<std::array<int32_t, 3>>& channels) {
-  const size_t count = positions.size();
-  if (params.size() != count || grads.size() != count || states.size() != count || places.size() != count ||
-      (!wholes.empty() && wholes.size() != count) || channels.size() != wholes.size()) {
-    throw py::value_error("lists of shards must have one length");
+bool TensorTable::take_shard(int group, int64_t position, ParamObjects& objects,
+                             const std::optional<py::function>& whole_of, Record& record) {
+  PyObject* param = objects.param;
+  GlobalPlace place;
+  if (!record.shard().unwrap(objects, alive_, place)) return false;
+  std::optional<WholeOfShard> whole;
+  std::array<int32_t, 3> channels{};
+  if (whole_of.has_value()) {
+    const py::object answer = (*whole_of)(py::handle(param), py::handle(objects.param));
+    if (answer.is(py::bool_(false))) return false;
+    if (!answer.is_none())
+      std::tie(whole, channels) = answer.cast<std::pair<std::optional<WholeOfShard>, std::array<int32_t, 3>>>();
   }
-  const ParamGroup& settings = groups_.at(group);
-  if (records_.size() < groups_.size()) records_.resize(groups_.size());
-  std::vector<Record>& records = records_[group];
-  std::vector<int64_t> missed;
-  constexpr size_t kAhead = 8;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t position = positions[i];
-    const size_t ahead = i + kAhead < count ? static_cast<size_t>(positions[i + kAhead]) : records.size();
-    if (ahead < records.size()) records[ahead].prefetch(settings.states.size());
-    if (records.size() <= static_cast<size_t>(position)) records.resize(static_cast<size_t>(position) + 1);
-    ParamObjects objects;
-    objects.param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    objects.grad = PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i));
-    const GlobalPlace place{places[i][0], places[i][1], places[i][2]};
-    if (objects.find(settings, PyList_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(i))) &&
-        take(group, position, objects, place, records[static_cast<size_t>(position)])) {
-      if (!wholes.empty() && wholes[i].has_value()) set_apart(*wholes[i], channels[i]);
-      is_sorted_ = false;
-    } else {
-      missed.push_back(position);
-    }
-  }
-  for (const py::handle list : {py::handle(params), py::handle(grads), py::handle(states)}) {
-    alive_.push_back(py::reinterpret_borrow<py::object>(list));
-  }
-  return missed;
+  if (!take(group, position, objects, place, record)) return false;
+  versions_.add(param, nullptr);  // autograd counts those of a DTensor apart from those of what it holds
+  if (whole.has_value()) set_apart(*whole, channels);
+  return true;
 }
 
 bool TensorTable::add(int group, int64_t position, py::handle param, py::handle grad, const py::tuple& states,

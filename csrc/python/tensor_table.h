@@ -1,7 +1,8 @@
 // The tensors of one step, gathered from the optimizer's Python objects.
 //
 // Parameters, gradients and states may all have been replaced since the last step (FSDP2 and
-// load_state_dict do so), so everything is looked at anew, and nothing is kept alive between steps (record.h).
+// load_state_dict do so), so everything is looked at anew, and of tensors nothing is kept alive between steps
+// (record.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,11 +24,6 @@
 
 namespace fusedopt {
 
-// Where the elements of a shard are in the global tensor (core/tensors.h).
-struct GlobalPlace {
-  int64_t first_index = 0, segment = 0, segment_stride = 0;
-};
-
 // The numel, rows, columns, matrices and cuts_columns of a cpu::Whole.
 using WholeOfShard = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
@@ -47,18 +43,12 @@ class TensorTable {
                  bool skips_blocks, int param_group, const std::vector<int64_t>& positions);
 
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
-  // itself, its gradient and its state plain contiguous CPU tensors of one shape. Returns the positions of
-  // those that have a gradient and do not fit, for the caller to look at more closely.
-  std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state);
-
-  // The same of shards, of which what is held here is given: parameters, gradients, dicts of their state, and places in
-  // the global tensors. Returns which of `positions`, in their group, do not fit. `wholes` is empty, or has of each the
-  // `whole`, as `add`, and `channels` as many.
-  std::vector<int64_t> collect_shards(int group, const std::vector<int64_t>& positions, const pybind11::list& params,
-                                      const pybind11::list& grads, const pybind11::list& states,
-                                      const std::vector<std::array<int64_t, 3>>& places,
-                                      const std::vector<std::optional<WholeOfShard>>& wholes,
-                                      const std::vector<std::array<int32_t, 3>>& channels);
+  // itself, its gradient and its state plain contiguous tensors of one shape, or DTensors of such. Returns the
+  // positions of those that have a gradient and do not fit, for the caller to look at more closely. `whole_of`, unless
+  // it is null, is asked of each DTensor and what is held here of it: None if that is all of it, False if it does not
+  // fit, else the arguments `whole` and `channels` of `add`.
+  std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state,
+                               const std::optional<pybind11::function>& whole_of);
 
   // Adds one parameter given tensor by tensor: `states` holds for each state a tuple of one tensor, or of
   // codes and scales; factors of the second moment, if the rule has them, come last. Returns false if it does not fit.
@@ -97,6 +87,8 @@ class TensorTable {
                              std::optional<pybind11::dict> square_sums);
 
  private:
+  bool take_shard(int group, int64_t position, ParamObjects& objects, const std::optional<pybind11::function>& whole_of,
+                  Record& record);
   bool take(int group, int64_t position, const ParamObjects& objects, const GlobalPlace& place, Record& record);
   void set_apart(const WholeOfShard& whole, const std::array<int32_t, 3>& channels);
   void list_groups(const std::vector<double>& grad_multipliers);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Backend, GroupStep, ParamStep, Scaling, Session, Shards
+from .base import Backend, GroupStep, ParamStep, Scaling, Session, SpreadOf
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .device import DeviceSession
@@ -23,7 +23,7 @@ __all__ = [
     "ParamStep",
     "Scaling",
     "Session",
-    "Shards",
+    "SpreadOf",
     "candidates",
     "first",
     "names",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -122,6 +122,9 @@ class Spread(Protocol):
         """The sums over all shards of what is here: over their "rows", "columns", or "all" of them."""
 
 
+# Where the rest of a DTensor is; None if all of it is here.
+SpreadOf = Callable[[Tensor], "Spread | None"]
+
 # A parameter of which the rest is elsewhere, over what of it a sum goes, what is here; and a step that asks for sums.
 Asked = tuple[Spread, str, Tensor]
 Summing = Generator["list[Asked]", "Sequence[Tensor]", Result]
@@ -151,26 +154,6 @@ class ParamStep:
     spread: Spread | None = None  # where the rest of it is, if its rule takes sums over all of it
 
 
-@dataclass
-class Shards:
-    """What is held here of parameters of a group, one after the other.
-
-    `positions` are their places among the parameters of their GroupStep, `states` their states by name, `places` as
-    ParamStep's first_index, segment and segment_stride, `spreads` as ParamStep's; empty if all would be None.
-    """
-
-    positions: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)
-    spreads: list[Spread | None] = field(default_factory=list)
-
-    def picked(self, which: Sequence[int]) -> Shards:
-        """Some of them, by index."""
-        return Shards(*([held[i] for i in which] if held else [] for held in vars(self).values()))
-
-
 class Session(Protocol):
     """One backend's part in an optimizer's steps: begin, collect and add, square_sums, step.
 
@@ -180,11 +163,17 @@ class Session(Protocol):
     def begin(self, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
         """Starts a new step. `positions` are those of a group's parameters in its param group; None for all."""
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
-        """Takes what it can of a group as it lies; returns the positions left with a gradient."""
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
+        """Takes what it can of a group as it lies, DTensors among it; returns the positions left with a gradient.
 
-    def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        """Takes what it can of a group's shards as they lie; returns the positions left."""
+        Args:
+            group: The index of its GroupStep.
+            params: Its parameters.
+            state: The optimizer's.
+            spread_of: Tells where the rest of a DTensor is, if the group's rule takes sums over all of it.
+        """
 
     def add(self, entry: ParamStep) -> bool:
         """Takes one parameter whose tensors are plain, contiguous and of one shape; False if it cannot."""

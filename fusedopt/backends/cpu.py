@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Shards, SquareSums, Summing
+from .base import GroupStep, Health, ParamStep, SpreadOf, SquareSums, Summing
 from .rounds import taken
-from .table import PARAM_DTYPES, Channels, add_entry, add_groups, add_shards
+from .table import PARAM_DTYPES, Channels, add_entry, add_groups, collect
 
 
 class CpuSession:
@@ -29,13 +29,12 @@ class CpuSession:
         add_groups(self._table, groups, positions)
         self._waits = {i for i, group in enumerate(groups) if group.lr is not None}
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         if group in self._waits:
             return [i for i, param in enumerate(params) if param.grad is not None]
-        return self._table.collect(group=group, params=params, state=state)
-
-    def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        return shards.positions if group in self._waits else add_shards(self._table, group, shards, self._channels)
+        return collect(self._table, group, params, state, spread_of, self._channels)
 
     def add(self, entry: ParamStep) -> bool:
         if entry.group in self._waits:

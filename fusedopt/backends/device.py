@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .base import GroupStep, Health, ParamStep, Scaling, Shards, SquareSums, Summing
+from ..storage.placement import local
+from .base import GroupStep, Health, ParamStep, Scaling, SpreadOf, SquareSums, Summing
 from .eager import count_health, step_param, update_sums, weights
-from .table import add_entry, add_groups, add_shards
+from .table import add_entry, add_groups, collect
 
 
 class DeviceBackend(Protocol):
@@ -56,9 +57,8 @@ class DeviceSession:
         self._positions: Sequence[list[int] | None] = ()
         self._begun: set[torch.device] = set()
         # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
-        self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any]]] = {}
+        self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any], set[int]]] = {}  # and what was left
         self._added: list[ParamStep] = []
-        self._shards: list[tuple[int, Shards, set[int]]] = []
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
@@ -77,7 +77,6 @@ class DeviceSession:
         self._begun.clear()
         self._collected.clear()
         self._added.clear()
-        self._shards.clear()
         for table in self._tables.values():
             table.clear()
 
@@ -91,19 +90,15 @@ class DeviceSession:
             add_groups(self._tables[device], self._groups, self._positions)
         return self._tables[device]
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         if not params:
             return []
         if self._backend.unusable(params[0].device) is not None:
             return [i for i, param in enumerate(params) if param.grad is not None]
-        self._collected[group] = (params, state)
-        return self._table(params[0]).collect(group=group, params=params, state=state)
-
-    def collect_shards(self, group: int, shards: Shards) -> list[int]:
-        if not shards.params or self._backend.unusable(shards.params[0].device) is not None:
-            return shards.positions
-        left = add_shards(self._table(shards.params[0]), group, shards)
-        self._shards.append((group, shards, set(left)))
+        left = collect(self._table(params[0]), group, params, state, spread_of)
+        self._collected[group] = (params, state, set(left))
         return left
 
     def add(self, entry: ParamStep) -> bool:
@@ -198,33 +193,23 @@ class DeviceSession:
     def _entries(self) -> list[ParamStep]:
         """What was taken, parameter by parameter."""
         entries = list(self._added)
-        listed = {(entry.group, entry.position) for entry in entries}
-        for index, (params, state) in self._collected.items():
+        for index, (params, state, left) in self._collected.items():
             group = self._groups[index]
             for position, param in enumerate(params):
-                if param.grad is None or (index, position) in listed or param not in state:
+                if param.grad is None or position in left:
                     continue
-                held = state[param]
-                master = held.get(group.master_key) if group.master_key else None
+                held = {key: local(value) for key, value in state[param].items()}
                 entries.append(
                     ParamStep(
                         group=index,
                         position=position,
-                        param=param.detach(),
-                        grad=param.grad,
+                        param=local(param).detach(),
+                        grad=local(param.grad),
                         states=tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states),
                         step=held["step"],
-                        master=master if isinstance(master, Tensor) else None,
+                        master=held.get(group.master_key) if group.master_key else None,
                     )
                 )
-        for index, shards, left in self._shards:
-            group = self._groups[index]
-            for position, param, grad, held in zip(shards.positions, shards.params, shards.grads, shards.states):
-                if position in left:
-                    continue
-                states = tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states)
-                master = held.get(group.master_key) if group.master_key else None
-                entries.append(ParamStep(index, position, param.detach(), grad, states, held["step"], master))
         return entries
 
 

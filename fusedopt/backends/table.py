@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _core
+from ..storage import placement
 from ..storage.state import DTYPES
-from .base import GroupStep, ParamStep, Shards, Spread
+from .base import GroupStep, ParamStep, Spread, SpreadOf
 
 # What the core calls these by (csrc/core/tensors.h).
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for code, name in enumerate(_core.dtypes)}
@@ -32,6 +35,16 @@ def bind_torch(*, exchange: bool = True) -> None:
 
 
 bind_torch()
+_has_bound_shards = False
+
+
+def bind_shards() -> None:
+    """Tells the core how to read DTensors, once somebody has imported them."""
+    global _has_bound_shards
+    module = None if _has_bound_shards else sys.modules.get("torch.distributed.tensor")
+    if module is not None and hasattr(module, "DTensor"):  # it may be half imported
+        _core.bind_shards(type=module.DTensor, place_of=placement.of_spec)
+        _has_bound_shards = True
 
 
 def add_groups(table: _core.TensorTable, groups: Sequence[GroupStep], positions: Sequence[list[int] | None]) -> None:
@@ -82,25 +95,24 @@ def _whole_of(
     return (extent.numel, extent.rows, extent.columns, spread.matrices(held), cuts_columns), numbers
 
 
-def add_shards(table: _core.TensorTable, group: int, shards: Shards, channels: Channels | None = None) -> list[int]:
-    """Adds shards; the positions of those that do not fit. `channels` as in `add_entry`."""
-    others: list[int] = []
-    if not all(_can_take(spread, channels) for spread in shards.spreads):
-        fits = [_can_take(spread, channels) for spread in shards.spreads]
-        others = [position for position, can in zip(shards.positions, fits) if not can]
-        shards = shards.picked([i for i, can in enumerate(fits) if can])
-    told = [_whole_of(spread, held, channels) for spread, held in zip(shards.spreads, shards.params)]
-    left = table.collect_shards(
-        group=group,
-        positions=shards.positions,
-        params=shards.params,
-        grads=shards.grads,
-        states=shards.states,
-        places=shards.places,
-        wholes=[whole for whole, _ in told],
-        channels=[numbers for _, numbers in told],
-    )
-    return sorted(others + left)
+def collect(
+    table: _core.TensorTable,
+    group: int,
+    params: list[Tensor],
+    state: dict[Tensor, Any],
+    spread_of: SpreadOf | None,
+    channels: Channels | None = None,
+) -> list[int]:
+    """Adds what fits of a group as it lies, DTensors among it. See Session.collect; `channels` as in `add_entry`."""
+    bind_shards()
+
+    def whole_of(param: Tensor, held: Tensor) -> Any:
+        spread = spread_of(param)  # type: ignore[misc]
+        if spread is None:
+            return None
+        return _whole_of(spread, held, channels) if _can_take(spread, channels) else False
+
+    return table.collect(group=group, params=params, state=state, whole_of=None if spread_of is None else whole_of)
 
 
 def add_entry(table: _core.TensorTable, entry: ParamStep, channels: Channels | None = None) -> bool:

@@ -34,6 +34,7 @@ def validate(recipe: Path_, model: models.Model = None, steps: Steps = None, as_
                 typer.echo(str(finding))
                 for change in finding.change:
                     typer.echo(f"    {change}")
-            counts = ", ".join(f"{len(found.of(s))} {s}s" for s in ("error", "warning", "note") if found.of(s))
-            typer.echo(f"{recipe}: {counts or 'nothing found'}")
+            counts = ((len(found.of(severity)), severity) for severity in ("error", "warning", "note"))
+            told = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for count, severity in counts if count)
+            typer.echo(f"{recipe}: {told or 'nothing found'}")
     raise typer.Exit(found.exit_status)

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from . import sharding
-from .collectives import shard_sums
 from .contract import Contract
 from .gather import Gathered, Listed, Member, Ranks
-from .sessions import all_sessions, let_go, size_buffers
+from .sessions import all_sessions, let_go, size_buffers, streamer_of
+from .shard_sums import shard_sums
 
 
 class _Column(NamedTuple):
@@ -137,31 +137,41 @@ def _step(
             listed: list[Listed] = []
             for i, size in enumerate(sizes):
                 entries = state_keys[i].split(";")
-                for position in range(size):
+                for entry in entries[:size]:
                     param, grad, step = next(tensors)
-                    layout, keys, where = entries[position].split(":")
+                    layout, keys, position, kind = entry.split(":")
                     state = {**{key: next(tensors_held) for key in _words(keys)}, "step": step}
-                    member = Member(i, position, parts[i, layout], position)
+                    member = Member(i, int(position), parts[i, layout], int(position))
                     group = {} if owner is None else owner.param_groups[i]
-                    whole = _whole(group, where) if where else param
-                    spread = shard_sums(owner, group, whole) if where and owner is not None else None
+                    whole = _whole(group, int(position)) if kind else param
+                    spread = shard_sums(owner, group, whole) if kind and owner is not None else None
                     gathered.add(member, param, grad, state, candidates(backends[i]), spread, sharding.place(whole))
                     listed.append((group, whole, grad))
             if owner is not None and (meshes := owner._agreement().meshes(owner)) is not None:
                 gathered.ranks = Ranks(owner._agreement(), owner, meshes)
-            _, norm = gathered.step(Scaling(max_grad_norm=max_grad_norm, skip_step_above=skip_step_above), listed)
+            scaling = Scaling(max_grad_norm=max_grad_norm, skip_step_above=skip_step_above)
+            records = {} if owner is None or _is_captured() else owner._recorded()
+            counts, norm = gathered.step(scaling, listed, **records)
             gathered.write_back()
+            streamer_of(sessions).settle()
+            if owner is not None and any(each is not None and each is not False for each in records.values()):
+                owner._count_step(counts)
         finally:
             let_go(sessions)
     if norm is not None and grad_norm is not None:
         grad_norm.copy_(norm)
 
 
-def _whole(group: dict[str, Any], position: str) -> Tensor:
+def _is_captured() -> bool:
+    """Whether a CUDA graph records this step, whose numbers nobody can look at."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _whole(group: dict[str, Any], position: int) -> Tensor:
     """The DTensor of which a compiled step was given what is held here."""
     if not group:
         raise RuntimeError("the optimizer of this compiled step, which knows where its shards are, no longer exists")
-    param: Tensor = group["params"][int(position)]
+    param: Tensor = group["params"][position]
     return param
 
 
@@ -186,7 +196,7 @@ def _unwrapped(
         count = len(_words(parts[1]))
         held = states[at : at + count]
         at += count
-        if parts[2] != "":
+        if parts[3] != "":
             if grad.placements != param.placements:  # type: ignore[attr-defined]
                 grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
             param, grad = param.to_local(), grad.to_local()  # type: ignore[attr-defined]
@@ -213,7 +223,7 @@ def step(optimizer: Contract) -> None:
         lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
         # torch.compile takes a group without parameters for a constant, and would hand over a copy
         keys = optimizer._init_group(group, lists[0], lists[1], lists[2], lists[3]) if group["params"] else ""
-        if any([entry.split(":")[-1] != "" for entry in keys.split(";")]):  # a DTensor's position
+        if any([entry.split(":")[-1] != "" for entry in keys.split(";")]):  # a DTensor
             lists = _unwrapped(keys, *lists)
         params += lists[0]
         grads += lists[1]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .. import backends, checks
 from ..backends import GroupStep
+from ..backends.base import Health
 from ..offload import homes
 from ..offload.handle import Release
 from ..storage import masters
@@ -64,6 +65,9 @@ class Contract(Optimizer):
 
     # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
     changes_groups: ClassVar[bool] = False
+
+    # Whether averages of the weights do what the end of a schedule does: one that decays as well is one too many.
+    replaces_schedules: ClassVar[bool] = False
 
     # Why one block of a parameter cannot be left out of a step, as a clause; None if it can.
     why_no_block_is_skipped: ClassVar[str | None] = None
@@ -266,6 +270,14 @@ class Contract(Optimizer):
         steps: list[Tensor],
     ) -> str:
         """See FusedOptimizer; the name is torch.compile's."""
+        raise NotImplementedError
+
+    def _recorded(self) -> dict[str, Any]:
+        """What steps are told to count and measure, as keyword arguments."""
+        raise NotImplementedError
+
+    def _count_step(self, counts: Health) -> None:
+        """Notes what a whole step counted and measured."""
         raise NotImplementedError
 
     def _agreement(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -122,27 +123,10 @@ class Gathered:
             if positions is not None and len(positions) < len(params):
                 params = [params[i] for i in positions]
             session = self.sessions[backends.first(group["backend"], params).name]
-            missed = session.collect(part, params, state)
-            if missed:
-                missed = self._collect_shards(session, part, params, missed, state)
+            spread_of = None if self._spread_of is None else partial(self._spread_of, settings.param_group)
+            missed = session.collect(part, params, state, spread_of)
             left += [self.member(part, entry) for entry in missed]
         return sorted(left)
-
-    def _collect_shards(
-        self, session: Session, part: int, params: list[Tensor], missed: list[int], state: dict[Tensor, Any]
-    ) -> list[int]:
-        """Hands over the shards among those parameters; what is left of them all."""
-        shards, wrappers, others = sharding.as_they_lie(params, missed, state)
-        if not wrappers:
-            return missed
-        if self._spread_of is not None:
-            shards.spreads = [self._spread_of(self.groups[part].param_group, wrapper) for wrapper in wrappers]
-        left = session.collect_shards(part, shards)
-        if left:
-            held = set(left)
-            wrappers = [wrapper for entry, wrapper in zip(shards.positions, wrappers) if entry not in held]
-        self._wrappers += wrappers
-        return sorted(others + left)
 
     def add(
         self,
@@ -275,7 +259,7 @@ class Gathered:
 
     def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
         """The sums of squares by chunk of each gradient; all of them are here."""
-        grads = [sharding.local(grad) for _, _, grad in listed]
+        grads = [sharding.local_grad(grad, param) for _, param, grad in listed]
         sums = self._chunk_sums(grads)
         return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..backends.base import SquareSums
+from .collectives import Meshes, groups_of, summed
 from .contract import Contract
 from .reports import table
-from .sharding import local
 
 _SHOWN = 8
 
@@ -41,7 +44,8 @@ class NormsReport:
     """How far a step has moved weights.
 
     Weights are those that parameters stand for, what they keep beside them (master weights) included. Of a DTensor
-    they are those that are held here. A parameter without a gradient has not moved, and does not count.
+    they are those of all its shards, each replica counted once, and every rank has the same report. A parameter without
+    a gradient has not moved, and does not count.
 
     Attributes:
         total: Of everything that was stepped.
@@ -77,14 +81,17 @@ class NormsRecord:
         self.report: NormsReport | None = None
 
     def end(self) -> None:
-        """Makes the report of the step."""
+        """Makes the report of the step; ranks that share parameters meet here."""
         groups = self._optimizer.param_groups
+        meshes = self._optimizer._agreement().meshes(self._optimizer)
+        if meshes is not None:
+            self.sums.update(_over_ranks(meshes, groups, self.sums))
         by_group: list[list[tuple[Norms, tuple[float, float]]]] = [[] for _ in groups]
         for (index, position), sums in sorted(self.sums.items()):
             group = groups[index]
             names = group.get("param_names")
             where = names[position] if names else f"parameter {position} of group {index}"
-            by_group[index].append((_norms(where, [sums], local(group["params"][position]).numel()), sums))
+            by_group[index].append((_norms(where, [sums], group["params"][position].numel()), sums))
         found = [
             _norms(f"group {i}", [sums for _, sums in of], sum(each.elements for each, _ in of))
             for i, of in enumerate(by_group)
@@ -93,6 +100,25 @@ class NormsRecord:
         total = _norms("all", [sums for _, sums in everything], sum(each.elements for each, _ in everything))
         self.report = NormsReport(total, tuple(found), tuple(each for each, _ in everything))
         self.sums = {}
+
+
+def _over_ranks(meshes: Meshes, param_groups: list[dict[str, Any]], here: SquareSums) -> SquareSums:
+    """The sums over all shards of the parameters that are on meshes; ranks meet once for each mesh.
+
+    Of replicas those of one rank count. What is gathered has the same length on every rank, whatever it holds.
+    """
+    found: SquareSums = {}
+    for mesh, places in meshes.meshes.items():
+        rows = []
+        for index, position in places:
+            sums = here.get((index, position))
+            counts = sums is not None and meshes.counts_here(param_groups[index]["params"][position])
+            rows.append((1.0, *sums) if counts and sums is not None else (0.0, 0.0, 0.0))
+        totals = summed(torch.tensor(rows, dtype=torch.float64, device="cpu"), groups_of(mesh))
+        for place, (taken, update, weight) in zip(places, totals.tolist()):
+            if taken:
+                found[place] = update, weight
+    return found
 
 
 def _norms(where: str, sums: Iterable[tuple[float, float]], elements: int) -> Norms:

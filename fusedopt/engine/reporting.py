@@ -24,7 +24,8 @@ class Reporting(Contract):
     def record_health(self, enabled: bool = True) -> None:
         """Counts from now on, in every step, what goes wrong quietly; `health_report` tells.
 
-        Counting reads every tile once more, so switch it on for some steps. Compiled steps are not counted.
+        Counting reads every tile once more, so switch it on for some steps. Compiled steps are counted, too; the
+        replays of a CUDA graph are not.
         """
         self._health = reports.HealthRecord(self) if enabled else None
 
@@ -41,8 +42,10 @@ class Reporting(Contract):
     def record_norms(self, enabled: bool = True) -> None:
         """Takes, in every step from now on, the norms of updates and weights; `norms_report` tells.
 
-        On the CPU they are taken inside the step, while weights are in cache. On other devices the weights before the
-        step are kept for its length, which takes as much memory as they do. Compiled steps are not looked at.
+        On the CPU they are taken inside the step's own loops. On other devices the weights before the step are kept for
+        its length, which takes as much memory as they do. Ranks that share DTensors meet once more in such a step, to
+        add what each of them holds, so switch this on and off on all of them alike. Compiled steps are measured, too;
+        the replays of a CUDA graph are not.
         """
         self._norms = norms.NormsRecord(self) if enabled else None
 

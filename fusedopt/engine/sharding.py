@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..backends import Shards
 from ..storage import placement
 from ..storage.allocation import is_plain
 from ..storage.placement import Place
 from ..storage.placement import is_dtensor as is_dtensor
+from ..storage.placement import local as local
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -59,16 +59,6 @@ def refusal(param: Tensor) -> str | None:
     return None
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is held here, sharing its memory; waits for one that a collective still writes."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return tensor
-    if is_dtensor(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
-    module = sys.modules.get("torch.distributed._functional_collectives")
-    return tensor.wait() if module is not None and isinstance(tensor, module.AsyncCollectiveTensor) else tensor
-
-
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     """The part of a gradient that goes with what is held here of its parameter.
 
@@ -78,45 +68,6 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(grad)
-
-
-def as_they_lie(
-    params: list[Any], entries: list[int], state: dict[Tensor, Any]
-) -> tuple[Shards, list[Tensor], list[int]]:
-    """What is held here of DTensors, their gradients and states, in memory as it is.
-
-    Looked at anew in every step, in few microseconds for each.
-
-    Args:
-        params: Of a GroupStep.
-        entries: Which of them to look at; all have gradients.
-        state: The optimizer's.
-
-    Returns:
-        What is held, of which DTensors, and the entries that need a closer look.
-    """
-    kind = sys.modules["torch.distributed.tensor"].DTensor if "torch.distributed.tensor" in sys.modules else None
-    shards, wrappers, others = Shards(), [], []
-    for entry in entries:
-        param = params[entry]
-        grad, held = param.grad, None
-        if kind is not None and type(param) is kind and type(grad) is kind:
-            held, spec, other = state.get(param), param._spec, grad._spec
-        if held is None or (other is not spec and (other.placements != spec.placements or other.mesh != spec.mesh)):
-            others.append(entry)
-            continue
-        place = placement.of_spec(spec)
-        local, local_grad = param._local_tensor, grad._local_tensor
-        if place is None or type(local) is not Tensor or type(local_grad) is not Tensor:
-            others.append(entry)
-            continue
-        shards.positions.append(entry)
-        shards.params.append(local)
-        shards.grads.append(local_grad)
-        shards.states.append({k: value._local_tensor if type(value) is kind else value for k, value in held.items()})
-        shards.places.append(place[:3])
-        wrappers.append(param)
-    return shards, wrappers, others
 
 
 def place(param: Tensor) -> Place:

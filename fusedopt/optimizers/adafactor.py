@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import checks
 from ..backends.base import AskingReference, Reference
 from ..engine import sharding
-from ..engine.collectives import shard_sums
 from ..engine.fp32 import full_precision
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
+from ..engine.shard_sums import shard_sums
 from ..reference.adafactor import (
     Knobs,
     actual_lr,
@@ -226,9 +226,10 @@ class Adafactor(FusedOptimizer):
         return "matrix" if param.ndim > 1 else "vector"
 
     def row_dim(self, group: dict[str, Any], param: Tensor) -> int | None:
-        if param.dim() < 2:
+        dims = param.dim()
+        if dims < 2:
             return None
-        return 0 if group["fold_conv"] else param.dim() - 2
+        return 0 if group["fold_conv"] else dims - 2
 
     def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
         if param.is_complex():

@@ -32,6 +32,7 @@ class _ScheduleFree(FusedOptimizer):
     INTERPOLATION: ClassVar[str] = "betas[0]"  # which argument says how much of a parameter in training is the average
     derives_on_device = False  # the weights of averages are added up from it
     changes_groups = True
+    replaces_schedules = True
     why_no_block_is_skipped = "its weight would be missing from the averages of a parameter's other steps"
 
     # ---- what the equations differ in ------------------------------------------------------------

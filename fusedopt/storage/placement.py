@@ -17,6 +17,16 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is held here, sharing its memory; waits for one that a collective still writes."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return tensor.wait() if module is not None and isinstance(tensor, module.AsyncCollectiveTensor) else tensor
+
+
 class Place(NamedTuple):
     """Where elements are in the global tensor, taken in row-major order here and there.
 

@@ -181,6 +181,25 @@ class Detector:
         self._repeats[name] = self._repeats.get(name, 0) + 1 if holds else 0
         return self._repeats[name] >= self.limits.repeats
 
+    def _spike(
+        self, record: Mapping[str, Any], kind: str, value: float, series: Series, times: float, text: str
+    ) -> list[Anomaly]:
+        """A value far above those before it; nothing if it is not.
+
+        Args:
+            record: Where the value is from.
+            kind: What it is then.
+            value: A finite number.
+            series: Those before it; there is a running median.
+            times: How many times that it must be.
+            text: The sentence, with places for {value}, {median} and {times}, the value over the median.
+        """
+        limit, middle = series.jump(self.limits.deviations, times), series.median
+        if value <= limit or middle is None:
+            return []
+        ratio = value / middle if middle else math.inf
+        return [_anomaly(record, kind, value, limit, text.format(value=value, median=middle, times=ratio))]
+
     # ---- each kind ---------------------------------------------------------------------------------
 
     def _non_finite(self, record: Mapping[str, Any]) -> Iterator[Anomaly]:
@@ -205,12 +224,9 @@ class Detector:
 
     def _loss_spike(self, record: Mapping[str, Any]) -> Iterator[Anomaly]:
         loss, limits = number(record.get("loss")), self.limits
-        if loss is None or not math.isfinite(loss) or self._loss.count < limits.least:
-            return
-        limit = self._loss.jump(limits.deviations, limits.loss_spike)
-        if loss > limit:
-            text = f"the loss is {loss:.4g}, far above its running median of {self._loss.median:.4g}"
-            yield _anomaly(record, "loss_spike", loss, limit, text)
+        if loss is not None and math.isfinite(loss) and self._loss.count >= limits.least:
+            text = "the loss is {value:.4g}, far above its running median of {median:.4g}"
+            yield from self._spike(record, "loss_spike", loss, self._loss, limits.loss_spike, text)
 
     def _divergence(self, record: Mapping[str, Any]) -> Iterator[Anomaly]:
         series, limits = self._loss, self.limits
@@ -258,10 +274,10 @@ class Detector:
         if norm is None or not math.isfinite(norm):
             return
         if self._grads.count >= limits.least and self._grads.median:
-            limit = self._grads.jump(limits.deviations, limits.gradient_spike)
-            if norm > limit:
-                text = f"the gradient norm is {norm:.4g}, {norm / self._grads.median:.0f} times its running median"
-                yield _anomaly(record, "exploding_gradients", norm, limit, text)
+            text = "the gradient norm is {value:.4g}, {times:.0f} times its running median"
+            found = self._spike(record, "exploding_gradients", norm, self._grads, limits.gradient_spike, text)
+            if found:
+                yield from found
                 return
         now, first = self._grads.median, self._grads.first
         if now is not None and first is not None and first > 0 and now > limits.gradient_growth * first:
@@ -281,13 +297,10 @@ class Detector:
             yield _anomaly(record, "vanishing_gradients", now, limit, text)
 
     def _update_spike(self, record: Mapping[str, Any]) -> Iterator[Anomaly]:
-        rate, limits = self._rate(record), self.limits
-        if rate is None or not self._rates.median:
-            return
-        limit = self._rates.jump(limits.deviations, limits.update_spike)
-        if rate > limit:
-            text = f"the update is {rate / self._rates.median:.1f} times as large as those before it"
-            yield _anomaly(record, "update_spike", rate, limit, text)
+        rate = self._rate(record)
+        if rate is not None and self._rates.median:
+            text = "the update is {times:.1f} times as large as those before it"
+            yield from self._spike(record, "update_spike", rate, self._rates, self.limits.update_spike, text)
 
     def _stuck(self, record: Mapping[str, Any]) -> Iterator[Anomaly]:
         for group in record.get("groups", ()):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .evaluate import size
+
 _UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = r"([\d.]+) ?(bytes|[KMGT]i?B|B)"
@@ -60,15 +62,15 @@ class OutOfMemory:
         if self.asked is None:
             yield "memory was exhausted, and the message has no numbers"
             return
-        yield f"{_shown(self.asked)} more were asked for"
+        yield f"{size(self.asked)} more were asked for"
         if self.total is not None and self.free is not None:
-            yield f"{_shown(self.free)} of {_shown(self.total)} were free"
+            yield f"{size(self.free)} of {size(self.total)} were free"
         if self.allocated is not None:
-            yield f"tensors held {_shown(self.allocated)}"
+            yield f"tensors held {size(self.allocated)}"
         if self.unallocated:
-            yield f"torch held {_shown(self.unallocated)} unused"
+            yield f"torch held {size(self.unallocated)} unused"
         if self.elsewhere:
-            yield f"other programs held {_shown(self.elsewhere)}"
+            yield f"other programs held {size(self.elsewhere)}"
 
 
 def parse_out_of_memory(text: str) -> OutOfMemory | None:
@@ -93,10 +95,3 @@ def parse_out_of_memory(text: str) -> OutOfMemory | None:
     if reserved is not None and "allocated" in found:
         found.setdefault("unallocated", max(0, reserved - found["allocated"]))
     return OutOfMemory(**found)
-
-
-def _shown(size: int) -> str:
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.2f} {unit}"
-    return f"{size} bytes"

@@ -83,7 +83,7 @@ def size(value: float) -> str:
     """Bytes with the unit that suits them, as "1.23 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
-            return f"{value:.3g} {unit}"
+            return f"{value:.3g} {unit}" if abs(value) < 999.5 else f"{value:.0f} {unit}"
         value /= 1024
     return f"{value:,.2f} GiB"
 

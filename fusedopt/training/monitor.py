@@ -214,7 +214,7 @@ class Monitor:
         assert isinstance(self.optimizer, FusedOptimizer)
         try:
             report = self.optimizer.norms_report()
-        except ValueError:  # no step was taken, or a compiled one
+        except ValueError:  # no step was taken, or by the replay of a CUDA graph
             return {}
         if not report.parameters:
             return {}

@@ -15,7 +15,8 @@ from torch import nn
 from .. import checks
 from ..engine.optimizer import CLASSES
 from . import files
-from .estimate import Estimate, estimate, gib, takes_offload
+from .estimate import Estimate, estimate, takes_offload
+from .evaluate import size
 from .presets import preset
 from .recipe import Recipe
 
@@ -52,11 +53,11 @@ class Recommendation:
         return {**values, "fits": self.fits, "reasons": list(self.reasons)}
 
     def __str__(self) -> str:
-        told = f"leaves {gib(self.spare)}" if self.fits else f"lacks {gib(-self.spare)}"
-        head = f"{self.recipe.optimizer}: {gib(self.estimate.total)} of device memory, {told}"
-        moved = f"a step moves {gib(self.estimate.moved)} on the device"
+        told = f"leaves {size(self.spare)}" if self.fits else f"lacks {size(-self.spare)}"
+        head = f"{self.recipe.optimizer}: {size(self.estimate.total)} of device memory, {told}"
+        moved = f"a step moves {size(self.estimate.moved)} on the device"
         if self.estimate.transferred:
-            moved += f" and {gib(self.estimate.transferred)} between host and device"
+            moved += f" and {size(self.estimate.transferred)} between host and device"
         return "\n  ".join([head, *self.reasons, moved])
 
 

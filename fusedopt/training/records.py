@@ -70,16 +70,12 @@ class RunFile:
             self._open(step)
 
     def _open(self, step: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Of steps that are taken twice, a reader takes the later: what was written before may stay in the file.
         if self.append and self.path.exists():
             self.kept = [record for record in read_run(self.path).records if record["step"] < step]
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.unlink(missing_ok=True)
-        file = Lines(beside)
-        for record in self.kept:
-            file.write(record)
-        beside.replace(self.path)
-        self._file = file
+        else:
+            self.path.unlink(missing_ok=True)
+        self._file = Lines(self.path)
 
     def __enter__(self) -> RunFile:
         return self

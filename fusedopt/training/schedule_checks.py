@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.optimizer import CLASSES
 from ..schedules import Schedule, scheduler_names
 from ..schedules.lengths import resolved
 from .findings import Finding
 from .recipe import Recipe
 
 _POINTS = 2000  # of a curve that are looked at
+_HELD = 0.9  # of the peak, above which a schedule counts as constant
 _LITTLE = 0.2  # of the peak, at which a schedule that is to end should have arrived
 
 
@@ -38,7 +40,7 @@ def check_recipe_schedule(recipe: Recipe, steps: int | None) -> Iterator[Finding
         yield Finding("error", "schedule", recipe.schedule, str(error), f"make its phases fit into {steps:,} steps")
         return
     if isinstance(schedule, Schedule):
-        yield from check_schedule(schedule, steps, recipe.lr, "schedule", recipe.schedule)
+        yield from check_schedule(schedule, steps, recipe.lr, "schedule", recipe.schedule, CLASSES[recipe.optimizer])
 
 
 def _warmup(recipe: Recipe, steps: int | None) -> Iterator[Finding]:
@@ -59,8 +61,10 @@ def _warmup(recipe: Recipe, steps: int | None) -> Iterator[Finding]:
         )
 
 
-def check_schedule(schedule: Schedule, steps: int, lr: float, field: str, value: Any) -> Iterator[Finding]:
-    """Findings about a schedule for a training of a known length."""
+def check_schedule(
+    schedule: Schedule, steps: int, lr: float, field: str, value: Any, optimizer: type[Any]
+) -> Iterator[Finding]:
+    """Findings about a schedule for a training of a known length, by an optimizer of that class."""
     curve = schedule.resolve(steps) if not schedule.is_resolved else schedule
     at = np.unique(np.linspace(0, steps - 1, min(steps, _POINTS)).astype(np.int64))
     multipliers = np.asarray(curve(at, lr), dtype=np.float64)
@@ -83,5 +87,14 @@ def check_schedule(schedule: Schedule, steps: int, lr: float, field: str, value:
             "warning", field, value, f"the learning rate is 0 in {idle / len(multipliers):.0%} of the steps",
             f"make the schedule for {steps:,} steps, or train for fewer",
         )  # fmt: skip
+    if getattr(optimizer, "replaces_schedules", False):
+        lowest = float(multipliers[multipliers.argmax() :].min())
+        if lowest < _HELD * peak:
+            yield Finding(
+                "warning", field, value,
+                f"falls to {lowest / peak:.0%} of its peak, where {optimizer.__name__} averages weights: "
+                "late steps only weigh less then",
+                "use the schedule 'constant', and the optimizer's own warmup_steps",
+            )  # fmt: skip
     if multipliers.min() < 0:
         yield Finding("error", field, value, "the learning rate becomes negative", "keep multipliers at 0 or above")

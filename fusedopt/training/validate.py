@@ -273,7 +273,7 @@ def _of_optimizer(
     if isinstance(scheduler, ScheduleLR) and steps is not None:
         for schedule in dict.fromkeys(scheduler.schedules):
             lr = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
-            yield from check_schedule(schedule, steps, lr, "scheduler", schedule)
+            yield from check_schedule(schedule, steps, lr, "scheduler", schedule, type(optimizer))
 
 
 def _of_groups(optimizer: Optimizer, steps: int | None) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,10 @@ sys.exit(check.run_all(planned))
 """
 
 
+def assert_begun_is_ended(found: list[dict[str, Any]]) -> None:
+    assert [line["of"] for line in found if line["kind"] == "begin"] == list(stages_of(found))
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_was_found_before_a_cut_is_kept(tmp_path: Path, seed: int, how: str) -> None:
@@ -67,7 +72,11 @@ def test_what_was_found_before_a_cut_is_kept(tmp_path: Path, seed: int, how: str
     if how == "SIGTERM":
         assert status == 1
         assert parsed(data)[-1]["stopped"] == "SIGTERM"
-        assert list(stages_of(parsed(data)).values())[-1] == "cut off"
+        assert_begun_is_ended(parsed(data))
+        *before, last = stages_of(parsed(data)).items()
+        assert {outcome for _, outcome in before} <= {"passed"}
+        # Between the stages nothing runs that could be cut off.
+        assert last[1] == "cut off" or (last == ("count-0", "passed") and len(told) == 100)
         assert "This run was ended by SIGTERM." in (out / "summary.txt").read_text()
     else:
         assert status == -signal.SIGKILL
@@ -75,6 +84,44 @@ def test_what_was_found_before_a_cut_is_kept(tmp_path: Path, seed: int, how: str
         render = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert "This run has not ended, or was killed." in render.stdout
         assert "began" in render.stdout
+
+
+@pytest.mark.parametrize("moment", ["begin", "stage", "summary", "process"])
+def test_a_signal_at_any_moment_leaves_an_outcome(
+    bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Also while a line is being written, between two stages, and while a process is started."""
+    gpu_check, stage = bench("gpu_check"), bench("gpu_stages").Stage
+    (tmp_path / "out").mkdir()
+    (tmp_path / "work").mkdir()
+    check = gpu_check.Check(tmp_path / "out", tmp_path / "work")
+    started = []
+
+    def signalled(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "process":
+                started.append(function(*args, **kwargs))
+            if name == moment or (args and args[0] == moment):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return started[-1] if name == "process" else function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(check.results, "add", signalled("results", check.results.add))
+    monkeypatch.setattr(check, "_summarize", signalled("summary", check._summarize))
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", signalled("process", subprocess.Popen))
+    handlers = {each: signal.getsignal(each) for each in gpu_check.ENDING}
+    try:
+        gpu_check.stop_in_order()
+        assert check.run_all([stage(f"stage-{i}", 20, ["-c", "pass"]) for i in range(3)]) == 1
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    found = lines_of(check.results.path)
+    assert found[-1]["stopped"] == "SIGTERM"
+    assert_begun_is_ended(found)
+    assert stages_of(found) == {"stage-0": "passed" if moment in ("stage", "summary") else "cut off"}
+    assert all(process.returncode is not None for process in started)
 
 
 def test_a_line_that_was_cut_spoils_no_other(bench, tmp_path: Path) -> None:

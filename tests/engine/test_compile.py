@@ -102,7 +102,7 @@ def test_operator_declares_what_it_mutates() -> None:
             "hyper_names": ["beta1,beta2,eps,weight_decay"],
             "hyper_values": [0.9, 0.99, 1e-8, 0.1],
             "states": ["exp_avg-,exp_avg_sq+"],
-            "state_keys": [":exp_avg,exp_avg_sq:;:exp_avg,exp_avg_sq:"],
+            "state_keys": [":exp_avg,exp_avg_sq:0:;:exp_avg,exp_avg_sq:1:"],
             "roundings": ["nearest,nearest"],
             "seed": [0],
             "maximize": [False],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ADAFACTOR, CASES, ISAS, Case, assert_same_run, make_params, train
+from cases import ADAFACTOR, CASES, ISAS, Case, assert_same_run, make_params, set_grads, train
 
 import fusedopt
 from fusedopt.engine.fp32 import full_precision
@@ -21,6 +21,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16 + split24 + 8bit": {**EIGHT_BIT, "master_weights": "split24", "dtype": torch.bfloat16},
     "bf16 + kahan": {"master_weights": "kahan", "dtype": torch.bfloat16},
     "bf16 + fp32 master": {"master_weights": "float32", "dtype": torch.bfloat16},
+    "bf16": {"rounding": "stochastic", "state_dtype": "bfloat16", "dtype": torch.bfloat16},
     "fp16": {"rounding": "stochastic", "dtype": torch.float16},
 }
 # Of rows of whole blocks, ragged ones, and more than two work items of either.
@@ -155,3 +156,24 @@ def test_gradients_that_are_released_are_measured_over_the_whole_step() -> None:
         reports.append(optimizer.norms_report())
     assert reports[0] == reports[1]
     assert len(reports[0].parameters) == 4
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16 + split24 + 8bit"])
+def test_a_compiled_step_is_measured(name: str) -> None:
+    torch.compiler.reset()
+    kwargs = {**CASES[0].kwargs, **FORMATS[name]}
+    dtype = kwargs.pop("dtype", torch.float32)
+    reports = []
+    for is_compiled in (False, True):
+        # The first has no gradient, so positions among those that are stepped are not those in the group.
+        params = [torch.nn.Parameter(torch.ones(3)), *make_params(SHAPES[:3], dtype)]
+        optimizer = CASES[0].ours(params, **kwargs)
+        step = torch.compile(optimizer.step, backend="aot_eager") if is_compiled else optimizer.step
+        for number in range(2):
+            set_grads(params[1:], number)
+            optimizer.record_norms()
+            optimizer.record_health()
+            step()
+        reports.append((optimizer.norms_report(), optimizer.health_report()))
+    assert reports[0] == reports[1]
+    assert [each.where for each in reports[1][0].parameters] == [f"parameter {i} of group 0" for i in (1, 2, 3)]

@@ -46,6 +46,17 @@ def _stepped(rank: int, world: int, backend: str, layout: str, name: str) -> Non
         ours = fusedopt.AdamW(params, lr=1e-2, seed=3, backend=backend, **kwargs)
         theirs = fusedopt.AdamW([torch.nn.Parameter(p.clone()) for p in full], lr=1e-2, seed=3, backend="cpu", **kwargs)
         step_both(ours, theirs, range(2), dtype)
+        others = fusedopt.AdamW(
+            [torch.nn.Parameter(param.detach().clone()) for param in params], lr=1e-2, seed=3, backend="cpu", **kwargs
+        )
+        others.load_state_dict({**ours.state_dict(), "param_groups": others.state_dict()["param_groups"]})
+        for optimizer in (ours, others):  # what is reported of shards is the same, whoever steps them
+            optimizer.record_health()
+            optimizer.record_norms()
+        step_both(ours, theirs, [2], dtype)
+        step_both(others, None, [2], dtype)
+        assert ours.health_report() == others.health_report()
+        assert ours.norms_report() == others.norms_report()
         for i, (param, twin) in enumerate(zip(params, theirs.param_groups[0]["params"])):
             assert_same_bits(whole(param), twin, f"parameter {i}")
             for key, value in theirs.state[twin].items():

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import ADAFACTOR, CASES, integers
+from sharded.layouts import LAYOUTS
 from sharded.models import EIGHT_BIT, full_grads, full_params, placed, whole
 from sharded.ranks import Ranks
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 import fusedopt
 from fusedopt.storage.state import why_not_quantized
@@ -35,54 +33,6 @@ FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 EVEN = ((128, 256), (64, 128))
 RAGGED = ((67, 71), (2, 70), (13, 5, 64))
 SHAPES = (*EVEN, *RAGGED, (31,))
-
-
-class Holder(nn.Module):
-    def __init__(self, params: list[Any]) -> None:
-        super().__init__()
-        self.params = nn.ParameterList(nn.Parameter(param) for param in params)
-
-
-def _tensor_parallel(dim: int) -> Callable[..., list[Any]]:
-    def layout(world: int, full: list[Tensor]) -> list[Any]:
-        mesh = init_device_mesh("cpu", (world,))
-        return [nn.Parameter(placed(p, mesh, [Shard(dim) if p.dim() > dim else Replicate()])) for p in full]
-
-    return layout
-
-
-def _fsdp(world: int, full: list[Tensor]) -> list[Any]:
-    return list(fully_shard(Holder(full)).parameters())
-
-
-def _hybrid(world: int, full: list[Tensor]) -> list[Any]:
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
-    return list(fully_shard(Holder(full), mesh=mesh).parameters())
-
-
-def _fsdp_and_tensor_parallel(world: int, full: list[Tensor]) -> list[Any]:
-    """Columns and rows in turn; FSDP2 takes only even shards of what is cut along its first dimension already."""
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    params: list[Any] = []
-    for i, param in enumerate(full):
-        cut = param.dim() - 1 if i % 2 or param.shape[0] % world else 0
-        params.append(placed(param, mesh["tensor"], [Shard(cut)]) if param.dim() > 1 else param)
-    return list(fully_shard(Holder(params), mesh=mesh["data"]).parameters())
-
-
-def _plain(world: int, full: list[Tensor]) -> list[Any]:
-    return [nn.Parameter(param) for param in full]
-
-
-LAYOUTS: dict[str, tuple[int, Callable[..., list[Any]]]] = {
-    "FSDP2": (3, _fsdp),
-    "HSDP": (4, _hybrid),
-    "TP row": (2, _tensor_parallel(1)),
-    "TP column": (3, _tensor_parallel(0)),
-    "FSDP2 + TP": (4, _fsdp_and_tensor_parallel),
-    "DDP": (2, _plain),
-    "ZeRO-1": (2, _plain),
-}
 
 
 def _build(name: str, layout: str, params: list[Any], kwargs: dict[str, Any]) -> Any:

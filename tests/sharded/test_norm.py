@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sharded.layouts import LAYOUTS
 from sharded.models import EIGHT_BIT, SHAPES, full_grads, full_params, placed, set_grads, shard, train, transformer
 from sharded.ranks import Ranks
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import fusedopt
+
+# FSDP2 takes no other shards of what tensor parallelism has cut along its first dimension already.
+SHARDED_EVENLY = ((128, 256), (64, 12), (7, 192), (31,))
 
 
 def exact_norm(grads: list[Tensor]) -> float:
@@ -68,6 +72,23 @@ def _norms(rank: int, world: int) -> None:
 
 def test_the_norm_counts_everything_once(ranks: Ranks) -> None:
     ranks(4, _norms)
+
+
+def _norms_of_a_layout(rank: int, world: int, layout: str) -> None:
+    full = full_params(SHARDED_EVENLY)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        norms = recorded_norms(monkeypatch)
+        optimizer = fusedopt.AdamW(LAYOUTS[layout][1](world, full), max_grad_norm=0.5)
+        set_grads(optimizer, 0)
+        optimizer.step()
+    expected = exact_norm(full_grads(SHARDED_EVENLY, 0))
+    assert norms == [pytest.approx(expected, rel=1e-12)]
+    same_everywhere(norms[-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_norm_of_what_frameworks_shard(ranks: Ranks, layout: str) -> None:
+    ranks(LAYOUTS[layout][0], _norms_of_a_layout, layout=layout)
 
 
 def _clipped_run(rank: int, world: int, steps: int, kwargs: dict[str, Any]) -> None:
@@ -141,12 +162,12 @@ def _found_inf(rank: int, world: int, value: float, clips: bool) -> None:
     assert not any(optimizer.state.values()) or float(optimizer.state[param]["step"]) == 0.0
     assert torch.equal(param.full_tensor(), torch.ones(5, 3))
     scaler.update()
-    # As scalers do that know of one rank only.
     optimizer.grad_scale = torch.tensor(64.0)
-    optimizer.found_inf = torch.tensor(float(rank == 0))
     param.grad = placed(torch.full((5, 3), 64.0), mesh, [Shard(0)])
-    optimizer.step()
-    assert torch.equal(param.full_tensor(), torch.ones(5, 3))
+    for knowing in range(world):  # as scalers do that know of one rank only
+        optimizer.found_inf = torch.tensor(float(rank == knowing))
+        optimizer.step()
+        assert torch.equal(param.full_tensor(), torch.ones(5, 3))
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert float(optimizer.state[param]["step"]) == 1.0

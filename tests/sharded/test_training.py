@@ -57,6 +57,30 @@ def test_fsdp2_trains_as_one_process(ranks: Ranks, world: int, format_name: str)
     ranks(world, _trains_as_one, format_name=format_name)
 
 
+def _averages(rank: int, world: int, format_name: str) -> None:
+    """Optimizers with two modes: weights are switched shard by shard."""
+    dtype, kwargs = FORMATS[format_name]
+    model, twin = transformer(dtype=dtype), transformer(dtype=dtype)
+    shard(model)
+    ours, theirs = (
+        fusedopt.AdamWScheduleFree(m.parameters(), lr=1e-2, warmup_steps=2, seed=3, **kwargs) for m in (model, twin)
+    )
+    for step in range(3):
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            train(each, optimizer, [step])
+            optimizer.eval()
+        assert_same_whole(ours, theirs)
+        ours.train()
+        theirs.train()
+        assert_same_whole(ours, theirs)
+    assert any("z" in held for held in ours.state.values())
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "8bit-split24"])
+def test_averages_of_shards(ranks: Ranks, format_name: str) -> None:
+    ranks(2, _averages, format_name=format_name)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("format_name", ["8bit", "kahan"])

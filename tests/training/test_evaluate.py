@@ -8,6 +8,7 @@ import random
 import pytest
 
 from fusedopt.training import Evaluator, Metric
+from fusedopt.training.evaluate import size
 from fusedopt.training.intervals import paired, t_bound, t_inside, t_outside
 
 LOSS = Metric("loss", scale=0.05, weight=2.0, unit="nats")
@@ -104,3 +105,18 @@ def test_one_pair_says_nothing_of_chance_and_equal_ones_say_all() -> None:
     same = paired([0.5, 0.5, 0.5], 0.95)
     assert (same.low, same.high, same.p, same.excludes_zero) == (0.5, 0.5, 0.0, True)
     assert paired([0.0, 0.0], 0.95).p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0, "0 B"),
+        (1000, "1000 B"),
+        (-1536, "-1.5 KiB"),
+        (999.7 * 2**20, "1000 MiB"),
+        (1023 * 2**20, "1023 MiB"),
+        (2**30, "1.00 GiB"),
+    ],
+)
+def test_sizes_have_the_unit_that_suits_them(value: float, told: str) -> None:
+    assert size(value) == told

@@ -63,6 +63,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"optimizer": "adafactor", "lr": 1e-3, "options": {"relative_step": True, "scale_parameter": True}},
         "error", "lr", "together with relative_step=True",
     ),
+    "schedule of an optimizer that averages": (
+        {"optimizer": "schedule_free_adamw", "schedule": {"name": "cosine"}},
+        "warning", "schedule", "use the schedule 'constant'",
+    ),
     "schedule of a relative step": ({"optimizer": "adafactor"}, "error", "schedule.name", "there is no lr to multiply"),
     "biases decay": ({"decay": "all"}, "warning", "decay", "set it to 'matrices'"),
     "clipped to nothing": ({"max_grad_norm": 0.0}, "error", "max_grad_norm", "pass a number > 0, or none"),
@@ -284,6 +288,20 @@ def test_an_optimizer_with_its_scheduler() -> None:
     assert finding.field == "param group 0: lr"
     with pytest.raises(TypeError, match="pass a Recipe, a path"):
         validate(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "warns"), [("cosine", True), ("inverse_sqrt", True), ("constant", False), ("constant_with_warmup", False)]
+)
+def test_schedules_of_optimizers_that_average(name: str, warns: bool) -> None:
+    """Only those that fall are one too many; of others nothing is said about any."""
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    for cls, expected in ((fusedopt.AdamWScheduleFree, warns), (fusedopt.AdamW, False)):
+        optimizer = cls([param], lr=1e-3)
+        scheduler = fusedopt.get_scheduler(name, optimizer, 10, 1000)
+        found = [finding for finding in validate((optimizer, scheduler), steps=1000) if finding.field == "scheduler"]
+        assert bool(found) == expected
+        assert all("averages weights" in finding.reason for finding in found)
 
 
 def test_training_arguments_and_clipping_twice(tmp_path: Path) -> None:

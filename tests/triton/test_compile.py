@@ -7,64 +7,66 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Compiled = Callable[..., Any]
 TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.fixture
-def compiled(tmp_path: Path) -> Compiled:
-    """Runs a task of triton_compiled.py with an empty cache."""
-
-    def run(*arguments: str) -> Any:
-        paths = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(TESTS)]).lstrip(os.pathsep)
-        environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, str(TESTS / "triton_compiled.py"), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+# All kernels take a minute for each target, and are the same for all targets. So here every other one is compiled, for
+# one of them: from the first on, every eighth.
+SHARES = [("cuda:90", "cubin", 0), ("hip:gfx942", "hsaco", 2), ("cuda:80", "cubin", 5), ("cuda:100", "cubin", 7)]
 
 
-@pytest.mark.parametrize(
-    ("target", "made", "first", "every"),
-    [
-        # All take a minute for each target, and kernels are the same for all targets. So here every other one is
-        # compiled, for one of them.
-        pytest.param("cuda:90", "cubin", 0, 8, marks=pytest.mark.long),
-        pytest.param("hip:gfx942", "hsaco", 2, 8, marks=pytest.mark.long),
-        pytest.param("cuda:80", "cubin", 5, 8, marks=pytest.mark.long),
-        pytest.param("cuda:100", "cubin", 7, 8, marks=pytest.mark.long),
-        pytest.param("cuda:90", "cubin", 0, 1, marks=pytest.mark.slow),
-        pytest.param("hip:gfx942", "hsaco", 0, 1, marks=pytest.mark.slow),
-        pytest.param("cuda:80", "cubin", 0, 1, marks=pytest.mark.slow),
-        pytest.param("cuda:100", "cubin", 0, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_every_kernel_compiles(compiled: Compiled, target: str, made: str, first: int, every: int) -> None:
-    kernels = compiled("all", target, str(first), str(every))
-    assert len(kernels) >= 80 // every
+def run(cache: Path, *tasks: str) -> list[Any]:
+    """What tasks of triton_compiled.py find, in one process with an empty cache."""
+    paths = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(TESTS)]).lstrip(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(TESTS / "triton_compiled.py"), *tasks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(tasks) :]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all tasks but the slow ones find, by task. They share a process, and what they compile."""
+    shares = [f"all {target} {first} 8" for target, _, first in SHARES]
+    tasks = ["training cuda:90", *shares, "scaled_roots hip:gfx942", "instructions cuda:90"]
+    return dict(zip(tasks, run(tmp_path_factory.mktemp("triton"), *tasks)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("target", "made", "first"), SHARES)
+def test_kernels_compile(found: dict[str, Any], target: str, made: str, first: int) -> None:
+    kernels = found[f"all {target} {first} 8"]
+    assert len(kernels) >= 80 // 8
     assert all(made in stages for stages in kernels.values())
 
 
-def test_roots_never_meet_subnormal_numbers_on_amd(compiled: Compiled) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "made"), [(target, made) for target, made, _ in SHARES])
+def test_every_kernel_compiles(tmp_path: Path, target: str, made: str) -> None:
+    (kernels,) = run(tmp_path, f"all {target} 0 1")
+    assert len(kernels) >= 80
+    assert all(made in stages for stages in kernels.values())
+
+
+@pytest.mark.long
+def test_roots_never_meet_subnormal_numbers_on_amd(found: dict[str, Any]) -> None:
     """There, releases of Triton differ in what they make of them: each is scaled before."""
-    counts = compiled("scaled_roots", "hip:gfx942")
+    counts = found["scaled_roots hip:gfx942"]
     assert any(roots > 0 for roots, _ in counts.values())
     assert all((scaled > 0) == (roots > 0) for roots, scaled in counts.values())  # one product may be of a vector
 
 
 @pytest.mark.long
-def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Compiled) -> None:
-    for formats, counts in compiled("instructions", "cuda:90").items():
+def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(found: dict[str, Any]) -> None:
+    for formats, counts in found["instructions cuda:90"].items():
         if "preparation" in formats:
             continue  # where steps are raised to powers: in double, by the toolkit's logarithm
         for name in counts:
@@ -89,9 +91,9 @@ def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(compiled: Co
 
 
 @pytest.mark.long
-def test_a_schedule_compiles_nothing(compiled: Compiled) -> None:
+def test_a_schedule_compiles_nothing(found: dict[str, Any]) -> None:
     """All that is compiled ahead is found in the first step: what it launches has the same key."""
-    for ahead, first, last in compiled("training", "cuda:90"):
+    for ahead, first, last in found["training cuda:90"]:
         assert ahead == first == last
         assert ahead > 0
 

@@ -1,0 +1,58 @@
+"""How far a step moves parameters that are spread over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharded.models import EIGHT_BIT, SHAPES, full_params, placed, set_grads
+from sharded.ranks import Ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+import fusedopt
+
+
+def _update_norms(rank: int, world: int, kwargs: dict[str, Any]) -> None:
+    """Shards, replicas of shards, replicas and plain parameters beside each other, each counted once and wholly."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("all",))
+    square = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    layouts = [(mesh, [Shard(0)]), (square, [Replicate(), Shard(0)]), (mesh, [Replicate()]), None]
+    layouts += [(square["shards"], [Shard(0)])]
+    reports = []
+    for is_placed in (True, False):
+        params = []
+        for i, full in enumerate(full_params(SHAPES)):
+            layout = layouts[i % len(layouts)] if is_placed else None
+            params.append(torch.nn.Parameter(full if layout is None else placed(full, *layout)))
+        idle = torch.nn.Parameter(placed(torch.ones(8, 4), mesh, [Shard(0)]) if is_placed else torch.ones(8, 4))
+        optimizer = fusedopt.AdamW([{"params": params[:3]}, {"params": params[3:]}], lr=1e-2, **kwargs)
+        for step in range(2):
+            set_grads(optimizer, step)
+            optimizer.record_norms(step == 1)
+            optimizer.step()
+        optimizer.add_param_group({"params": [idle]})  # without a gradient
+        set_grads(optimizer, 2)
+        idle.grad = None
+        optimizer.step()
+        reports.append(optimizer.norms_report())
+    ours, whole = reports
+    everywhere: list[Any] = [None] * world
+    dist.all_gather_object(everywhere, dataclasses.astuple(ours))
+    assert all(other == everywhere[0] for other in everywhere)
+    assert len(ours.parameters) == len(whole.parameters) == len(full_params(SHAPES))
+    found, expected = ([each.total, *each.groups, *each.parameters] for each in reports)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.where, one.elements) == (other.where, other.elements)
+        # Weights have the same bits; their squares are added in another order.
+        assert one.update == pytest.approx(other.update, rel=1e-12)
+        assert one.weight == pytest.approx(other.weight, rel=1e-12)
+        assert one.update > 0 or not one.elements
+
+
+@pytest.mark.parametrize("kwargs", [{}, EIGHT_BIT], ids=["fp32", "8bit"])
+def test_norms_are_of_whole_parameters(kwargs: dict[str, Any], ranks: Ranks) -> None:
+    ranks(4, _update_norms, kwargs=kwargs)
