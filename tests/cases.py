@@ -91,6 +91,11 @@ def _ademamix_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "t_alpha_beta3": length}
 
 
+def _stable_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """pytorch_optimizer compensates 16-bit parameters unless told otherwise."""
+    return {"kahan_sum": False, **kwargs}
+
+
 def _in_training(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The schedulefree package's class, in the mode in which steps are taken."""
 
@@ -178,6 +183,15 @@ CASES = [
             {"momentum": 0.9, "dampening": 0.1},
             {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
         ),
+    ),
+    Case(
+        "stable_adamw",
+        fusedopt.StableAdamW,
+        _peers("pytorch_optimizer", "StableAdamW"),
+        {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
+        ({}, {"maximize": True, "betas": (0.5, 0.95), "eps": 1e-4}),
+        _stable_kwargs,
+        late={"betas": (0.99, 0.99999)},
     ),
     *(
         Case(

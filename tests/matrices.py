@@ -90,9 +90,8 @@ masters_of_all = pytest.mark.parametrize(
     ("case", "kwargs", "dtype", "rounding", "master", "state_format"),
     product(_by_memory(_MOST_STATES), MASTERS, ("fp32", "bf16-stochastic", "8bit-stochastic")),
 )
-masters = pytest.mark.parametrize(
-    ("dtype", "rounding", "master", "state_format"), product(MASTERS, ("fp32", "8bit-stochastic"))
-)
+MASTERED = (MASTERS, ("fp32", "8bit-stochastic"))  # masters, beside states of two formats
+masters = pytest.mark.parametrize(("dtype", "rounding", "master", "state_format"), product(*MASTERED))
 
 # Of Adafactor, for bits. Rows of whole vectors and not, several slabs, several panels, both; stacks of matrices; what
 # has fewer dimensions.

@@ -7,21 +7,25 @@ what torch allocates are on the device; see tests/cuda_on_cpu/queues.h.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import emulated
 import pytest
 import torch
+from cases import params_of, set_grads
 from emulated import EmulatedBackend
 from torch import Tensor
 
 from fusedopt import _core, backends
+from fusedopt.backends.base import SpreadOf
 from fusedopt.backends.cuda import CudaSession
 from fusedopt.backends.device import Scalars
-from fusedopt.offload import runtime
+from fusedopt.offload import disk, runtime
 from fusedopt.storage.allocation import Request
 
 
@@ -133,7 +137,9 @@ class QueuedSession(CudaSession):
 
     _backend: QueuedBackend
 
-    def collect(self, group: int, params: list[Tensor], state: dict[Tensor, Any]) -> list[int]:
+    def collect(
+        self, group: int, params: list[Tensor], state: dict[Tensor, Any], spread_of: SpreadOf | None = None
+    ) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
 
     def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
@@ -168,10 +174,36 @@ class QueuedBackend(EmulatedBackend):
         return QueuedSession(self)
 
 
+def settle(runtime: QueuedRuntime) -> None:
+    """Runs what waits, so that the host may read, and write to the device."""
+    runtime.queues.synchronize()
+    runtime.alive.clear()
+
+
+def run(runtime: QueuedRuntime, optimizer: Any, steps: int, first: int = 0, seed: int = 3) -> Any:
+    """Steps with the gradients of `set_grads`, in an order of streams that a seed chooses; 0 is on time."""
+    runtime.queues.late(seed)
+    for step in range(first, first + steps):
+        set_grads(params_of(optimizer), step)
+        optimizer.step()
+        settle(runtime)
+    return optimizer
+
+
 @pytest.fixture
 def queued(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[QueuedRuntime]:
     """backend="cuda" steps CPU tensors by the emulated kernels, on streams that a test may make late."""
     found = QueuedRuntime()
+    create = disk.Slab.create
+
+    def declared(scratch: disk.Scratch, path: Path, size: int) -> disk.Slab:
+        """Pages of a file are no memory of the device."""
+        slab = create(scratch, path, size)
+        found.queues.declare(slab.address, size, "pageable")
+        weakref.finalize(slab, found.queues.forget, slab.address)
+        return slab
+
+    monkeypatch.setattr(disk.Slab, "create", declared)
     monkeypatch.setitem(backends.BACKENDS, "cuda", QueuedBackend(found))
     monkeypatch.setattr(runtime, "RUNTIMES", [found])
     yield found

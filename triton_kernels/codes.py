@@ -16,16 +16,28 @@ def is_too_large(x):
 
 
 @triton.jit
+def unit_of(scales):
+    """The units of blocks, given their scales (uint8)."""
+    return float_of(scales.to(tl.uint32) << 23)
+
+
+@triton.jit
+def decode_unsigned(codes, units):
+    """The numbers of codes that have no sign, given the unit of each."""
+    q = codes.to(tl.float32)
+    return q * q * units
+
+
+@triton.jit
 def decode_codes(codes, scales, SIGNED: tl.constexpr):
     """The numbers of codes, given the scale of each block (both uint8)."""
-    unit = float_of(scales.to(tl.uint32) << 23)
+    unit = unit_of(scales)
     if SIGNED:
         q = (codes & 0x7F).to(tl.float32)
         size = q * q * unit[:, None]
         return float_of(bits_of(size) | ((codes.to(tl.uint32) & 0x80) << 24))
     else:
-        q = codes.to(tl.float32)
-        return q * q * unit[:, None]
+        return decode_unsigned(codes, unit[:, None])
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import prepare, reduce, sums, table
+from . import prepare, reduce, sums, table, vector_sums
 from .normalize import MOMENTS
 from .rules import Rule
 
@@ -35,8 +35,12 @@ def passes(rule: Rule, formats: int) -> list[Pass]:
     stored = formats & 0xFFF  # without roundings and states
     eps = {"EPS": normalizing.eps}
     parts, rows = table.FIRST_OF_PARTS.value, table.FIRST_OF_ROWS.value
+    if normalizing.quotient is None:
+        second = (formats >> (13 + 3 * normalizing.second)) & 7
+        constants = {"GRAD": (formats >> 3) & 7, "SECOND": second, "STATE": normalizing.second}
+        return [Pass(vector_sums.quotient_kernel, parts, constants)]
     if normalizing.second >= 0:
-        return [Pass(sums.vector_kernel, parts, {**eps, "FORMATS": stored})]
+        return [Pass(vector_sums.vector_kernel, parts, {**eps, "FORMATS": stored})]
     grad = {"GRAD": (formats >> 3) & 7}
     return [
         Pass(sums.row_sum_kernel, parts, grad),

@@ -8,20 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Normalizing:
-    """What a rule adds whose update takes the gradient over the root of its second moment in place of the gradient.
+    """What a rule adds that divides the gradient by the root of its second moment, and sums over a tensor first.
 
     Attributes:
         moments: (config, step, machine epsilon of parameters) -> what the rule's `hyper` begins with (normalize.py).
-        quotient: (row, derived, g, states, hyper, place, COUNT, WHOLE) -> what takes the gradient's place in a tile.
+        quotient: (row, derived, g, states, hyper, place, COUNT, WHOLE) -> what takes the gradient's place in a tile;
+            None if nothing does, and `update` brings the second moment up to date.
         eps: Which hyperparameter is added to squares.
-        second: The state that is the second moment, in float32 and brought up to date before the step; -1 if that is
-            factored into averages over rows and columns.
+        second: The state that is the second moment, in float32 and brought up to date before the step unless `update`
+            does that; -1 if it is factored into averages over rows and columns.
     """
 
     moments: Any
-    quotient: Any
-    eps: int
-    second: int
+    quotient: Any = None
+    eps: int = 0
+    second: int = -1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import importlib
 
 from .rule import Rule as Rule
 
-_FILES = ("adafactor", "adagrad", "adamw", "ademamix", "lion", "rmsprop", "schedule_free", "sgd")
+_FILES = ("adafactor", "adagrad", "adamw", "ademamix", "lion", "rmsprop", "schedule_free", "sgd", "stable_adamw")
 
 RULES: dict[str, Rule] = {}
 for _file in _FILES:

@@ -15,9 +15,7 @@ from .arithmetic import inverse_root
 from .normalize import (
     column_factor,
     moments_of,
-    moved,
     moved_by_mean,
-    over_root,
     row_factor,
     scaled,
 )
@@ -35,7 +33,7 @@ from .reduce import (
     squared,
 )
 from .table import find_row
-from .tiles import load, load_dense, load_param, store
+from .tiles import load, load_dense, load_param
 
 AVERAGED_ROWS = tl.constexpr(128)  # of a program
 STRIP = tl.constexpr(256)  # columns
@@ -46,7 +44,7 @@ _SLABS = tl.constexpr(_core.max_slabs)
 
 
 @triton.jit
-def _find(table, cuts, derived, count, FIRST: tl.constexpr):
+def find(table, cuts, derived, count, FIRST: tl.constexpr):
     """A program's tensor: its rows of the tables, whether it is stepped at all, and the program's number within it."""
     program = tl.program_id(0)
     index = find_row(cuts, count, program, FIRST, words.CUT_WIDTH)
@@ -57,7 +55,8 @@ def _find(table, cuts, derived, count, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _eps_of(row, groups, EPS: tl.constexpr):
+def eps_of(row, groups, EPS: tl.constexpr):
+    """What is added to squares, in float64."""
     group = groups + tl.load(row + words.GROUP) * words.GROUP_WIDTH
     return tl.load(group + words.CONFIG + EPS).to(tl.float64, bitcast=True)
 
@@ -68,7 +67,8 @@ def _averages(row, WORD: tl.constexpr):
 
 
 @triton.jit
-def _multiplier(derived):
+def multiplier_of(derived):
+    """Of a tensor's gradients."""
     return tl.load(derived + words.MULTIPLIER).to(tl.float32, bitcast=True)
 
 
@@ -107,7 +107,8 @@ def _square_of_gradient(source, place, GRAD: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _square_of_weight(row, place, FORMATS: tl.constexpr, WHOLE: tl.constexpr):
+def square_of_weight(row, place, FORMATS: tl.constexpr, WHOLE: tl.constexpr):
+    """A term."""
     return squared(load_param(row, FORMATS, place, WHOLE))
 
 
@@ -126,28 +127,16 @@ def _square_of_matrix_update(source, place, GRAD: tl.constexpr, WHOLE: tl.conste
     return squared(tl.where(mask, scaled(g, of_rows[:, None], of_columns, least, True), 0.0))
 
 
-@triton.jit
-def _square_of_vector_update(source, place, GRAD: tl.constexpr, WHOLE: tl.constexpr):
-    """Brings second moments up to date on the way."""
-    address, multiplier, second, eps, moments = source
-    g = load_dense(address, GRAD, place, WHOLE) * multiplier
-    square = g * g
-    square = tl.where(moments[4], square, square + eps)
-    average = moved(load(second, tl.float32, place, WHOLE), square, moments)
-    store(second, average, tl.float32, place, WHOLE)
-    return squared(tl.where(place[2], over_root(g, average, moments[3], moments[4]), 0.0))
-
-
 # ---- matrices: sums of rows and columns ----------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["count"])
 def row_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD: tl.constexpr):
     """The sum of the squares of each row's part in a panel."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_PARTS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_PARTS)
     if steps:
         part, _, _, begin, length, is_aligned = _parts(row, cut, program)
-        source = (tl.load(row + words.GRAD), _multiplier(derived))
+        source = (tl.load(row + words.GRAD), multiplier_of(derived))
         total = chunk_sums(_square_of_gradient, source, begin, length, is_aligned, GRAD)
         tl.store(doubles + tl.load(cut + words.ROW_SUMS) + part, total, mask=length > 0)
 
@@ -155,7 +144,7 @@ def row_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD: t
 @triton.jit(do_not_specialize=["count"])
 def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr):
     """Brings the averages of rows up to date. Their weights in sums of columns lie where their factors will be."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_ROWS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_ROWS)
     if steps:
         panels = tl.load(cut + words.PANELS)
         line = program * AVERAGED_ROWS + tl.arange(0, AVERAGED_ROWS)
@@ -163,7 +152,7 @@ def row_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS
         parts = tl.where(exists, panels, 0)
         square_sum = paired(doubles + tl.load(cut + words.ROW_SUMS), line * panels, parts, AVERAGED_ROWS, 1, 0)
         at = _averages(row, words.ROW_AVERAGES) + line
-        eps = _eps_of(row, groups, EPS)
+        eps = eps_of(row, groups, EPS)
         column_count = tl.load(row + words.COLUMN_COUNT)
         average = moved_by_mean(tl.load(at, mask=exists), square_sum, column_count, eps, moments_of(derived))
         tl.store(at, average, mask=exists)
@@ -187,7 +176,7 @@ def _add_rows(sums, weighted, source, line, left, columns, GRAD: tl.constexpr, W
 @triton.jit(do_not_specialize=["count"])
 def column_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD: tl.constexpr):
     """Both sums of each column of a slab: a program takes a strip of columns of a slab."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_STRIPS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_STRIPS)
     if steps:
         column_count = tl.load(row + words.COLUMN_COUNT)
         strips = (column_count + STRIP - 1) // STRIP
@@ -197,7 +186,7 @@ def column_sum_kernel(table, cuts, groups, derived, doubles, floats, count, GRAD
         exists = columns < column_count
         line, rows = _rows_of(slab, row, cut)
         weights = floats + tl.load(cut + words.ROW_FACTORS)
-        source = (tl.load(row + words.GRAD), _multiplier(derived), weights, column_count)
+        source = (tl.load(row + words.GRAD), multiplier_of(derived), weights, column_count)
         sums = tl.zeros((STRIP,), tl.float64)
         weighted = tl.zeros((STRIP,), tl.float64)
         is_whole = (tl.load(row + words.IS_ALIGNED) != 0) & (column_count % LANES == 0)
@@ -225,7 +214,7 @@ def _sum_of_slabs(sums, begin, exists, slabs, stride):
 @triton.jit(do_not_specialize=["count"])
 def column_average_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr):
     """Brings the averages of columns up to date. Stores their factors, and the part of each in squared updates."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_COLUMNS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_COLUMNS)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
         column_count = tl.load(row + words.COLUMN_COUNT)
@@ -237,7 +226,7 @@ def column_average_kernel(table, cuts, groups, derived, doubles, floats, count, 
         square_sum = _sum_of_slabs(doubles + tl.load(cut + words.COLUMN_SUMS), begin, exists, slabs, column_count)
         moments = moments_of(derived)
         at = _averages(row, words.COLUMN_AVERAGES) + column
-        average = moved_by_mean(tl.load(at, mask=exists), square_sum, row_count, _eps_of(row, groups, EPS), moments)
+        average = moved_by_mean(tl.load(at, mask=exists), square_sum, row_count, eps_of(row, groups, EPS), moments)
         tl.store(at, average, mask=exists)
         factor = column_factor(average, moments)
         tl.store(floats + tl.load(cut + words.COLUMN_FACTORS) + column, factor, mask=exists)
@@ -250,7 +239,7 @@ def column_average_kernel(table, cuts, groups, derived, doubles, floats, count, 
 @triton.jit(do_not_specialize=["count"])
 def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
     """A program per matrix: the mean of its row averages and, from weighted sums, the sum of its squared updates."""
-    row, cut, derived, steps, matrix = _find(table, cuts, derived, count, words.FIRST_OF_MATRICES)
+    row, cut, derived, steps, matrix = find(table, cuts, derived, count, words.FIRST_OF_MATRICES)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
         column_count = tl.load(row + words.COLUMN_COUNT)
@@ -274,7 +263,7 @@ def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
 @triton.jit(do_not_specialize=["count"])
 def row_factor_kernel(table, cuts, groups, derived, doubles, floats, count):
     """The factors of rows, from their averages and the means of these."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_ROWS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_ROWS)
     if steps:
         row_count = tl.load(row + words.ROW_COUNT)
         line = program * AVERAGED_ROWS + tl.arange(0, AVERAGED_ROWS)
@@ -291,12 +280,12 @@ def row_factor_kernel(table, cuts, groups, derived, doubles, floats, count):
 @triton.jit(do_not_specialize=["count"])
 def part_sum_kernel(table, cuts, groups, derived, doubles, floats, count, FORMATS: tl.constexpr):
     """The sums of squared weights and of squared updates of each row's part in a panel, where they are wanted."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_PARTS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_PARTS)
     moments = moments_of(derived)
     if steps & (moments[4] | moments[5]):
         part, line, panel, begin, length, is_aligned = _parts(row, cut, program)
         if moments[5]:
-            weights = chunk_sums(_square_of_weight, row, begin, length, is_aligned, FORMATS)
+            weights = chunk_sums(square_of_weight, row, begin, length, is_aligned, FORMATS)
             tl.store(doubles + tl.load(cut + words.WEIGHT_SUMS) + part, weights, mask=length > 0)
         if moments[4]:
             exists = length > 0
@@ -304,7 +293,7 @@ def part_sum_kernel(table, cuts, groups, derived, doubles, floats, count, FORMAT
             columns = floats + tl.load(cut + words.COLUMN_FACTORS)
             matrix = line // tl.load(row + words.ROW_COUNT)
             ahead = begin - (matrix * tl.load(row + words.COLUMN_COUNT) + panel * CHUNK)
-            source = (tl.load(row + words.GRAD), _multiplier(derived), of_rows, columns, ahead, moments[3])
+            source = (tl.load(row + words.GRAD), multiplier_of(derived), of_rows, columns, ahead, moments[3])
             GRAD: tl.constexpr = (FORMATS >> 3) & 7
             updates = chunk_sums(_square_of_matrix_update, source, begin, length, is_aligned, GRAD)
             tl.store(doubles + tl.load(cut + words.ROW_SUMS) + part, updates, mask=exists)
@@ -323,7 +312,7 @@ def _in_order(numbers, first, count, stride, height):
 @triton.jit(do_not_specialize=["count"])
 def unit_sum_kernel(table, cuts, groups, derived, doubles, floats, count):
     """Adds the rows of units in order, where the rows have been summed."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_UNITS)
+    row, cut, derived, steps, program = find(table, cuts, derived, count, words.FIRST_OF_UNITS)
     moments = moments_of(derived)
     if steps & (moments[4] | moments[5]):
         height = tl.load(cut + words.HEIGHT)
@@ -340,26 +329,3 @@ def unit_sum_kernel(table, cuts, groups, derived, doubles, floats, count):
         if moments[4]:
             updates = _in_order(doubles + tl.load(cut + words.ROW_SUMS), first, rows, panels, height)
             tl.store(doubles + tl.load(cut + words.UPDATE_SUMS) + unit, updates, mask=exists)
-
-
-# ---- vectors -----------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["count"])
-def vector_kernel(table, cuts, groups, derived, doubles, floats, count, EPS: tl.constexpr, FORMATS: tl.constexpr):
-    """Brings second moments up to date. Sums squared updates by chunk and, where wanted, squared weights."""
-    row, cut, derived, steps, program = _find(table, cuts, derived, count, words.FIRST_OF_PARTS)
-    if steps:
-        moments = moments_of(derived)
-        chunk = program * CHUNKS + tl.arange(0, CHUNKS)
-        begin = chunk * CHUNK
-        length = length_of_chunk(begin, tl.load(row + words.NUMEL))
-        is_aligned = tl.load(row + words.IS_ALIGNED) != 0
-        eps = _eps_of(row, groups, EPS).to(tl.float32)
-        source = (tl.load(row + words.GRAD), _multiplier(derived), tl.load(cut + words.SECOND), eps, moments)
-        GRAD: tl.constexpr = (FORMATS >> 3) & 7
-        updates = chunk_sums(_square_of_vector_update, source, begin, length, is_aligned, GRAD)
-        tl.store(doubles + tl.load(cut + words.UPDATE_SUMS) + chunk, updates, mask=length > 0)
-        if moments[5]:
-            weights = chunk_sums(_square_of_weight, row, begin, length, is_aligned, FORMATS)
-            tl.store(doubles + tl.load(cut + words.PARAM_SUMS) + chunk, weights, mask=length > 0)

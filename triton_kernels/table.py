@@ -74,7 +74,7 @@ MULTIPLIER = tl.constexpr(1)  # float32
 KEYS = tl.constexpr(2)  # three
 HYPER = tl.constexpr(5)
 # For rules that normalize, after the hyperparameters: where the factors of rows and columns are (int64).
-FACTORS = tl.constexpr(18)
+FACTORS = tl.constexpr(20)
 DERIVED_WIDTH = tl.constexpr(24)  # so that rows lie on multiples of 16 bytes
 
 

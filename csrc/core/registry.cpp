@@ -20,8 +20,9 @@ RuleInfo describe(const char* name) {
   using Hyper = typename Rule::Hyper;
   if constexpr (kIsNormalizing<Rule>) {
     info.normalizes = true;
+    info.takes_quotient = Rule::kTakesQuotient;
     info.second_moment = Rule::kSecondMoment;
-    if (Rule::kSecondMoment < 0) {
+    if constexpr (Rule::kSecondMoment < 0) {
       info.row_name = Rule::kRowName;
       info.column_name = Rule::kColumnName;
     }

@@ -26,6 +26,7 @@ struct RuleInfo {
   std::vector<RuleField> fields;
   void (*derive)(const void* config, int64_t step, const TensorSums& sums, void* hyper);  // most rules take no sums
   bool normalizes = false;                                                                // rules/normalize.h
+  bool takes_quotient = false;
   int second_moment = -1;          // the state that holds it, if it is not factored
   const char* row_name = nullptr;  // of factored second moments
   const char* column_name = nullptr;

@@ -19,6 +19,16 @@ FUSEDOPT_FN Number* at(const Buffer& buffer, int64_t begin) {
   return static_cast<Number*>(buffer.data) + begin;
 }
 
+// How many elements from `at` on make a tile: to the end of the chunk and, where there are blocks, of the row.
+FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool ends_with_rows, int64_t at, int64_t end) {
+  int64_t n = end - at < kTile ? end - at : kTile;
+  if (ends_with_rows) {
+    const int64_t left = at < tensor.row ? tensor.row - at : tensor.row - at % tensor.row;
+    if (n > left) n = left;
+  }
+  return static_cast<int>(n);
+}
+
 // ---- dense -------------------------------------------------------------------------------------
 
 template <class Format>

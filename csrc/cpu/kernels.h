@@ -80,6 +80,8 @@ struct Kernels {
   double (*sum_matrix_updates)(const TensorDesc&, const Moments&, float multiplier, const MatrixUnit&);
   double (*sum_vector_updates)(const TensorDesc&, const Moments&, float multiplier, int state, int64_t begin,
                                int64_t length, double* weights);
+  double (*sum_quotients)(const TensorDesc&, const Moments&, float multiplier, int state, int64_t begin,
+                          int64_t length);
 };
 
 #if defined(__x86_64__)

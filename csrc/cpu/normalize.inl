@@ -285,5 +285,31 @@ double sum_vector_updates(const TensorDesc& tensor, const Moments& moments, floa
   return sum.total();
 }
 
+// The same where the step brings second moments up to date: they are only read, in whatever format they have. `length`
+// is at most kReductionChunk.
+double sum_quotients(const TensorDesc& tensor, const Moments& moments, float multiplier, int state, int64_t begin,
+                     int64_t length) {
+  alignas(64) float grad_tile[kTile], second_tile[kTile], quotients[kBlock + kReductionChunk];
+  float* const u = quotients + kBlock;  // of the chunk; before it is room for what is left of a block
+  const Buffer& held = tensor.states[state];
+  const int64_t end = begin + length;
+  // Codes are decoded from where their block begins. Tiles end with rows, but lanes go on.
+  for (int64_t at = held.is_blockwise() ? begin - begin % tensor.row % kBlock : begin; at < end;) {
+    const int n = tile_length(tensor, held.is_blockwise(), at, end);
+    const float* g = load(tensor.grad, at, n, grad_tile);
+    const float* second = load_state(held, tensor.row, at, n, second_tile);
+    float* const target = u + (at - begin);
+#pragma GCC ivdep
+    for (int i = 0; i < n; ++i) {
+      const float grad = g[i] * multiplier;
+      target[i] = normalize<true>(grad, second_moment<true>(second[i], grad, moments), moments);
+    }
+    at += n;
+  }
+  LaneSum sum;
+  sum.add_squares(u, static_cast<int>(length));
+  return sum.total();
+}
+
 }  // namespace
 }  // namespace fusedopt

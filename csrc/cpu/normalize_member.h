@@ -163,8 +163,11 @@ class Member {
     for (int64_t begin = item * kItem; begin < end; begin += kReductionChunk) {
       const int64_t chunk = begin / kReductionChunk, length = std::min(kReductionChunk, end - begin);
       double* weights = reads_weights_ ? doubles(param_sums_) + chunk : nullptr;
+      const int second = info_->second_moment;
       doubles(update_sums_)[chunk] =
-          kernels.sum_vector_updates(tensor_, moments(), multiplier_, info_->second_moment, begin, length, weights);
+          info_->takes_quotient
+              ? kernels.sum_vector_updates(tensor_, moments(), multiplier_, second, begin, length, weights)
+              : kernels.sum_quotients(tensor_, moments(), multiplier_, second, begin, length);
     }
   }
 

@@ -61,14 +61,14 @@ struct GradientOf {
   using type = PlainGradient;
 };
 template <class Rule>
-struct GradientOf<Rule, std::enable_if_t<kIsNormalizing<Rule>>> {
+struct GradientOf<Rule, std::enable_if_t<kGetsQuotient<Rule>>> {
   using type = FactoredGradient;
 };
 
 // Whether the gradients of a tensor can be taken in this way.
 template <class Rule>
 bool has_gradient_strips(const TensorDesc& tensor, const StepContext& context) {
-  if constexpr (!kIsNormalizing<Rule>) {
+  if constexpr (!kGetsQuotient<Rule>) {
     return true;
   } else {
     const auto& hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
@@ -160,7 +160,7 @@ void step_strips_of(const TensorDesc& tensor, const StepContext& context, int64_
 template <class Rule>
 int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_t begin, int64_t length,
                     UpdateTally* updates) {
-  if constexpr (Rule::kStates == 0 && !kIsNormalizing<Rule>) {
+  if constexpr (Rule::kStates == 0 && !kGetsQuotient<Rule>) {
     return 0;
   } else {
     const bool has_weights = tensor.param.dtype == tensor.grad.dtype &&
@@ -177,7 +177,7 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
     bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks
     bool halves = Rule::kStates > 0;
     // float32 throughout would leave nothing to decode; but sums hide between the loads of strips, not of whole tiles.
-    bool floats = tensor.param.dtype != DType::kFloat32 || kIsNormalizing<Rule> || updates != nullptr;
+    bool floats = tensor.param.dtype != DType::kFloat32 || kGetsQuotient<Rule> || updates != nullptr;
     for (int k = 0; k < Rule::kStates; ++k) {
       blocks &= tensor.states[k].is_blockwise();
       halves &= tensor.states[k].dtype == DType::kBFloat16;

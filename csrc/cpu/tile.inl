@@ -38,16 +38,6 @@ FUSEDOPT_FN void update_tile(float* p, const float* g, float* const (&s)[kSlots<
   }
 }
 
-// How many elements from `at` on make a tile: to the end of the chunk and, where there are blocks, of the row.
-FUSEDOPT_FN int tile_length(const TensorDesc& tensor, bool ends_with_rows, int64_t at, int64_t end) {
-  int64_t n = end - at < kTile ? end - at : kTile;
-  if (ends_with_rows) {
-    const int64_t left = at < tensor.row ? tensor.row - at : tensor.row - at % tensor.row;
-    if (n > left) n = left;
-  }
-  return static_cast<int>(n);
-}
-
 template <class Rule>
 FUSEDOPT_FN bool has_blocks(const TensorDesc& tensor) {
   for (int k = 0; k < Rule::kStates; ++k) {
@@ -91,7 +81,7 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
   alignas(64) float param_tile[kTile], grad_tile[kTile], state_tiles[kSlots<Rule>][kTile], spare[kTile], before[kTile];
   alignas(64) uint32_t random[kTile];
   const auto hyper = *static_cast<const typename Rule::Hyper*>(context.hyper);
-  [[maybe_unused]] alignas(64) float normalized[kIsNormalizing<Rule> ? kTile : 1];
+  [[maybe_unused]] alignas(64) float normalized[kGetsQuotient<Rule> ? kTile : 1];
   [[maybe_unused]] MatrixPlace place = MatrixPlace::of(tensor.factors, begin);
   const bool draws_for_param = tensor.param.rounding == Rounding::kStochastic;
   bool ends_with_rows = kHasBlocks;
@@ -113,7 +103,7 @@ void step_tiles(const TensorDesc& tensor, const StepContext& context, int64_t be
     if (health != nullptr || updates != nullptr) memcpy(before, p, sizeof(float) * static_cast<size_t>(n));
 
     constexpr bool kKeepRoots = kHasBlocks && Rule::kRooted >= 0;
-    if constexpr (kIsNormalizing<Rule>) {
+    if constexpr (kGetsQuotient<Rule>) {
       if constexpr (Rule::kSecondMoment < 0) {
         normalize_matrix(tensor, hyper.moments, context.grad_multiplier, g, n, place, normalized);
       } else {
@@ -164,7 +154,7 @@ void step_run(const TensorDesc& tensor, const StepContext& context, int64_t begi
   }
 #endif
   if (tensor.skips_blocks) {
-    if constexpr (!kIsNormalizing<Rule>) step_tiles<Rule, true, true>(tensor, context, begin, length, health, updates);
+    if constexpr (!kGetsQuotient<Rule>) step_tiles<Rule, true, true>(tensor, context, begin, length, health, updates);
   } else if (has_blocks<Rule>(tensor)) {
     step_tiles<Rule, true>(tensor, context, begin, length, health, updates);
   } else {
@@ -197,5 +187,6 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
       sum,                                   \
       sum_matrix_updates,                    \
       sum_vector_updates,                    \
+      sum_quotients,                         \
   };                                         \
   }

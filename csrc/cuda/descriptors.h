@@ -39,10 +39,10 @@ constexpr bool is_factored() {
   return false;
 }
 
-// Whether second moments are a state.
+// Whether second moments are a state that is up to date before the step, in float32.
 template <class Rule>
-constexpr bool has_second_moment() {
-  if constexpr (kIsNormalizing<Rule>) return Rule::kSecondMoment >= 0;
+constexpr bool has_new_second_moment() {
+  if constexpr (kGetsQuotient<Rule>) return Rule::kSecondMoment >= 0;
   return false;
 }
 

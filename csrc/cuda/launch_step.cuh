@@ -34,15 +34,15 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
 }
 
 // Whether tensors of a rule may have these formats; if not, there is no kernel. Without states, one of the lists of
-// formats that differ in states is enough; second moments that are not factored are float32. Three states in codes,
-// none of whose roots the rule has at hand, need more registers than the usual kernels have: the general one takes
-// them.
+// formats that differ in states is enough; second moments that are up to date before the step are float32. Three states
+// in codes, none of whose roots the rule has at hand, need more registers than the usual kernels have: the general one
+// takes them.
 template <class Rule, class TensorFormats>
 constexpr bool kMayHave = true;
 template <class Rule, DType kParam, Master kMaster, DType kState>
 constexpr bool kMayHave<Rule, UsualFormats<kParam, kMaster, kState>> =
     Rule::kStates == 0 ? kState == kParam
-                       : (!has_second_moment<Rule>() || kState == DType::kFloat32) &&
+                       : (!has_new_second_moment<Rule>() || kState == DType::kFloat32) &&
                              !(kState == DType::kUInt8 && Rule::kStates > 2 && Rule::kRooted < 0);
 
 template <class Rule, bool kQuantized>

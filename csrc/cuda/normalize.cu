@@ -109,7 +109,12 @@ struct Plan {
     const int64_t chunks = chunks_of(tensor.numel);
     NormalizedVector v{};
     fill(tensor, index, v);
-    v.second = static_cast<float*>(tensor.states[info_.second_moment].data);
+    const Buffer& second = tensor.states[info_.second_moment];
+    v.second = second.data;
+    v.scales = second.scales;
+    v.row = tensor.row;
+    v.second_dtype = second.dtype;
+    v.takes_quotient = info_.takes_quotient;
     v.numel = tensor.numel;
     if (reads_weights(tensor)) v.param_sums = pieces_.take<double>(chunks);
     v.update_sums = pieces_.take<double>(chunks);

@@ -6,7 +6,7 @@
 // row_sum_kernel and column_sum_kernel, which spread over a device whatever the shape is.
 #pragma once
 
-#include "cuda/normalize_chunks.cuh"
+#include "cuda/normalize_vectors.cuh"
 
 namespace fusedopt::cuda {
 
@@ -19,17 +19,6 @@ constexpr int kSumBlocks = 4;                   // of a multiprocessor; to have 
 constexpr int kUnitsAtOnce = kSumThreads / 32;  // of a block that adds rows in order
 
 namespace {
-
-template <class Tensor>
-FUSEDOPT_DEVICE const Tensor& tensor_of_block(const NormalizeParams<Tensor>& params) {
-  return params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
-}
-
-// The number of a thread among those of its tensor.
-template <class Tensor>
-FUSEDOPT_DEVICE int64_t thread_of(const Tensor& tensor) {
-  return static_cast<int64_t>(blockIdx.x - tensor.first_block) * blockDim.x + threadIdx.x;
-}
 
 // The part of a row within a panel.
 struct RowChunk {
@@ -341,38 +330,7 @@ __global__ void __launch_bounds__(kSumThreads) unit_sum_kernel(const __grid_cons
   }
 }
 
-// ---- vectors, and the end of both ----------------------------------------------------------------
-
-template <bool kClamped>
-FUSEDOPT_DEVICE double vector_update_sum(const NormalizedVector& v, const Normalization& known, int64_t begin,
-                                         int length) {
-  const Moments moments = known.moments;
-  const float multiplier = known.multiplier;
-  float* second = v.second + begin;
-  return chunk_sum_of_grads<8>(
-      v, length, [=](const auto& grad, int i) { return GradAnd{grad(begin + i), second[i]}; },
-      [=](const GradAnd& x, int i) {
-        const float moved = second_moment<kClamped>(x.other, x.grad * multiplier, moments);
-        second[i] = moved;
-        return normalize<kClamped>(x.grad * multiplier, moved, moments);
-      });
-}
-
-// Brings second moments up to date on the way.
-__global__ void __launch_bounds__(kSumThreads) vector_kernel(const __grid_constant__ VectorParams params) {
-  const NormalizedVector& v = tensor_of_block(params);
-  const Normalization& known = params.normalizations[v.index];
-  if (known.skips) return;
-  const int64_t chunk = thread_of(v) / kSumLanes, begin = chunk * kReductionChunk;
-  const int length = length_of_chunk(begin, v.numel);
-  const bool is_first = sum_lane() == 0 && length > 0;
-  const double sum = known.moments.is_clamped ? vector_update_sum<true>(v, known, begin, length)
-                                              : vector_update_sum<false>(v, known, begin, length);
-  if (is_first) v.update_sums[chunk] = sum;
-  if (v.param_sums == nullptr) return;
-  const double weights = chunk_sum_of_weights<8>(v, begin, length);
-  if (is_first) v.param_sums[chunk] = weights;
-}
+// ---- the end of both ----------------------------------------------------------------------------
 
 // One block per tensor.
 __global__ void __launch_bounds__(kSumThreads) part_kernel(const __grid_constant__ PartParams params) {

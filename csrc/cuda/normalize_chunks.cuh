@@ -8,6 +8,17 @@
 namespace fusedopt::cuda {
 namespace {
 
+template <class Tensor>
+FUSEDOPT_DEVICE const Tensor& tensor_of_block(const NormalizeParams<Tensor>& params) {
+  return params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
+}
+
+// The number of a thread among those of its tensor.
+template <class Tensor>
+FUSEDOPT_DEVICE int64_t thread_of(const Tensor& tensor) {
+  return static_cast<int64_t>(blockIdx.x - tensor.first_block) * blockDim.x + threadIdx.x;
+}
+
 FUSEDOPT_DEVICE int sum_lane() { return static_cast<int>(threadIdx.x % kSumLanes); }
 
 // Calls use(weight), weight(i) being element i in full precision. The kind of master is known in each call, so that

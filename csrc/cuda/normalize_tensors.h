@@ -30,7 +30,11 @@ struct NormalizedMatrix : NormalizedBuffers {
 };
 
 struct NormalizedVector : NormalizedBuffers {
-  float* second;
+  void* second;           // in float32, to be brought up to date; or, where the step does that, in any format
+  const uint8_t* scales;  // of codes
+  int64_t row;            // that their blocks do not cross
+  DType second_dtype;
+  bool takes_quotient;               // rules/normalize.h
   double *param_sums, *update_sums;  // of chunks; the first may be null
   int64_t numel;
   uint32_t first_block;

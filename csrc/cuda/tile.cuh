@@ -135,7 +135,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   });
 
   float multiplier = derived.grad_multiplier;
-  if constexpr (kIsNormalizing<Rule>) {
+  if constexpr (kGetsQuotient<Rule>) {
     const Moments& moments = derived.hyper.moments;
     const auto normalize_all = [&](auto clamped) {
       constexpr bool kClamped = decltype(clamped)::value;

@@ -33,7 +33,7 @@ ParamGroup::ParamGroup(const std::string& rule, const std::map<std::string, doub
   desc.rule = find_rule(rule);
   desc.seed = seed;
   const RuleInfo& info = rules()[desc.rule];
-  if (skips_blocks && info.normalizes) throw py::value_error("rule '" + rule + "' cannot skip blocks");
+  if (skips_blocks && info.takes_quotient) throw py::value_error("rule '" + rule + "' cannot skip blocks");
   for (const RuleField& field : info.fields) {
     const auto found = config.find(field.name);
     if (found == config.end())

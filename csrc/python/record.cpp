@@ -105,8 +105,10 @@ bool Record::describe(const ParamGroup& group, const ParamObjects& objects, Devi
   for (size_t k = 0; k < group.states.size(); ++k) {
     if (!describe_state(group.states[k], objects, k, param, desc)) return false;
   }
-  const int second_moment = rules()[group.desc.rule].second_moment;
-  if (second_moment >= 0 && desc.states[second_moment].dtype != DType::kFloat32) return false;
+  const RuleInfo& info = rules()[group.desc.rule];
+  if (info.takes_quotient && info.second_moment >= 0 && desc.states[info.second_moment].dtype != DType::kFloat32) {
+    return false;
+  }
   if (group.is_factored() && !describe_factors(objects, param, desc)) return false;
   return describe_master(group, objects.master, param, desc) && describe_step(objects.step, param, desc);
 }

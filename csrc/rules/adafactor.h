@@ -34,6 +34,7 @@ struct AdafactorRule {
   static constexpr int kRooted = -1;
 
   static constexpr bool kNormalizes = true;
+  static constexpr bool kTakesQuotient = true;
   static constexpr int kSecondMoment = kVector ? (kMomentum ? 1 : 0) : -1;
   static constexpr const char* kRowName = "exp_avg_sq_row";
   static constexpr const char* kColumnName = "exp_avg_sq_col";

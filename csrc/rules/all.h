@@ -9,6 +9,7 @@
 #include "rules/rmsprop.h"
 #include "rules/schedule_free.h"
 #include "rules/sgd.h"
+#include "rules/stable_adamw.h"
 
 #define FUSEDOPT_RULES(X)                               \
   X(adamw, AdamW)                                       \
@@ -27,6 +28,7 @@
   X(sgd_nesterov, SGDNesterov)                          \
   X(schedule_free_sgd, ScheduleFreeSGD)                 \
   X(schedule_free_adam, ScheduleFreeAdam)               \
+  X(stable_adamw, StableAdamW)                          \
   X(adafactor_matrix, AdafactorMatrix)                  \
   X(adafactor_momentum_matrix, AdafactorMatrixMomentum) \
   X(adafactor_vector, AdafactorVector)                  \

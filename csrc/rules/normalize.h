@@ -3,8 +3,12 @@
 //
 // Beyond rule.h, such a rule has
 //
-//   static constexpr bool kNormalizes = true;    update gets the quotient u instead of the gradient
-//   static constexpr int kSecondMoment;          the state that holds the second moment, float32; or -1:
+//   static constexpr bool kNormalizes = true;
+//   static constexpr bool kTakesQuotient;        whether update gets the quotient u instead of the gradient, and the
+//                                                second moment up to date; if not, the sums change nothing: update
+//                                                brings the second moment up to date, which may have any format
+//   static constexpr int kSecondMoment;          the state that holds the second moment, float32 where update does not
+//                                                store it; or -1:
 //   static constexpr const char *kRowName, *kColumnName;  it is factored into averages over rows and columns
 //   Moments Hyper::moments;
 //   static FUSEDOPT_FN bool reads_weights(const Config&);    whether derive needs TensorSums::param
@@ -80,6 +84,11 @@ template <class Rule, class = void>
 constexpr bool kIsNormalizing = false;
 template <class Rule>
 constexpr bool kIsNormalizing<Rule, std::enable_if_t<Rule::kNormalizes>> = true;
+
+template <class Rule, class = void>
+constexpr bool kGetsQuotient = false;
+template <class Rule>
+constexpr bool kGetsQuotient<Rule, std::enable_if_t<Rule::kNormalizes>> = Rule::kTakesQuotient;
 
 }  // namespace
 

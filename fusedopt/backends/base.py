@@ -67,6 +67,11 @@ class GroupStep:
     lr: Tensor | None = None
 
     @property
+    def takes_sums(self) -> bool:
+        """Whether its rule takes sums over a whole parameter."""
+        return self.rule in ASKING
+
+    @property
     def master_key(self) -> str:
         """What parameters' state calls their masters; empty if there are none."""
         return "" if self.master is None else KEYS[self.master]

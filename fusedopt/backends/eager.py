@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def summing_step(group: GroupStep, entry: ParamStep, grad_multiplier: float) -> 
     if entry.spread is None:
         results = REFERENCES[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
     else:
-        told["whole"] = entry.spread.extent
+        whole = entry.spread.extent
+        told["whole"] = replace(whole, numel=2 * whole.numel) if entry.param.is_complex() else whole
         asking = ASKING[group.rule](param, grad * multiplier, *states, step=step, **told, **hyper)
         results = yield from over_shards(asking, entry.spread)
     stored = skipping.Stored.of(entry.param, entry.master, entry.states) if group.skips_blocks else None

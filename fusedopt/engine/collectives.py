@@ -11,14 +11,11 @@ import hashlib
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference.asking import Extent
-from ..storage import placement
 from . import sharding
 from .contract import Contract
 
@@ -119,6 +116,7 @@ class Meshes:
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         meshes: dict[Any, list[tuple[int, int]]] = {}  # where the parameters of each are listed
         self.groups: list[Any] = []
+        self.plain: list[tuple[int, int]] = []  # where parameters that are no DTensors are listed
         for index, group in enumerate(param_groups):
             explicit = group["grad_norm_group"]
             if explicit is not None and explicit not in self.groups:
@@ -126,6 +124,8 @@ class Meshes:
             for position, param in enumerate(group["params"]):
                 if sharding.is_dtensor(param):
                     meshes.setdefault(param.device_mesh, []).append((index, position))
+                else:
+                    self.plain.append((index, position))
         # The largest first: all ranks of the others are most often in it, and know from it what to do.
         self.meshes = dict(sorted(meshes.items(), key=lambda item: -item[0].size()))
         self._param_groups = param_groups
@@ -133,8 +133,11 @@ class Meshes:
     def __bool__(self) -> bool:
         return bool(self.meshes or self.groups)
 
-    def _places(self, mesh: Any) -> list[tuple[int, int]]:
-        return self.meshes[mesh]
+    def at(self, place: tuple[int, int]) -> Tensor:
+        """The parameter that is listed at a place."""
+        index, position = place
+        param: Tensor = self._param_groups[index]["params"][position]
+        return param
 
     def has_grads(self, mesh: Any) -> bytes:
         """Whether each of a mesh's parameters has a gradient."""
@@ -253,6 +256,35 @@ class Agreement:
             found_inf, by_group[group] = row.found_inf, row.sums[0]
         return _ordered_sum(by_group.values()), found_inf
 
+    def whole_sums(
+        self, optimizer: Contract, meshes: Meshes, sums: dict[tuple[int, int], float]
+    ) -> dict[tuple[int, int], float]:
+        """The sum of squares of each whole gradient, the same on every rank.
+
+        Args:
+            optimizer: Whose step it is.
+            meshes: Its.
+            sums: Of squares of what is here, by where the parameter is listed. Some parameters are enough; ranks that
+                share them are to ask for the same.
+        """
+        found: dict[tuple[int, int], float] = {}
+        for i, (mesh, places) in enumerate(meshes.meshes.items()):
+            # Of what is no DTensor every rank takes the sum of the first.
+            listed = [*places, *(meshes.plain if i == 0 else [])]
+            asked = bytes(place in sums for place in listed)
+            if not any(asked):
+                continue
+            is_first = not any(mesh.get_coordinate())
+            counts = [meshes.counts_here(meshes.at(place)) for place in places] + [is_first] * (
+                len(listed) - len(places)
+            )
+            # As long as there are parameters: ranks that ask for others find out, and do not wait for each other.
+            here = tuple(sums.get(place, 0.0) if each else 0.0 for place, each in zip(listed, counts))
+            row = _Row(self._hashes[mesh], float(zlib.crc32(asked)), 0.0, 0.0, here).over(groups_of(mesh))
+            self._check(meshes, mesh, row, None, optimizer)
+            found |= {place: total for place, total in zip(listed, row.sums) if place in sums}
+        return found
+
     def _check(
         self,
         meshes: Meshes,
@@ -295,74 +327,6 @@ class Agreement:
                     "same way, so give them the same. Nothing has changed"
                 )
         raise ValueError("ranks disagree about a step, and agree by now; take it again")
-
-
-@dataclass(frozen=True)
-class ShardSums:
-    """The whole of a sharded parameter, and over which groups its sums go. See backends.base.Spread."""
-
-    extent: Extent
-    is_even: bool
-    row_dim: int | None
-    groups: dict[str, list[Any]]
-
-    def channel(self, over: str) -> tuple[str, ...]:
-        """The names of the groups that sums go through."""
-        return tuple(group.group_name for group in self.groups[over])
-
-    def matrices(self, held: Tensor) -> int:
-        """Those in a shard: one for each index of the dimensions before that of the rows."""
-        return 0 if self.row_dim is None else held.shape[: self.row_dim].numel()
-
-    @staticmethod
-    def sums(asked: Sequence[tuple[Any, str, Tensor]]) -> list[Tensor]:
-        """Those of several parameters at a time: ranks meet once for each list of groups."""
-        found: list[Tensor] = [numbers for _, _, numbers in asked]
-        by_groups: dict[tuple[str, ...], list[int]] = {}
-        for i, (spread, over, _) in enumerate(asked):
-            by_groups.setdefault(spread.channel(over), []).append(i)
-        for names, members in by_groups.items():
-            if not names or not any(found[i].numel() for i in members):  # all here, or nothing
-                continue
-            spread, over, _ = asked[members[0]]
-            total = summed(torch.cat([found[i].reshape(-1) for i in members]), spread.groups[over])
-            for i, part in zip(members, torch.split(total, [found[i].numel() for i in members])):
-                found[i] = part.reshape(found[i].shape)
-        return found
-
-
-# Of the specs that DTensors carry, by their ids and the dimension of rows, with the spec itself: one that has its id
-# later is another.
-_of_specs: dict[tuple[int, int | None], tuple[Any, ShardSums | None]] = {}
-
-
-def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardSums | None:
-    """Where the sums go that a rule takes over a parameter; None if it takes none, or all of it is here."""
-    spec = getattr(param, "_spec", None)  # asked of every parameter in every step, where `is_dtensor` takes its time
-    if spec is None or not optimizer.takes_sums:
-        return None
-    key = id(spec), optimizer.row_dim(group, param)
-    found = _of_specs.get(key)
-    if found is None or found[0] is not spec:
-        if len(_of_specs) >= 1 << 16:
-            _of_specs.clear()
-        found = _of_specs[key] = spec, _shard_sums(param, key[1])
-    return found[1]
-
-
-def _shard_sums(param: Any, row_dim: int | None) -> ShardSums | None:
-    mesh, shape = param.device_mesh, param.shape
-    cuts = {i: p.dim for i, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(i) > 1}
-    if not cuts:
-        return None
-    rows = [i for i, dim in cuts.items() if dim == row_dim]
-    columns = [i for i, dim in cuts.items() if row_dim is not None and dim > row_dim]
-    extent = Extent(shape.numel())
-    if row_dim is not None:
-        extent = Extent(shape.numel(), shape[row_dim], shape[row_dim + 1 :].numel())
-    dims = {"rows": rows, "columns": columns, "all": list(cuts)}
-    groups = {over: groups_of(mesh, held) if held else [] for over, held in dims.items()}
-    return ShardSums(extent, placement.is_even(param), row_dim, groups)
 
 
 def _grads_hash(meshes: Meshes, mesh: Any) -> float:

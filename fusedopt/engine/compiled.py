@@ -21,10 +21,10 @@ from torch import Tensor
 from ..backends import GroupStep, Scaling, candidates
 from ..storage.state import StateSpec
 from . import sharding
-from .collectives import shard_sums
 from .contract import Contract
 from .gather import Gathered, Listed, Member, Ranks
-from .sessions import all_sessions, let_go, size_buffers
+from .sessions import all_sessions, let_go, size_buffers, streamer_of
+from .shard_sums import shard_sums
 
 
 class _Column(NamedTuple):
@@ -153,6 +153,7 @@ def _step(
             records = {} if owner is None or _is_captured() else owner._recorded()
             counts, norm = gathered.step(scaling, listed, **records)
             gathered.write_back()
+            streamer_of(sessions).settle()
             if owner is not None and any(each is not None and each is not False for each in records.values()):
                 owner._count_step(counts)
         finally:

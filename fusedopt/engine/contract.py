@@ -76,6 +76,11 @@ class Contract(Optimizer):
     _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 
+    @property
+    def release_handle(self) -> Release | None:
+        """What `release_gradients` returned, while gradients are stepped during backward passes; else None."""
+        return self._release
+
     # ---- what a subclass answers -----------------------------------------------------------------
 
     @classmethod

@@ -190,10 +190,10 @@ class Gathered:
     def _as_it_lies(self, settings: GroupStep, entry: ParamStep) -> ParamStep | None:
         """A parameter in another order than row-major, such as channels_last, as a run of memory; None if it is none.
 
-        Its gradient and states lie in the same order then, and nothing depends on an element's place: no layout, no
-        random bits, no blocks, no sums.
+        Its gradient and states lie in the same order then, and nothing depends on an element's place: no sums, no
+        random bits, no blocks.
         """
-        strides = None if self._takes_sums or settings.layout else permuted_strides(entry.param)
+        strides = None if self._takes_sums or settings.takes_sums else permuted_strides(entry.param)
         if strides is None:
             return None
         if entry.param.dtype in masters.SIXTEEN_BIT and settings.rounding != "nearest":
@@ -259,7 +259,7 @@ class Gathered:
 
     def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
         """The sums of squares by chunk of each gradient; all of them are here."""
-        grads = [sharding.local(grad) for _, _, grad in listed]
+        grads = [sharding.local_grad(grad, param) for _, param, grad in listed]
         sums = self._chunk_sums(grads)
         return list(torch.split(torch.cat(sums) if sums else nothing(), [_chunks_of(grad) for grad in grads]))
 

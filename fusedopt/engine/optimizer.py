@@ -14,14 +14,16 @@ from torch import Tensor
 from .. import checks
 from ..backends import Scaling, Session
 from ..backends.base import ASKING, REFERENCES, Spread
-from ..offload.homes import RESERVE_BYTES, uses_disk
+from ..offload.homes import RESERVE_BYTES
 from ..offload.stream import STREAM_BYTES
+from ..reference.norm import pairwise_sum
 from . import checkpoint, compiled, members, sharding
-from .collectives import Agreement, shard_sums
+from .collectives import Agreement
 from .gather import Gathered, Ranks
 from .options import note_own_defaults, spell_out
 from .partial import Partial
 from .sessions import all_sessions, size_buffers
+from .shard_sums import shard_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,8 +69,9 @@ class FusedOptimizer(Partial):
             DTensors of a mesh with all of them, such as the stages of a pipeline or experts: their part of the norm
             is summed over it. Not saved in state dicts. None: this process, or the meshes of DTensors.
         state_device: Where the states of parameters on a GPU are kept: None, beside them; "cpu", in pinned memory of
-            the host, from which a step streams them; "auto", beside them while there is room. Parameters on the CPU
-            have theirs there in any case, or with "disk:FOLDER" in files. See docs/offload.md.
+            the host, from which a step streams them; "auto", beside them while there is room; "disk:FOLDER", in files,
+            from which a step streams them through pinned memory. Parameters on the CPU have theirs in its memory in any
+            case, or with "disk:FOLDER" in files. See docs/offload.md.
         stream_bytes: The size of each of the two buffers on the device that a step streams states through.
         step_device: "cpu" steps parameters on a GPU on the host: gradients and weights are copied there, states and
             masters are there, and weights come back. None steps them where they are.
@@ -237,7 +240,7 @@ class FusedOptimizer(Partial):
         ranks = None if meshes is None else Ranks(self._agreement(), self, meshes)
         if self._uses_host():
             counts, norm = self._step_all_with_host(scaling, ranks)
-        elif uses_disk(self.param_groups) and not self._repeats and ranks is None:
+        elif self._reads_in_place() and not self._repeats and ranks is None:
             counts, norm = self._step_in_windows(scaling)
         else:
             counts, norm = self._step_some(None, scaling, ranks=ranks)
@@ -257,6 +260,15 @@ class FusedOptimizer(Partial):
         if "_agreement_cache" not in self.__dict__:
             self._agreement_cache = Agreement()
         return self._agreement_cache
+
+    def _sums_over_ranks(self, sums: dict[tuple[int, int], Tensor]) -> dict[tuple[int, int], Tensor] | None:
+        """The sum of squares of each whole gradient, of which `sums` is what is here, by chunk; None if that is all."""
+        meshes = self._agreement().meshes(self)
+        if meshes is None or not meshes.meshes:
+            return None
+        here = {place: float(pairwise_sum(found)) for place, found in sums.items()}
+        whole = self._agreement().whole_sums(self, meshes, here)
+        return {place: torch.tensor([total], dtype=torch.float64, device="cpu") for place, total in whole.items()}
 
     def _spread_of(self, group: int, param: Tensor) -> Spread | None:
         return shard_sums(self, self.param_groups[group], param)

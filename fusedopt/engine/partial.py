@@ -61,6 +61,7 @@ class Partial(Reporting):
         """Notes what a whole step counted."""
         if "_host_side" in self.__dict__:
             counts |= self._host_side.join()
+        self._streamer().settle()
         if self._health is not None:
             self._health.add(counts)
         if self._norms is not None:
@@ -251,19 +252,34 @@ class Partial(Reporting):
 
     # ---- on a disk -------------------------------------------------------------------------------
 
+    def _reads_in_place(self) -> bool:
+        """Whether states of some parameters are stepped as they lie in files."""
+        return any(
+            homes.uses_disk(group)
+            and any(homes.is_read_in_place(group, sharding.local(param)) for param in group["params"])
+            for group in self.param_groups
+        )
+
     def _step_in_windows(self, scaling: Scaling) -> tuple[Health, Tensor | None]:
         """Steps some parameters after the others, so that states on a disk are read ahead and go again."""
         try:
             self._gather()  # checks everything, and makes states
         finally:
             let_go(self._sessions())
-        multiplier, norm = self._multiplier(members.with_gradients(self.param_groups), scaling)
+        listed = members.with_gradients(self.param_groups)
+        multiplier, norm = self._multiplier(listed, scaling)
         if multiplier is None:
             return {}, norm
         counts: Health = {}
-        listed = windows(self.param_groups, self.state)
-        for window in read_ahead(self.param_groups, self.state, listed):
+        in_place: list[list[int]] = []
+        for group, places in zip(self.param_groups, listed):
+            params = group["params"]
+            in_place.append([i for i in places if homes.is_read_in_place(group, sharding.local(params[i]))])
+        others = [sorted(set(places) - set(mine)) for places, mine in zip(listed, in_place)]
+        for window in read_ahead(self.param_groups, self.state, windows(self.param_groups, self.state, in_place)):
             counts |= self._step_here(window, scaling, multiplier)[0]
+        if any(others):  # those of a device stream theirs
+            counts |= self._step_here(others, scaling, multiplier)[0]
         return counts, norm
 
 

@@ -91,7 +91,8 @@ class MemoryReport:
         ours: Bytes by kind.
         torch: Bytes by kind of the same run with torch.optim, which keeps states in the parameter's dtype.
         unquantized: Why states that 8 bits are asked for are kept in float32: {reason: (states, elements)}.
-        places: Bytes of states, masters and step counts by where they are: "device" for a GPU, "host" and "disk".
+        places: Bytes of states, masters and step counts by where they are: "device" for a GPU, "host" and "disk". A
+            step reads all that is on the disk, and writes it again.
         moved_bytes: What a step copies between a GPU and the host, both ways together.
         notes: What was asked for and changes nothing.
     """
@@ -131,6 +132,8 @@ class MemoryReport:
             text += f"\nstates and step counts: {where}"
         if self.moved_bytes:
             text += f"\na step moves {_size(self.moved_bytes)}, {self.moved_bytes / n:.2f} B/param"
+        if filed := self.places.get("disk"):
+            text += f"\na step reads from files {_size(filed)}, and writes as much to them"
         return "\n".join([f"{self.numel:,} parameters", text, *self.notes])
 
 

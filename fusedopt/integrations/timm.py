@@ -6,8 +6,7 @@ import functools
 import inspect
 from typing import Any
 
-from ..engine.optimizer import CLASSES
-from ..optimizers.names import create_optimizer, optimizer_names
+from ..optimizers.names import class_of, create_optimizer, optimizer_names
 
 # timm reads a name's last part after "_" only, and takes "fused..." for NVIDIA's Apex.
 _PREFIX = "compiled"
@@ -35,14 +34,15 @@ def register(registry: Any = None) -> list[str]:
 
 
 def _registered(registry: Any, info: Any, name: str) -> str:
-    parameters = inspect.signature(CLASSES[name]).parameters
+    cls = class_of(name)
+    parameters = inspect.signature(cls).parameters
     betas = parameters["betas"].default if "betas" in parameters else ()
     registered = _PREFIX + name.replace("_", "")
     registry.register(
         info(
             name=registered,
             opt_class=functools.partial(create_optimizer, name),
-            description=f"fusedopt's {CLASSES[name].__name__}, compiled kernels: create_optimizer({name!r})",
+            description=f"fusedopt's {cls.__name__}, compiled kernels: create_optimizer({name!r})",
             has_eps="eps" in parameters,
             has_momentum="momentum" in parameters,
             has_betas=bool(betas),

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..engine.optimizer import CLASSES
-from ..optimizers.names import create_optimizer
+from ..optimizers.names import class_of, create_optimizer, optimizer_names
 
 if TYPE_CHECKING:
     # Made when it is asked for, because torchtitan is imported then.
@@ -45,7 +44,7 @@ def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
             "training.max_norm"
         )
     with_torchtitans: dict[str, Any] = {"lr": lr, "weight_decay": 0.1}
-    if name in CLASSES and _pair_of_betas(CLASSES[name]):
+    if name in optimizer_names() and _pair_of_betas(class_of(name)):
         with_torchtitans["betas"] = (0.9, 0.95)
     group = ParamGroupConfig(pattern=".*", optimizer_name=name, optimizer_kwargs={**with_torchtitans, **kwargs})
     return __getattr__("OptimizersContainer").Config(param_groups=[group])
@@ -69,7 +68,7 @@ def _container_class() -> type:
 
         @staticmethod
         def _resolve_optimizer_factory(name: str) -> Callable[..., Any]:
-            if name in CLASSES:
+            if name in optimizer_names():
                 return functools.partial(create_optimizer, name)
             return optimizer.OptimizersContainer._resolve_optimizer_factory(name)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from ..engine.optimizer import CLASSES, FusedOptimizer
-from ..optimizers.names import refusal, resolved
+from ..engine.optimizer import FusedOptimizer
+from ..optimizers.names import class_of, create_optimizer, refusal, released, resolved
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,15 +31,27 @@ def max_grad_norm_of(args: Any) -> float:
     return float(args.max_grad_norm or getattr(args, KEPT, 0.0) or 0.0)
 
 
-def choose(
-    args: Any, name: str | None, max_grad_norm: float, options: dict[str, Any]
-) -> tuple[type[FusedOptimizer], dict[str, Any]]:
-    """The class that a name stands for, `args.optim` by default, and all of its arguments."""
-    name = str(getattr(args.optim, "value", args.optim)) if name is None else str(getattr(name, "value", name))
+def name_of(args: Any, name: Any = None) -> str:
+    """An optimizer's name; `args.optim` by default."""
+    name = args.optim if name is None else name
+    return str(getattr(name, "value", name))
+
+
+def choose(args: Any, name: str | None, max_grad_norm: float, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that a name stands for, `args.optim` by default, and all of its arguments.
+
+    For a name of an optimizer that steps during the backward pass, a factory in place of the class.
+    """
+    name = name_of(args, name)
     sentence = refusal(name)
     if sentence is not None:
         raise ValueError(sentence)
-    given = {**_from_arguments(CLASSES[name], args), **options}
+    if released(name) is not None and _sees_parts(args):
+        raise ValueError(
+            f"optim={name!r} steps a gradient as soon as the backward pass has made it, and under DeepSpeed and FSDP1 "
+            f"gradients are reduced later; use FSDP2, or optim={released(name)!r}"
+        )
+    given = {**_from_arguments(class_of(name), args), **options}
     if "max_grad_norm" not in given:
         given["max_grad_norm"] = max_grad_norm if max_grad_norm > 0 and not _sees_parts(args) else None
     elif given["max_grad_norm"] is not None and _sees_parts(args):
@@ -49,7 +61,7 @@ def choose(
         )
     cls, arguments = resolved(name, given)
     cls([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **arguments)  # raises what Trainer would
-    return cls, arguments
+    return cls if released(name) is None else functools.partial(Releases, name), arguments
 
 
 def _sees_parts(args: Any) -> bool:
@@ -101,6 +113,17 @@ def _parsed(text: str | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
+
+
+class Releases:
+    """What Trainer calls a factory, of an optimizer that steps during the backward pass."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, model: nn.Module, **arguments: Any) -> FusedOptimizer:
+        clip = None if arguments["max_grad_norm"] is None else "exact"
+        return create_optimizer(self.name, groups_of(model, arguments["weight_decay"]), clip=clip, **arguments)
 
 
 class KeepsEmbeddings:

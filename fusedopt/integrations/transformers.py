@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..engine.optimizer import FusedOptimizer
-from ..optimizers.names import refusal
-from .training_arguments import KEPT, KeepsEmbeddings, choose, groups_of, max_grad_norm_of
+from ..offload.handle import Release
+from ..optimizers.names import refusal, released
+from .training_arguments import KEPT, KeepsEmbeddings, choose, groups_of, max_grad_norm_of, name_of
 from .watching import Watch, unwrapped
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ __all__ = [
     "optimizer",
 ]
 
-_NORM_METHODS = ("_clip_grad_norm", "_get_grad_norm")
+_METHODS = ("_clip_grad_norm", "_get_grad_norm", "training_step")
 _logger = logging.getLogger(__name__)
 
 
@@ -79,6 +81,11 @@ def optimizer(
         ValueError: The name is unknown or means something that does not exist, or a value is out of range.
         TypeError: An argument is unknown or of the wrong type.
     """
+    if released(name_of(args, name)) is not None:
+        raise ValueError(
+            f"optimizer name {name_of(args, name)!r} steps during the backward pass, which takes more than a class; "
+            "call enable() before the training, or use FusedTrainer"
+        )
     max_grad_norm = max_grad_norm_of(args)
     cls, arguments = choose(args, name, max_grad_norm, options)
     if arguments["max_grad_norm"] is not None:
@@ -98,9 +105,9 @@ class _Enabled:
     def __init__(self, table: dict[Any, Any], trainer: Any, handler: Callable[[Any], Any]) -> None:
         self.previous, self._table, self._trainer = _Enabled.current, table, trainer
         self._entries = {key: table[key] for key in table if refusal(str(key.value)) is None}
-        self._methods = {name: trainer.__dict__[name] for name in _NORM_METHODS}
+        self._methods = {name: trainer.__dict__[name] for name in _METHODS}
         table.update(dict.fromkeys(self._entries, handler))
-        for name, method in _norm_methods(*self._methods.values()).items():
+        for name, method in _methods(*self._methods.values()).items():
             setattr(trainer, name, method)
         _Enabled.current = self
 
@@ -145,7 +152,7 @@ def enable(*, keep_embeddings: bool = False, **options: Any) -> _Enabled:
         table = trainer_optimizer._OPTIMIZER_HANDLERS
     except (ImportError, AttributeError):
         table = {}
-    if not table or not all(name in Trainer.__dict__ for name in _NORM_METHODS):
+    if not table or not all(name in Trainer.__dict__ for name in _METHODS):
         raise RuntimeError(
             f"transformers {transformers.__version__} is not known to enable(), which was made for 5.24: its table of "
             "optimizers is not where it was; pass optimizer_cls_and_kwargs=optimizer(args, ...) to Trainer instead"
@@ -153,7 +160,7 @@ def enable(*, keep_embeddings: bool = False, **options: Any) -> _Enabled:
 
     def handler(context: Any) -> tuple[Any, dict[str, Any]]:
         cls, arguments = choose(context.args, None, max_grad_norm_of(context.args), options)
-        if keep_embeddings:
+        if keep_embeddings and isinstance(cls, type):
             arguments = {**arguments, "params": groups_of(context.model, arguments["weight_decay"])}
         return cls, arguments
 
@@ -194,8 +201,10 @@ def _norm_to_come(stepped: FusedOptimizer) -> Tensor:
     return norm
 
 
-def _norm_methods(clip: Callable[..., Any], get: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Trainer's methods for clipping and measuring, which leave both to a step that does them."""
+def _methods(
+    clip: Callable[..., Any], get: Callable[..., Any], train: Callable[..., Any]
+) -> dict[str, Callable[..., Any]]:
+    """Trainer's methods for clipping and measuring, which leave both to a step that does them, and for a batch."""
 
     def clip_grad_norm(self: Any, model: Any) -> Any:
         stepped = _clips_in_step(self)
@@ -205,7 +214,37 @@ def _norm_methods(clip: Callable[..., Any], get: Callable[..., Any]) -> dict[str
         stepped = _clips_in_step(self) if grad_norm is None else None
         return get(self, model, grad_norm=grad_norm) if stepped is None else _norm_to_come(stepped)
 
-    return {"_clip_grad_norm": clip_grad_norm, "_get_grad_norm": get_grad_norm}
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = unwrapped(self.optimizer)
+        handle = found.release_handle if isinstance(found, FusedOptimizer) else None
+        with nullcontext() if handle is None else _released(self.accelerator, handle):
+            return train(self, *args, **kwargs)
+
+    return {"_clip_grad_norm": clip_grad_norm, "_get_grad_norm": get_grad_norm, "training_step": training_step}
+
+
+@contextmanager
+def _released(accelerator: Any, handle: Release) -> Iterator[None]:
+    """Backward passes that step, or add up the gradients of all micro-batches but the last.
+
+    Trainer gives those of lomo and adalomo the learning rate, which is in the optimizer's param groups.
+    """
+    backward = accelerator.backward
+
+    def step(loss: Tensor, learning_rate: float | None = None, **kwargs: Any) -> None:
+        if not accelerator.sync_gradients:
+            with handle.accumulate():
+                backward(loss, **kwargs)
+        elif accelerator.scaler is not None:
+            backward(loss, **kwargs)  # what is wrong with that, the step says
+        else:
+            handle.backward(loss / accelerator.gradient_accumulation_steps)
+
+    accelerator.backward = step
+    try:
+        yield
+    finally:
+        del accelerator.backward
 
 
 # ---- classes that need transformers' ---------------------------------------------------------------
@@ -310,11 +349,12 @@ def _trainer_class() -> type:
                 name, options = self._fused
                 keeps = options.pop("keep_embeddings", False)
                 cls, arguments = choose(self.args, name, max_grad_norm_of(self.args), options)
+                keeps = keeps and isinstance(cls, type)
                 chosen = functools.partial(KeepsEmbeddings, cls, self.get_decay_parameter_names) if keeps else cls
                 self.optimizer_cls_and_kwargs = (chosen, arguments)  # type: ignore[assignment]
             return super().create_optimizer(*args, **kwargs)
 
-    for name, method in _norm_methods(Trainer._clip_grad_norm, Trainer._get_grad_norm).items():
+    for name, method in _methods(Trainer._clip_grad_norm, Trainer._get_grad_norm, Trainer.training_step).items():
         setattr(FusedTrainer, name, method)
     return _public(FusedTrainer)
 

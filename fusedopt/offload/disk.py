@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 PREFIX = "fusedopt-scratch-"
 MANIFEST = "manifest.json"
 SLAB_BYTES = 1 << 26
-_COLD = 20  # MADV_COLD of Linux 5.4, which Python does not name: to be taken first when memory is short
+COLD = 20  # MADV_COLD of Linux 5.4, which Python does not name: to be taken first when memory is short
 
 
 class Slab(mmap.mmap):
@@ -54,10 +55,18 @@ class Slab(mmap.mmap):
         """Its bytes. What refers to them keeps the slab alive."""
         return np.frombuffer(self, dtype=np.uint8)
 
-    def advise(self, advice: int) -> None:
-        """Tells the system what is to become of the pages; one that does not know it may do as it likes."""
+    def advise(self, advice: int, at: int = 0, length: int | None = None) -> None:
+        """Tells the system what is to become of the pages; one that does not know it may do as it likes.
+
+        Args:
+            advice: One of madvise's.
+            at: The first byte on the pages.
+            length: How many bytes they have; None for all that follow.
+        """
+        begin = at // mmap.PAGESIZE * mmap.PAGESIZE
+        end = len(self) if length is None else at + length
         with contextlib.suppress(OSError):
-            self.madvise(advice)
+            self.madvise(advice, begin, end - begin)
 
 
 class Scratch:
@@ -135,12 +144,19 @@ def scratch_in(folder: str) -> Scratch:
     return found
 
 
-def _by_address() -> list[tuple[int, Slab]]:
+def by_address() -> list[tuple[int, Slab]]:
+    """All slabs of this process that something lies in, each with where it begins."""
     slabs = (slab for scratch in list(_SCRATCH.values()) for slab in scratch.slabs())
     return sorted(((slab.address, slab) for slab in slabs), key=lambda pair: pair[0])
 
 
-def _holder(slabs: list[tuple[int, Slab]], tensor: Tensor) -> Slab | None:
+def views() -> list[Tensor]:
+    """The bytes of all slabs."""
+    return [torch.from_numpy(slab.memory()) for _, slab in by_address()]
+
+
+def holder(slabs: list[tuple[int, Slab]], tensor: Tensor) -> Slab | None:
+    """The one of slabs `by_address` that a tensor lies in; None if it is elsewhere."""
     at = bisect.bisect_right(slabs, tensor.data_ptr(), key=lambda pair: pair[0]) - 1
     slab = slabs[at][1] if at >= 0 else None
     return slab if slab is not None and tensor.data_ptr() < slab.address + len(slab) else None
@@ -148,26 +164,25 @@ def _holder(slabs: list[tuple[int, Slab]], tensor: Tensor) -> Slab | None:
 
 def slab_of(tensor: Tensor) -> Slab | None:
     """The slab that a tensor lies in; None if it is in memory."""
-    return _holder(_by_address(), tensor)
+    return holder(by_address(), tensor)
 
 
 def windows(
-    param_groups: Sequence[dict[str, Any]], state: dict[Tensor, Any], size: int = SLAB_BYTES
+    param_groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, Any],
+    listed: Sequence[Sequence[int]],
+    size: int = SLAB_BYTES,
 ) -> list[list[list[int]]]:
-    """Positions by window and group: parameters with gradients in list order, `size` bytes of states at a time."""
+    """The same positions by group in windows of `size` bytes of states."""
     found: list[list[list[int]]] = []
     held = size
-    for index, group in enumerate(param_groups):
-        seen: set[Tensor] = set()
-        for position, param in enumerate(group["params"]):
-            if param.grad is None or param in seen:
-                continue
-            seen.add(param)
+    for index, (group, places) in enumerate(zip(param_groups, listed)):
+        for position in places:
             if held >= size:
                 found.append([[] for _ in param_groups])
                 held = 0
             found[-1][index].append(position)
-            held += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state, param))
+            held += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state, group["params"][position]))
     return found
 
 
@@ -182,11 +197,11 @@ def read_ahead(
 
     The states of the next are read ahead meanwhile, and those of the one before may go.
     """
-    slabs = _by_address()
+    slabs = by_address()
     held: list[dict[int, Slab]] = []
     for window in listed:
         params = (group["params"][i] for group, places in zip(param_groups, window) for i in places)
-        found = (_holder(slabs, tensor) for param in params for tensor in _tensors(state, param))
+        found = (holder(slabs, tensor) for param in params for tensor in _tensors(state, param))
         held.append({id(slab): slab for slab in found if slab is not None})
     for number, window in enumerate(listed):
         ahead = held[number + 1] if number + 1 < len(held) else {}
@@ -195,4 +210,4 @@ def read_ahead(
         yield window
         for key, slab in held[number].items():
             if key not in ahead:
-                slab.advise(_COLD)
+                slab.advise(COLD)

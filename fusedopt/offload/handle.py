@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import Scaling
 from ..backends.base import Health
-from ..reference.norm import coefficient, pairwise_sum
+from .clipping import Clipping, Steps, check_clip
 from .passes import Passes, check_reducers
-
-
-class Steps(Protocol):
-    """What is asked of an optimizer: to measure and to step some of its parameters, by group and position."""
-
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
-    last_grad_norm: Tensor | None
-    _lock: threading.RLock
-    _release: Release | None
-
-    def before_step(self) -> None:
-        """Raises ValueError if no step may be taken now."""
-
-    def after_step(self) -> None:
-        """Changes param groups after a step that was taken."""
-
-    def common_skip_step_above(self) -> float | None:
-        """The norm above which a step is not taken."""
-
-    def common_max_grad_norm(self) -> float | None:
-        """The norm that all groups clip to; None if they do not."""
-
-    def _square_sums(self, listed: list[list[int]]) -> list[Tensor]:
-        """The sums of squares of each of their gradients, by reduction chunk."""
-
-    def _step_some(
-        self, listed: list[list[int]], scaling: Scaling, multiplier: float | None = None
-    ) -> tuple[Health, Tensor | None]:
-        """Steps them, gradients times a multiplier or as `scaling` says; what was counted, and their norm."""
-
-    def _count_step(self, counts: Health) -> None:
-        """Notes what a whole step counted."""
-
-
-def check_clip(optimizer: Steps, clip: str | None) -> None:
-    """Raises ValueError if gradients cannot be clipped in a way, or are to be and nobody says how."""
-    most = optimizer.common_skip_step_above()
-    if most is not None:
-        raise ValueError(
-            f"skip_step_above={most!r} needs the norm of all gradients before the first is stepped, and released ones "
-            "are stepped before the last is there; leave it out, or step without releasing gradients"
-        )
-    max_norm = optimizer.common_max_grad_norm()
-    if max_norm is not None and clip is None:
-        raise ValueError(
-            f"max_grad_norm={max_norm!r} needs the norm of all gradients, which released ones are not there for; pass "
-            "clip='exact' (a second backward pass), 'previous' (the norm of the step before) or 'parameter' to "
-            "release_gradients"
-        )
-    if max_norm is None and clip is not None:
-        raise ValueError(f"clip={clip!r} has no norm to clip to; make the optimizer with max_grad_norm")
-    if clip in ("exact", "previous") and any(group["grad_norm_group"] is not None for group in optimizer.param_groups):
-        raise ValueError(
-            f"clip={clip!r} would take the norm of this process's gradients alone, and a param group has a "
-            "grad_norm_group; clip without releasing gradients, or with clip='parameter'"
-        )
 
 
 class Release:
@@ -84,17 +24,12 @@ class Release:
     def __init__(self, optimizer: Steps, bucket_numel: int, clip: str | None, loss_scale: float) -> None:
         self._optimizer = optimizer
         self._bucket_numel = bucket_numel
-        self._clip = clip
-        scale = None if loss_scale == 1 else torch.tensor(loss_scale, dtype=torch.float32, device="cpu")
-        self._scaling = Scaling(grad_scale=scale)
-        self._unscaled = 1.0 if scale is None else 1.0 / float(scale)
+        self._clipping = Clipping(optimizer, clip, loss_scale, self._listed)
         self._places: dict[Tensor, tuple[int, int]] = {}  # where each parameter is listed first
         self._hooks: dict[Tensor, Any] = {}
         self._passes = Passes()
         self._accumulates = False
         self._is_measuring: bool | None = None  # in an exact backward: whether its first pass is on, or its second
-        self._previous: float | None = None  # the norm that the step before found
-        self._before: dict[tuple[int, int], float] = {}  # and what each parameter had in its square
         self._is_checked = False  # that nobody else reduces gradients
         self._begin()
         self.attach()
@@ -105,13 +40,10 @@ class Release:
         self._stepped: set[Tensor] = set()
         self._pending: dict[Tensor, None] = {}
         self._pending_numel = 0
-        self._sums: dict[tuple[int, int], Tensor] = {}
-        self._seen = [0.0, 0.0]  # the sums of those that are there, and what the same had in the step before
-        self._norms: list[Tensor] = []  # of single parameters
+        self._clipping.begin()
         self._counts: Health = {}
         self._settings: list[dict[str, Any]] | None = None
         self._refusal = ""  # why what there is cannot be stepped
-        self._measured: tuple[float, float] | None = None  # of an exact backward: the multiplier and the norm
 
     def attach(self) -> None:
         """Hooks parameters that have none yet: those of new groups, and those that are trained from now on."""
@@ -169,7 +101,7 @@ class Release:
             ValueError: A gradient cannot be stepped, as `step` says.
         """
         loss = loss_fn if isinstance(loss_fn, Tensor) else loss_fn()
-        if self._clip != "exact" or self._accumulates:
+        if self._clipping.way != "exact" or self._accumulates:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         # Gradients that were accumulated are added to here and cannot be made again: they stay.
@@ -178,8 +110,8 @@ class Release:
             self._is_measuring = True
             loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             self._measure_and_free()
-            self._measure(self._kept)
-            self._measured = self._clipped_to(self._norm())
+            self._clipping.measure(self._kept)
+            self._clipping.end_measuring()
             self._passes.clear()
             self._is_measuring = False
             rest = [param for param in self._hooks if param.requires_grad and param not in self._kept]
@@ -193,15 +125,11 @@ class Release:
 
     def state_dict(self) -> dict[str, Any]:
         """What clip="previous" needs to go on: the norm of the step before, and each parameter's part in it."""
-        parts = [[*place, part] for place, part in self._before.items()]
-        return {"previous_norm": self._previous, "previous_sums": parts}
+        return self._clipping.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned."""
-        norm = state_dict["previous_norm"]
-        self._previous = None if norm is None else checks.nonnegative("previous_norm", norm)
-        parts = state_dict.get("previous_sums", [])
-        self._before = {(group, position): float(part) for group, position, part in parts}
+        self._clipping.load_state_dict(state_dict)
 
     # ---- during a backward pass --------------------------------------------------------------------
 
@@ -218,9 +146,9 @@ class Release:
                 self._passes.enter()
             self._check_first(param)
             if self._settings is None:
-                check_clip(self._optimizer, self._clip)
+                check_clip(self._optimizer, self._clipping.way)
                 self._settings = self._current_settings()
-            if self._clip == "exact" and self._is_measuring is None:
+            if self._clipping.way == "exact" and self._is_measuring is None:
                 raise ValueError(
                     "clip='exact' has to measure all gradients before any of them is stepped; call "
                     "handle.backward(loss) instead of loss.backward(), or choose clip='previous'"
@@ -266,48 +194,23 @@ class Release:
         if not params:
             return
         if self._settings is None:
-            check_clip(self._optimizer, self._clip)
+            check_clip(self._optimizer, self._clipping.way)
             self._optimizer.before_step()
             self._settings = self._current_settings()
-        max_norm = self._optimizer.common_max_grad_norm()
-        if max_norm is None or self._clip is None:
-            self._step(params, self._scaling)
-        elif self._clip == "exact":
-            assert self._measured is not None
-            self._step(params, self._scaling, self._measured[0])
-        elif self._clip == "previous" and self._previous is not None:
-            self._measure(params)
-            self._step(params, self._scaling, self._unscaled * coefficient(self._expected_norm(), max_norm))
-        else:
-            total = sum(param.numel() for param in self._hooks)
-            if self._clip == "previous":
-                self._measure(params)
-            for param in params:
-                # Without a norm to go by, each has its share of the whole, which then stays within the limit.
-                share = 1.0 if self._clip == "parameter" else math.sqrt(param.numel() / total)
-                self._step([param], Scaling(self._scaling.grad_scale, None, max_norm * share))
+        numel = sum(param.numel() for param in self._hooks)
+        for some, scaling, multiplier in self._clipping.parts(params, numel):
+            self._step(some, scaling, multiplier)
         self._free()
 
-    def _step(self, params: list[Tensor], scaling: Scaling, multiplier: float | None = None) -> None:
+    def _step(self, params: list[Tensor], scaling: Scaling, multiplier: float | None) -> None:
         counts, norm = self._optimizer._step_some(self._listed(params), scaling, multiplier)
         self._counts |= counts
         self._stepped.update(params)
         if norm is not None:
-            self._norms.append(norm)
-
-    def _measure(self, params: Iterable[Tensor]) -> None:
-        listed = self._listed(params)
-        places = [(index, position) for index, positions in enumerate(listed) for position in positions]
-        sums = dict(zip(places, self._optimizer._square_sums(listed)))
-        if self._clip == "previous":
-            sums = {place: found.cpu() for place, found in sums.items()}  # waited for once
-            known = sums.keys() & self._before.keys()
-            self._seen[0] += sum(float(sums[place].sum()) for place in sorted(known))
-            self._seen[1] += sum(self._before[place] for place in sorted(known))
-        self._sums |= sums
+            self._clipping.note(norm)
 
     def _measure_and_free(self) -> None:
-        self._measure(self._pending)
+        self._clipping.measure(self._pending)
         self._free()
 
     def _free(self) -> None:
@@ -315,22 +218,6 @@ class Release:
             param.grad = None
         self._pending.clear()
         self._pending_numel = 0
-
-    def _expected_norm(self) -> float:
-        """The norm of the step before, changed as much as that of the gradients that are there."""
-        assert self._previous is not None
-        now, before = self._seen
-        return self._previous * math.sqrt(now / before) if before > 0 else self._previous
-
-    def _norm(self) -> float:
-        """The norm of all gradients measured, as a usual step finds it."""
-        sums = [self._sums[place].cpu() for place in sorted(self._sums)]
-        total = pairwise_sum(torch.cat(sums)) if sums else torch.zeros((), dtype=torch.float64, device="cpu")
-        return math.sqrt(float(total)) * self._unscaled
-
-    def _clipped_to(self, norm: float) -> tuple[float, float]:
-        max_norm = self._optimizer.common_max_grad_norm()
-        return self._unscaled * (1.0 if max_norm is None else coefficient(norm, max_norm)), norm
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -372,27 +259,14 @@ class Release:
         for param in self._places:
             if param.grad is not None and param not in self._pending:
                 self._pending[param] = None
-        if self._clip == "exact" and self._measured is None and self._pending:
-            self._measure(self._pending)  # all gradients are here: there was no backward pass that steps
-            self._measured = self._clipped_to(self._norm())
+        if self._clipping.way == "exact" and not self._clipping.is_measured() and self._pending:
+            self._clipping.measure(self._pending)  # all gradients are here: there was no backward pass that steps
+            self._clipping.end_measuring()
         self._flush()
-        norm = self._norm_found()
+        norm = self._clipping.end()
         if norm is not None:
             self._optimizer.last_grad_norm = norm
-        if norm is not None and math.isfinite(norm):
-            self._previous = float(norm)
-            if self._clip == "previous":
-                self._before = {place: float(found.sum()) for place, found in self._sums.items()}
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()
         self._begin()
         self.attach()
-
-    def _norm_found(self) -> Tensor | None:
-        if self._clip == "parameter" and self._norms:
-            norms = torch.stack([norm.double().to(self._norms[0].device) for norm in self._norms])
-            return norms.square().sum().sqrt().float()
-        if not self._sums:
-            return None
-        norm = self._measured[1] if self._measured is not None else self._norm()
-        return torch.tensor(norm, dtype=torch.float32, device="cpu")

@@ -96,8 +96,11 @@ def refusal(group: dict[str, Any], local: Tensor, is_part: bool) -> str | None:
     wanted = group["state_device"]
     if wanted is None:
         return None
-    if wanted.startswith(_DISK) and local.device.type != "cpu":
-        return f"state_device={wanted!r} is for parameters on the CPU, and it is on {local.device}; use 'cpu'"
+    if wanted.startswith(_DISK) and local.device.type != "cpu" and runtime_of(local) is None:
+        return (
+            f"state_device={wanted!r} is for parameters on the CPU and on CUDA devices, and it is on {local.device}; "
+            "pass None"
+        )
     if is_part and runtime_of(local) is not None:
         return (
             f"it is a DTensor on {local.device}, whose states must be there, too, and its group has "
@@ -106,9 +109,14 @@ def refusal(group: dict[str, Any], local: Tensor, is_part: bool) -> str | None:
     return None
 
 
-def uses_disk(param_groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether states of some group are in files."""
-    return any(str(group["state_device"]).startswith(_DISK) for group in param_groups)
+def uses_disk(group: dict[str, Any]) -> bool:
+    """Whether a group's states are in files."""
+    return str(group["state_device"]).startswith(_DISK)
+
+
+def is_read_in_place(group: dict[str, Any], local: Tensor) -> bool:
+    """Whether a parameter is stepped with its states as they lie in files, mapped to memory."""
+    return uses_disk(group) and runtime_of(local) is None
 
 
 def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | None) -> str:
@@ -116,8 +124,8 @@ def place_of(group: dict[str, Any], local: Tensor, slot: Slot, tensor: Tensor | 
     runtime, wanted = runtime_of(local), group["state_device"]
     if is_stepped_on_host(group, local):
         return "host"
-    if runtime is None and wanted is not None and wanted.startswith(_DISK) and slot.key != "step":
-        return "disk" if tensor is None or disk.slab_of(tensor) is not None else "host"
+    if uses_disk(group) and slot.key != "step" and (tensor is None or disk.slab_of(tensor) is not None):
+        return "disk"
     if runtime is None:
         return "host" if local.device.type == "cpu" else "device"
     if tensor is None:
@@ -218,13 +226,14 @@ def _beside(wanted: Sequence[Wanted]) -> list[Tensor] | None:
 
 
 def _on_disk(wanted: Sequence[Wanted]) -> list[Tensor]:
-    """Tensors in files of about equal size; those of a parameter are neighbours."""
+    """Tensors in files of about equal size, in their groups' folders; those of a parameter are neighbours."""
     runs: list[list[Wanted]] = []
     held = disk.SLAB_BYTES
+    folder = ""
     for item in wanted:
-        if held + item.size > disk.SLAB_BYTES:
+        if held + item.size > disk.SLAB_BYTES or item.group["state_device"] != folder:
             runs.append([])
-            held = 0
+            held, folder = 0, item.group["state_device"]
         runs[-1].append(item)
         held += item.size
     tensors: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def _cuts(settings: GroupStep, entry: ParamStep, room: int, size: int) -> Iterat
     """The parts of a parameter: as much as there is room for, and then buffers of a size full."""
     whole = _whole(entry)
     # Sums over a tensor need it as a whole, and so does what is not stored in row-major order.
-    if whole.size <= room or settings.layout or not all(tensor.is_contiguous() for tensor in whole.runs):
+    if whole.size <= room or settings.takes_sums or not all(tensor.is_contiguous() for tensor in whole.runs):
         yield whole
         return
     numel = entry.param.numel()
@@ -133,7 +134,7 @@ def is_cut_at_chunks(pieces: Sequence[Piece]) -> bool:
 
 def least_size(groups: Sequence[GroupStep], entries: Sequence[ParamStep]) -> int:
     """Bytes that a buffer needs at least, for what cannot be cut."""
-    sizes = [_whole(entry).size for entry in entries if groups[entry.group].layout]
+    sizes = [_whole(entry).size for entry in entries if groups[entry.group].takes_sums]
     return max(sizes, default=0)
 
 
@@ -168,25 +169,26 @@ def plan(
                 room -= rounded(length)
             piece = Piece(index, cut.start, cut.shape, tuple(tensors), number == len(cuts) - 1)
             windows[-1].pieces.append(piece)
+    by_address = sorted(((slab.data_ptr(), slab) for slab in slabs), key=lambda pair: pair[0])
     for window in windows:
-        window.moves = list(_merged(window.moves, slots, slabs))
+        window.moves = list(_merged(window.moves, slots, by_address))
     return windows
 
 
 def _merged(
-    moves: list[tuple[Tensor, Tensor]], slots: Sequence[Tensor], slabs: Sequence[Tensor]
+    moves: list[tuple[Tensor, Tensor]], slots: Sequence[Tensor], slabs: Sequence[tuple[int, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same as bytes, neighbours in one."""
-    slab_of = {id(slab): (slab.data_ptr(), slab.numel()) for slab in slabs}
+    """The same as bytes, neighbours in one. Slabs come with where they begin, in that order."""
     run: list[tuple[Tensor, int, Tensor, int, int]] = []  # slab, where in it, slot, where in it, bytes
     for host, target in moves:
         address, length = host.data_ptr(), target.numel()
         slot = next(slot for slot in slots if slot.data_ptr() <= target.data_ptr() < slot.data_ptr() + slot.numel())
-        slab = next((s for s in slabs if slab_of[id(s)][0] <= address < sum(slab_of[id(s)])), None)
-        if slab is None:  # states that somebody else has made
+        at = bisect.bisect_right(slabs, address, key=lambda pair: pair[0]) - 1
+        begin, slab = slabs[at] if at >= 0 else (0, None)
+        if slab is None or address >= begin + slab.numel():  # states that somebody else has made
             yield host.view(-1).view(torch.uint8), target
             continue
-        found = (slab, address - slab_of[id(slab)][0], slot, target.data_ptr() - slot.data_ptr(), length)
+        found = (slab, address - begin, slot, target.data_ptr() - slot.data_ptr(), length)
         last = run[-1] if run else None
         gap = rounded(last[4]) if last else 0
         if last and last[0] is slab and last[2] is slot and (last[1] + gap, last[3] + gap) == (found[1], found[3]):

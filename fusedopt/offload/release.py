@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import checks
-from .handle import Release, check_clip
+from .clipping import check_clip
+from .handle import Release
 from .passes import check_reducers
 
 CLIPS = ("previous", "parameter", "exact")
@@ -30,7 +31,8 @@ def release_gradients(
       to its share of max_grad_norm, the root of its share of all elements, so that the whole does not exceed it.
     - "parameter": each parameter's gradient by itself, to max_grad_norm.
 
-    `last_grad_norm` is the norm of all gradients in each case.
+    `last_grad_norm` is the norm of all gradients in each case. Norms of DTensors go over all their shards, as in a
+    usual step: the processes of a mesh meet once for all gradients with "exact", and for each bucket otherwise.
 
     Args:
         optimizer: An optimizer of this package.
@@ -61,10 +63,6 @@ def release_gradients(
         checks.one_of("clip", clip, CLIPS)
     check_clip(optimizer, clip)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if clip is not None and any(hasattr(param, "placements") for param in params):
-        raise ValueError(
-            f"clip={clip!r} would take the norm of this process's shards of DTensors alone; leave max_grad_norm out"
-        )
     if optimizer.takes_sums and any(hasattr(param, "placements") for param in params):
         raise ValueError(
             f"{type(optimizer).__name__} sums over the shards of DTensors, for which all processes have to step a "

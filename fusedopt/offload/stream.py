@@ -16,9 +16,11 @@ from ..backends.device import Scalars, copy, lr_on
 from ..backends.eager import count_health, step_param, update_sums, weights
 from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
+from . import disk
 from .homes import slabs_of
 from .plan import Piece, Window, is_cut_at_chunks, least_size, plan, rounded, tensors_of
 from .runtime import Runtime, check_not_captured, runtime_of
+from .staging import Staging
 
 STREAM_BYTES = 64 << 20
 _LOOKS = (
@@ -32,6 +34,10 @@ _CLIPS = (
 _READ_ON_HOST = (
     "this step has states on the host or parameters on several devices, and so it reads found_inf and grad_scale on "
     "the host, which a CUDA graph cannot record; step outside of the graph"
+)
+_IN_FILES = (
+    "the host copies states in files during a step, which a CUDA graph cannot record; step outside of the graph, or "
+    "pass state_device='cpu'"
 )
 _SLOTS = 2
 
@@ -62,11 +68,12 @@ class Traffic:
 
 
 class _Ring:
-    """A device's buffers, streams and events, and the plan that was made last."""
+    """A device's buffers, streams and events, the host's buffers for files, and the plan that was made last."""
 
     def __init__(self, runtime: Runtime, device: torch.device, size: int) -> None:
         self.runtime, self.device, self.size = runtime, device, size
         self.slots = [runtime.empty(size, device) for _ in range(_SLOTS)]
+        self.staging = Staging(runtime)
         self.inward, self.outward = runtime.new_stream(device), runtime.new_stream(device)
         self.copied_in, self.stepped, self.copied_out = ([runtime.new_event() for _ in range(_SLOTS)] for _ in range(3))
         self.begun, self.ended = runtime.new_event(), runtime.new_event()
@@ -125,6 +132,12 @@ class Streamer:
         for ring in self._rings.values():
             if not ring.runtime.is_capturing():
                 ring.runtime.synchronize(ring.ended)
+                ring.staging.settle()
+
+    def settle(self) -> None:
+        """Waits until states in files are there; nothing else is waited for."""
+        for ring in self._rings.values():
+            ring.staging.settle()
 
     # ---- before a step -----------------------------------------------------------------------------
 
@@ -141,7 +154,8 @@ class Streamer:
         key = [(e.param.shape, e.group, [(t.data_ptr(), t.dtype) for t in tensors_of(e)]) for e in entries]
         if ring.key != key:
             ring.key = key
-            ring.windows = plan(self._groups, entries, ring.slots, slabs_of(runtime))
+            ring.windows = plan(self._groups, entries, ring.slots, [*slabs_of(runtime), *disk.views()])
+            ring.staging.arrange(ring.windows, ring.slots)
             index = device.index or 0
             ring.tables = [_core.TensorTable(device_type=device.type, device_index=index) for _ in ring.windows]
             listed = [(w, i, p) for w, window in enumerate(ring.windows) for i, p in enumerate(window.pieces)]
@@ -210,6 +224,10 @@ class Streamer:
         if looks:
             params = (entry.param for entries in self._entries.values() for entry in entries)
             check_not_captured(params, _LOOKS)
+        for device in self._entries:
+            if self._fill(device).staging.is_used():
+                check_not_captured((entry.param for entry in self._entries[device]), _IN_FILES)
+        self.settle()
         for device, entries in self._entries.items():
             before = [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if looks else []
             skips = [counts_health and self._groups[e.group].skips_blocks for e in entries]
@@ -248,6 +266,8 @@ class Streamer:
                 slot = number % _SLOTS
                 if number >= _SLOTS:
                     runtime.wait(ring.inward, ring.copied_out[slot])
+                ring.staging.settle(_SLOTS - 1)
+                ring.staging.fill(number)
                 for host, target in window.moves:
                     runtime.copy(target, host, ring.inward)
                     self.traffic.to_device += target.numel()
@@ -260,6 +280,7 @@ class Streamer:
                     runtime.copy(host, target, ring.outward)
                     self.traffic.from_device += target.numel()
                 runtime.record(ring.copied_out[slot], ring.outward)
+                ring.staging.owe(number, ring.copied_out[slot])
             runtime.record(ring.ended, ring.outward)
             runtime.wait(current, ring.ended)
         torch.autograd.graph.increment_version([entry.param for entry in entries])

@@ -12,6 +12,7 @@ from .names import create_optimizer, optimizer_names
 from .rmsprop import RMSprop
 from .schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from .sgd import SGD
+from .stable_adamw import StableAdamW
 
 __all__ = [
     "SGD",
@@ -27,6 +28,7 @@ __all__ = [
     "RAdamScheduleFree",
     "RMSprop",
     "SGDScheduleFree",
+    "StableAdamW",
     "create_optimizer",
     "optimizer_names",
     "recommended_adafactor",

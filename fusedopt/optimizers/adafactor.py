@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import checks
 from ..backends.base import AskingReference, Reference
 from ..engine import sharding
-from ..engine.collectives import shard_sums
 from ..engine.fp32 import full_precision
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
+from ..engine.shard_sums import shard_sums
 from ..reference.adafactor import (
     Knobs,
     actual_lr,

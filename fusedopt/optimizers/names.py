@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
+from ..offload.release import release_gradients
 
 # What transformers' `optim` argument takes, and why no optimizer of ours answers to it: the beginning of a name, and
 # the sentence that follows "optimizer name ...".
@@ -19,24 +20,40 @@ _REFUSED = {
         "scales gradients by what random projections of them say (APOLLO, arXiv:2412.05270), which takes more than "
         "steps of single elements; for small state use 'adamw_8bit' or 'adafactor'"
     ),
-    "lomo": (
-        "steps during the backward pass of a model, by a call of its own that takes the loss (arXiv:2306.09782); use "
-        "'sgd' and release_gradients, which take the same steps"
-    ),
-    "adalomo": (
-        "steps during the backward pass of a model, by a call of its own that takes the loss (arXiv:2310.10195); use "
-        "'adafactor' with scale_parameter=True and release_gradients, which take the same steps"
-    ),
     "grokadamw": (
         "amplifies gradients by a signal that it takes from losses, which a step does not see; use 'adamw_torch'"
     ),
-    "stable_adamw": "clips each tensor's update by its RMS (arXiv:2304.13013), which does not exist yet; use 'adamw'",
 }
+
+# Names of optimizers that step during the backward pass: each is another one whose gradients are released, with these
+# arguments. LOMO: arXiv:2306.09782; AdaLomo: arXiv:2310.10195.
+_RELEASED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lomo": ("sgd", {}),
+    "adalomo": ("adafactor", {"lr": 1e-3, "scale_parameter": True, "relative_step": False}),
+}
+_OF_RELEASE = ("bucket_numel", "clip", "loss_scale")  # arguments of release_gradients
 
 
 def optimizer_names() -> list[str]:
     """Every name that `create_optimizer` takes."""
-    return sorted(CLASSES)
+    return sorted([*CLASSES, *_RELEASED])
+
+
+def released(name: str) -> str | None:
+    """The optimizer whose gradients are released under a name that stands for that; None if it stands for none."""
+    return _RELEASED[name][0] if name in _RELEASED else None
+
+
+def class_of(name: str) -> type[FusedOptimizer]:
+    """The class of a name that `create_optimizer` takes."""
+    return CLASSES[released(name) or name]
+
+
+def implied(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of its class that such a name stands for, if others are given."""
+    if name not in _RELEASED:
+        return CLASSES[name].implied(name, given)
+    return {key: value for key, value in _RELEASED[name][1].items() if key not in given}
 
 
 def refusal(name: str) -> str | None:
@@ -48,13 +65,14 @@ def refusal(name: str) -> str | None:
     Returns:
         The error's sentence.
     """
-    if name in CLASSES:
+    if name in CLASSES or name in _RELEASED:
         return None
     for beginning, reason in _REFUSED.items():
         if name.startswith(beginning):
             return f"optimizer name {name!r} {reason}"
     return (
-        f"optimizer name {name!r} is not known{checks.closest(name, CLASSES)}; there are {', '.join(optimizer_names())}"
+        f"optimizer name {name!r} is not known{checks.closest(name, optimizer_names())}; there are "
+        f"{', '.join(optimizer_names())}"
     )
 
 
@@ -68,11 +86,11 @@ def resolved(name: str, given: dict[str, Any]) -> tuple[type[FusedOptimizer], di
     reason = refusal(name)
     if reason is not None:
         raise ValueError(reason)
-    cls = CLASSES[name]
+    cls = class_of(name)
     checks.known_keywords(cls, given)
     if name in cls.NOTES:
         warnings.warn(f"{name}: {cls.NOTES[name]}", UserWarning, stacklevel=3)
-    return cls, {**cls.implied(name, given), **given}
+    return cls, {**implied(name, given), **given}
 
 
 def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
@@ -80,11 +98,14 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
 
     Names of transformers' `optim` argument stand for the arguments that its Trainer gives them: "lion_8bit" has
     Adam's betas, and "adafactor" with an lr neither scales it by the parameter nor takes it from the step's number.
+    "lomo" is SGD and "adalomo" Adafactor that step during the backward pass (`release_gradients`): call ``step()``
+    after it all the same. The handle is the optimizer's ``release_handle``.
 
     Args:
         name: One of `optimizer_names()`: those of transformers' `optim` argument and of bitsandbytes.
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
-        **kwargs: Arguments of the optimizer's class; they win over what the name implies.
+        **kwargs: Arguments of the optimizer's class; they win over what the name implies. For "lomo" and "adalomo" also
+            `release_gradients`' bucket_numel, clip (needed with max_grad_norm) and loss_scale.
 
     Returns:
         The optimizer.
@@ -93,5 +114,11 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
         ValueError: The name is unknown, or means something that does not exist.
         TypeError: A keyword is unknown.
     """
+    if name not in _RELEASED:
+        cls, arguments = resolved(name, kwargs)
+        return cls(params, **arguments)
+    of_release = {key: kwargs.pop(key) for key in _OF_RELEASE if key in kwargs}
     cls, arguments = resolved(name, kwargs)
-    return cls(params, **arguments)
+    optimizer = cls(params, **arguments)
+    release_gradients(optimizer, **of_release)
+    return optimizer

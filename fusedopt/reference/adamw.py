@@ -50,21 +50,60 @@ def adam(
     """
     bias1 = 1.0 - power(beta1, step)
     bias2 = 1.0 - power(beta2, step)
-    step_size = rounded(lr / bias1, param)
-    inverse_sqrt_bias2 = rounded(1.0 / math.sqrt(bias2), param)
-
     if decoupled_weight_decay:
         param = param * rounded(1.0 - lr * weight_decay, param)
     else:
         grad = grad + rounded(weight_decay, param) * param
+    return moved(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        betas=((beta1, 1.0 - beta1), (beta2, 1.0 - beta2)),
+        step_size=lr / bias1,
+        inverse_sqrt_bias2=1.0 / math.sqrt(bias2),
+        eps=eps,
+    )
 
-    exp_avg = rounded(beta1, param) * exp_avg + rounded(1.0 - beta1, param) * grad
-    exp_avg_sq = rounded(beta2, param) * exp_avg_sq + (rounded(1.0 - beta2, param) * grad) * grad
+
+def moved(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    betas: tuple[tuple[float, float], tuple[float, float]],
+    step_size: float,
+    inverse_sqrt_bias2: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The step once weight decay is done.
+
+    Args:
+        param: As for `adam`, like every argument not listed here.
+        grad: With an L2 term, if there is one.
+        exp_avg: First moment.
+        exp_avg_sq: Second moment.
+        max_exp_avg_sq: Running maximum of the second moment, for AMSGrad.
+        betas: Of each moment, what it keeps of itself and what it takes of what is new.
+        step_size: The learning rate, with the first moment's correction.
+        inverse_sqrt_bias2: The second moment's.
+        eps: Added to the denominator.
+
+    Returns:
+        As `adam`.
+    """
+    (keep1, take1), (keep2, take2) = betas
+    exp_avg = rounded(keep1, param) * exp_avg + rounded(take1, param) * grad
+    exp_avg_sq = rounded(keep2, param) * exp_avg_sq + (rounded(take2, param) * grad) * grad
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
 
-    param = param - step_size * (exp_avg / (root(second) * inverse_sqrt_bias2 + rounded(eps, param)))
+    denominator = root(second) * rounded(inverse_sqrt_bias2, param) + rounded(eps, param)
+    param = param - rounded(step_size, param) * (exp_avg / denominator)
 
     if max_exp_avg_sq is not None:
         return param, exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.optimizer import CLASSES
 from ..integrations.training_arguments import choose, max_grad_norm_of
+from ..optimizers.names import released
 from ..schedules import scheduler_names
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ _SAME = (
     "seed",
 )
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def check_release(name: str) -> None:
+    """Raises ValueError for a name of an optimizer that steps during the backward pass: a recipe says that apart."""
+    plain = released(name)
+    if plain is not None:
+        raise ValueError(
+            f"optimizer={name!r} steps during the backward pass, which a recipe says apart; write optimizer={plain!r} "
+            "and release_gradients=True"
+        )
 
 
 def to_training_arguments(recipe: Any, output_dir: str | None, overrides: dict[str, Any]) -> TrainingArguments:
@@ -116,6 +127,7 @@ def recipe_fields(args: Any) -> dict[str, Any]:
         ValueError: This package has no such optimizer.
     """
     name = str(getattr(args.optim, "value", args.optim))
+    check_release(name)
     max_grad_norm = max_grad_norm_of(args)
     cls, arguments = choose(args, name, max_grad_norm, {"max_grad_norm": max_grad_norm or None})
     parameters = inspect.signature(cls).parameters

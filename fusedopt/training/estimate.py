@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
 from ..offload.release import BUCKET_NUMEL
+from ..offload.runtime import runtime_of
 from ..optimizers.names import create_optimizer
 from ..storage import masters
 from ..storage.state import DTYPES, slots_of
@@ -34,7 +35,7 @@ class Estimate:
         distribution: "ddp" or "fsdp"; None for one device.
         device: Bytes on the device, by kind: weights, buffers, gradients, each state, masters, and what torch makes.
         host: Bytes in the host's memory, by kind; with step_device="cpu" also the copies of weights and gradients.
-        disk: Bytes in files, by kind.
+        disk: Bytes in files, by kind. A step of the optimizer reads them all, and writes them again.
         activations: Bytes of activations and logits, by a formula; None if the model's shape is not known.
         moved: Bytes that a step of the optimizer reads and writes on the device.
         transferred: Bytes that it sends between the host and the device.
@@ -70,6 +71,8 @@ class Estimate:
             lines += [f"  {f'{kind} ({place})':24} {size(held):>12}" for kind, held in kinds.items()]
         if self.transferred:
             lines.append(f"  {'moved by a step':24} {size(self.transferred):>12}")
+        if self.disk:
+            lines.append(f"  {'in and out of files':24} {size(2 * sum(self.disk.values())):>12}")
         return "\n".join(lines)
 
 
@@ -123,7 +126,9 @@ def estimate(
         device["gradients"] = min(device["gradients"], _released(optimizer, shards))
     place = _place_of_states(recipe)
     elsewhere = {} if place == "device" else {kind: device.pop(kind) for kind in states}
-    transferred = 2 * sum(elsewhere.values()) if place == "host" else 0
+    # Those in files stay in the host's memory, mapped, if the model does.
+    is_streamed = place == "host" or (place == "disk" and not _is_on_cpu(model))
+    transferred = 2 * sum(elsewhere.values()) if is_streamed else 0
     if place == "stepped there":
         # Gradients go to the host and weights there and back; both have copies there, which are not released.
         elsewhere["pinned copies"] = weights_and_gradients // 3 * 2
@@ -211,6 +216,10 @@ def _place_of_states(recipe: Recipe) -> str:
         return "stepped there"
     where = str(options.get("state_device"))
     return "disk" if where.startswith("disk:") else "host" if where == "cpu" else "device"
+
+
+def _is_on_cpu(model: nn.Module) -> bool:
+    return all(param.device.type == "cpu" and runtime_of(param) is None for param in model.parameters())
 
 
 def takes_offload(name: str) -> bool:

@@ -123,6 +123,7 @@ class Recipe:
         reason = refusal(values["optimizer"])
         if reason is not None:
             raise ValueError(reason)
+        arguments.check_release(values["optimizer"])
         fields.fill(values)
         fields.check_options(values["optimizer"], values["options"])
         values["warmup"] = length("warmup", values["warmup"])

@@ -114,6 +114,12 @@ inline void give_memory(void* taken) {
   std::free(taken);
 }
 
+// Memory that somebody else has made, such as a mapped file's, and the end of it.
+inline void declare_memory(const void* address, size_t bytes, Memory memory) {
+  queues.regions[static_cast<const char*>(address)] = {bytes, memory};
+}
+inline void forget_memory(const void* address) { queues.regions.erase(static_cast<const char*>(address)); }
+
 // ---- queues --------------------------------------------------------------------------------------------------------
 
 // Runs the first entry of one of the streams that can go on. False if there is none.

@@ -40,10 +40,16 @@ inline void bind_queues(pybind11::module_& parent) {
     checked(cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes, cudaMemcpyDefault,
                             stream_at(stream)));
   });
-  module.def("take", [](size_t bytes, const std::string& kind) {
-    const Memory memory = kind == "device" ? Memory::kDevice : kind == "pinned" ? Memory::kPinned : Memory::kPageable;
-    return reinterpret_cast<Address>(take_memory(bytes, memory));
+  const auto kind_of = [](const std::string& kind) {
+    return kind == "device" ? Memory::kDevice : kind == "pinned" ? Memory::kPinned : Memory::kPageable;
+  };
+  module.def("take", [=](size_t bytes, const std::string& kind) {
+    return reinterpret_cast<Address>(take_memory(bytes, kind_of(kind)));
   });
+  module.def("declare", [=](Address address, size_t bytes, const std::string& kind) {
+    declare_memory(reinterpret_cast<const void*>(address), bytes, kind_of(kind));
+  });
+  module.def("forget", [](Address address) { forget_memory(reinterpret_cast<const void*>(address)); });
   module.def("give", [](Address address) { give_memory(reinterpret_cast<void*>(address)); });
   module.def("memory_of", [](Address address) {
     const Region* region = region_of(reinterpret_cast<void*>(address));

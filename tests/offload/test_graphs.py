@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:state_dtype='8bit' changes nothi
 def made(runtime: QueuedRuntime, steps: int, **kwargs: Any) -> Any:
     """An optimizer on the pretended device that has taken steps and has gradients for another."""
     place = {} if "step_device" in kwargs else {"state_device": "cpu", "stream_bytes": 1 << 16}
+    if kwargs.get("state_device") == "disk":
+        kwargs["state_device"] = f"disk:{tempfile.gettempdir()}"
     optimizer = fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cuda", **{**place, **kwargs})
     set_grads(params_of(optimizer), 0)
     for step in range(steps):
@@ -67,6 +70,7 @@ def test_replays_are_steps(queued: QueuedRuntime, state_format: str) -> None:  #
         ({"found_inf": 0.0}, 1, "it reads found_inf and grad_scale on the host"),
         ({"grad_scale": 2.0}, 1, "it reads found_inf and grad_scale on the host"),
         ({"counts": True}, 1, "reports of health and of norms look at states and weights after a step"),
+        ({"state_device": "disk"}, 1, "the host copies states in files during a step"),
         ({}, 0, "states are made in the first step.*take a step, or load a state dict, before capturing"),
         ({"step_device": "cpu"}, 1, "step_device='cpu' steps in a thread of the host"),
         ({"step_device": "cpu"}, 0, "step_device='cpu' steps in a thread of the host"),

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, FORMATS, Case, assert_same_run, format_kwargs, make_params, params_of, saved, set_grads, train
-from matrices import each_rule, masters, product
-from queued import QueuedRuntime, queued  # noqa: F401
+from cases import assert_same_run, make_params, params_of, saved, set_grads, train
+from queued import QueuedRuntime, queued, run  # noqa: F401
 
 import fusedopt
 from fusedopt.offload import host
@@ -27,47 +26,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_host(cls: Any, params: Any, **kwargs: Any) -> Any:
     return cls(params, **{"step_device": "cpu", **kwargs})
-
-
-def run(runtime: QueuedRuntime, optimizer: Any, steps: int, first: int = 0, seed: int = 3) -> Any:
-    runtime.queues.late(seed)
-    for step in range(first, first + steps):
-        set_grads(params_of(optimizer), step)
-        optimizer.step()
-        runtime.queues.synchronize()  # the next pass on the device would read weights, and writes gradients
-    return optimizer
-
-
-@pytest.mark.parametrize(("case", "kwargs", "dtype", "state_format"), product(each_rule(), DTYPES, FORMATS))
-def test_every_rule_and_format(
-    queued: QueuedRuntime,  # noqa: F811
-    case: Case,
-    kwargs: dict[str, Any],
-    dtype: str,
-    state_format: str,
-) -> None:
-    options = {**kwargs, **format_kwargs(case, kwargs, state_format)}
-    ours = on_host(case.ours, make_params(SHAPES, DTYPES[dtype]), **options)
-    usual = case.ours(make_params(SHAPES, DTYPES[dtype]), **options)
-    for optimizer in (ours, usual):
-        optimizer.record_health()
-    run(queued, ours, 2)
-    assert_same_run(ours, train(usual, 2))
-    assert ours.health_report() == usual.health_report()
-
-
-@masters
-def test_masters(
-    queued: QueuedRuntime,  # noqa: F811
-    dtype: str,
-    rounding: str,
-    master: str | None,
-    state_format: str,
-) -> None:
-    options = {"rounding": rounding, "master_weights": master, **FORMATS[state_format]}
-    ours = on_host(fusedopt.AdamW, make_params(SHAPES, DTYPES[dtype]), **options)
-    run(queued, ours, 2)
-    assert_same_run(ours, train(fusedopt.AdamW(make_params(SHAPES, DTYPES[dtype]), **options), 2))
 
 
 def test_in_any_order(queued: QueuedRuntime) -> None:  # noqa: F811

@@ -79,8 +79,6 @@ def test_fsdp2(world: None) -> None:
         for key, value in usual.state[twin].items():
             ours = released.state[param][key]
             assert_same_bits(ours if key == "step" else ours.to_local(), value if key == "step" else value.to_local())
-    with pytest.raises(ValueError, match="would take the norm of this process's shards"):
-        fusedopt.release_gradients(fusedopt.AdamW(Loss().parameters(), max_grad_norm=1.0), clip="exact")
 
 
 def test_distributed_data_parallel(world: None) -> None:

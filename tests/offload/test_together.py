@@ -15,7 +15,8 @@ import fusedopt
 from fusedopt.offload import disk, host
 
 SHAPES = [(40, 256), (3,), (30, 64), (70, 100)]
-PLACES = ["cpu", "auto", "disk", "host"]
+PLACES = ["cpu", "auto", "disk", "host", "files"]
+STREAMED = ("cpu", "auto", "files")  # by kernels of the device; "files" are its states on a disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:state_dtype='8bit' changes nothing here")
 
@@ -29,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> QueuedRuntime | None:
-    """The pretended device; none for what is in files, which is for parameters on the CPU."""
+    """The pretended device; none for "disk", which is for parameters on the CPU."""
     place = request.node.callspec.params["place"]
     return None if place == "disk" else request.getfixturevalue("queued")
 
@@ -37,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> QueuedRuntime | None:
 def options_of(place: str, tmp_path: Path) -> dict[str, Any]:
     if place == "host":
         return {"step_device": "cpu"}
-    where = {"state_device": f"disk:{tmp_path}" if place == "disk" else place}
+    where = {"state_device": f"disk:{tmp_path}" if place in ("disk", "files") else place}
     return where if place == "disk" else {**where, "stream_bytes": 1 << 16, "reserve_bytes": 1 << 62}
 
 
@@ -77,7 +78,7 @@ def test_skipped_blocks(
     place: str, state_dtype: str, releases: bool, device: QueuedRuntime | None, tmp_path: Path
 ) -> None:
     kwargs = {"nonfinite": "skip_block", "state_dtype": state_dtype}
-    own = {"backend": "cuda"} if place in ("cpu", "auto") else {}  # streamed, by kernels of the device
+    own = {"backend": "cuda"} if place in STREAMED else {}  # streamed, by kernels of the device
     ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **own, **options_of(place, tmp_path))
     run(ours, device, 3, spoilt=1, releases=releases)
     usual = run(fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cpu", **kwargs), None, 3, spoilt=1)
@@ -102,7 +103,7 @@ def test_states_made_before_steps(place: str, device: QueuedRuntime | None, tmp_
     assert_same_run(run(ours, device, 2), run(usual, None, 2))
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("place", ["cpu", "disk", "files"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 def test_compiled_steps(place: str, max_grad_norm: float | None, device: QueuedRuntime | None, tmp_path: Path) -> None:
     kwargs = {"max_grad_norm": max_grad_norm}
@@ -349,7 +350,7 @@ def test_steps_above_a_norm_are_left_out(
 ) -> None:
     """The second step has gradients that are not finite, and therefore no norm to clip to either."""
     kwargs = {"skip_step_above": 1e6, "max_grad_norm": clips, "state_dtype": "8bit"}
-    own = {"backend": "cuda"} if place in ("cpu", "auto") else {}
+    own = {"backend": "cuda"} if place in STREAMED else {}
     ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **own, **options_of(place, tmp_path))
     run(ours, device, 3, spoilt=1)
     usual = run(fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cpu", **kwargs), None, 3, spoilt=1)
@@ -370,7 +371,7 @@ def test_steps_that_change_param_groups(
 ) -> None:
     """Once each, after all parameters."""
     cls = next(case.ours for case in CASES if case.ours.changes_groups)
-    own = {"backend": "cuda"} if place in ("cpu", "auto") else {}
+    own = {"backend": "cuda"} if place in STREAMED else {}
     ours = cls(make_params(SHAPES, torch.float32), **own, **options_of(place, tmp_path))
     run(ours, device, 3, releases=releases)
     usual = run(cls(make_params(SHAPES, torch.float32), backend="cpu"), None, 3)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import make_params, train
+from cases import assert_same_run, make_params, train
 
 import fusedopt
 
@@ -44,6 +44,9 @@ EXPECTED = {
     "schedule_free_radam": (fusedopt.RAdamScheduleFree, {}),
     "schedule_free_sgd": (fusedopt.SGDScheduleFree, {}),
     "sgd": (fusedopt.SGD, {}),
+    "lomo": (fusedopt.SGD, {}),
+    "adalomo": (fusedopt.Adafactor, {"scale_parameter": True, "relative_step": False}),
+    "stable_adamw": (fusedopt.StableAdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "master_weights": "kahan"}),
     "paged_adamw_32bit": (fusedopt.AdamW, {"state_device": "cpu"}),
     "paged_adamw_8bit": (fusedopt.AdamW, {"state_dtype": "8bit", "state_device": "cpu"}),
     "paged_lion_32bit": (fusedopt.Lion, {"state_device": "cpu"}),
@@ -80,6 +83,37 @@ def test_adafactor_has_a_learning_rate_of_its_own_unless_one_is_given() -> None:
         make(lr=1e-3, relative_step=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("lomo", {}),
+        ("lomo", {"max_grad_norm": 0.1, "clip": "exact", "bucket_numel": 1}),
+        ("adalomo", {"lr": 0.01}),
+        ("adalomo", {}),
+    ],
+)
+def test_names_that_step_during_the_backward_pass(name: str, kwargs: dict) -> None:
+    """The bits of the optimizer whose gradients they release; parameters by themselves have none after the pass."""
+    released = fusedopt.create_optimizer(name, make_params([(64, 65), (65,)], torch.float32), **kwargs)
+    is_freed = kwargs.get("bucket_numel") == 1
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("clip", "bucket_numel")}
+    plain = {"lomo": fusedopt.SGD, "adalomo": functools.partial(fusedopt.Adafactor, relative_step=False)}[name]
+    usual = plain(make_params([(64, 65), (65,)], torch.float32), **{"lr": 1e-3, **kwargs})
+    handle = released.release_handle
+    assert handle is not None
+    assert usual.release_handle is None
+    x = torch.randn(7, 65, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        for optimizer in (released, usual):
+            weight, bias = optimizer.param_groups[0]["params"]
+            loss = ((x * bias) @ weight.T).square().mean()
+            handle.backward(loss) if optimizer is released else loss.backward()
+            assert (weight.grad is None) == (optimizer is released and is_freed)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_run(released, usual)
+
+
 def test_four_bits_say_that_they_are_eight() -> None:
     params = make_params([(64, 64)], torch.float32)
     with pytest.warns(UserWarning, match="adamw_torch_4bit: state is kept in 8 bits, not in 4") as warned:
@@ -103,14 +137,15 @@ def test_arguments_win_over_the_name() -> None:
             "adamv",
             {},
             ValueError,
-            "'adamv' is not known; did you mean 'adam.*there are adafactor, adagrad, adam, adam_8bit",
+            "'adamv' is not known; did you mean 'adam.*there are adafactor, adagrad, adalomo, adam, adam_8bit",
         ),
         ("muon", {}, ValueError, "'muon' is not known; there are adafactor"),
         ("galore_adamw_layerwise", {}, ValueError, "projects gradients.*GaLore.*for small state use 'adamw_8bit'"),
         ("apollo_adamw", {}, ValueError, "'apollo_adamw' scales gradients by what random projections"),
         ("grokadamw", {}, ValueError, "signal that it takes from losses, which a step does not see; use 'adamw_torch'"),
-        ("lomo", {}, ValueError, "'lomo' steps during the backward pass"),
-        ("adalomo", {}, ValueError, "2310.10195.*use 'adafactor' with scale_parameter=True"),
+        ("lomo", {"max_grad_norm": 1.0}, ValueError, "max_grad_norm=1.0 needs the norm of all gradients.*pass clip="),
+        ("lomo", {"betas": (0.9, 0.999)}, TypeError, "SGD got an unknown argument betas"),
+        ("sgd", {"clip": "exact"}, TypeError, "SGD got an unknown argument clip='exact'"),
         ("paged_muon", {}, ValueError, "'paged_muon' is not known"),
         ("lion", {"eps": 1e-8}, TypeError, "Lion got an unknown argument eps=1e-08; it takes params, lr, betas"),
         ("sgd", {"momentun": 0.9}, TypeError, "momentun=0.9; did you mean 'momentum'"),

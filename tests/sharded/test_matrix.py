@@ -21,7 +21,7 @@ from fusedopt.storage.state import why_not_quantized
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"
 OPTIMIZERS = {"AdamW": "adamw", "Lion": "lion", "AdEMAMix": "ademamix", "RMSprop": "rmsprop", "Adagrad": "adagrad"}
-OPTIMIZERS |= {"SGD": "sgd", "Adafactor": "adafactor"}
+OPTIMIZERS |= {"SGD": "sgd", "Adafactor": "adafactor", "StableAdamW": "stable_adamw"}
 KWARGS = {"SGD": {"momentum": 0.9}, "Adafactor": {"scale_parameter": True, "relative_step": True, "lr": None}}
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
@@ -142,8 +142,8 @@ def documented() -> dict[tuple[str, str, str], str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_the_table_says(ranks: Ranks, layout: str) -> None:
-    """An optimizer of two states and one of one, and the one that takes sums, in the formats that differ most."""
-    names, formats = ["AdamW", "SGD", "Adafactor"], ["fp32", "masters"]
+    """An optimizer of two states and one of one, and those that take sums, in the formats that differ most."""
+    names, formats = ["AdamW", "SGD", "Adafactor", "StableAdamW"], ["fp32", "masters"]
     found = results(ranks, layout, names, formats)
     expected = documented()
     assert found == {(name, kind): expected[layout, name, kind] for name in names for kind in formats}

@@ -21,8 +21,6 @@ FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 def _trains_as_one(rank: int, world: int, format_name: str, options: dict[str, Any], releases: bool) -> None:
     dtype, kwargs = FORMATS[format_name]
     kwargs = {"lr": 1e-2, **kwargs}
-    if releases:
-        kwargs.pop("max_grad_norm", None)  # refused with shards
     model, twin = transformer(dtype=dtype), transformer(dtype=dtype)
     shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     ours = fusedopt.AdamW(model.parameters(), **kwargs, **options)

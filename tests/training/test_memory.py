@@ -90,12 +90,14 @@ def test_an_estimate_is_what_the_real_thing_takes(model: str, configuration: str
 
 
 @pytest.mark.parametrize("configuration", ["AdamW", "8 bits", "split24"])
-@pytest.mark.parametrize("place", ["host", "disk", "stepped there"])
+@pytest.mark.parametrize("place", ["host", "disk", "streamed from a disk", "stepped there"])
 def test_an_estimate_of_states_elsewhere(
     place: str, configuration: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     where = {"host": {"state_device": "cpu", "backend": "cuda"}, "stepped there": {"step_device": "cpu"}}
     options = where.get(place, {"state_device": f"disk:{tmp_path}"})
+    if place == "streamed from a disk":
+        options["backend"] = "cuda"
     if place != "disk":
         request.getfixturevalue("queued")  # a pretended device
     given = CONFIGURATIONS[configuration]
@@ -108,17 +110,18 @@ def test_an_estimate_of_states_elsewhere(
     optimizer.step()
     report = optimizer.memory_report()
     counts = 4 * len(optimizer.state)  # of steps, which stay beside parameters on a device, and in memory otherwise
-    beside = {"host": "device", "disk": "host", "stepped there": "host"}[place]
+    beside = "host" if place in ("disk", "stepped there") else "device"
+    on_disk = place in ("disk", "streamed from a disk")
     expected = {**dict.fromkeys(report.places, 0), beside: counts}
-    expected["disk" if place == "disk" else "host"] += report.state_bytes
+    expected["disk" if on_disk else "host"] += report.state_bytes
     assert report.places == expected
     copies = found.host.pop("pinned copies", 0)
     assert copies == (2 * report.ours["parameters"] if place == "stepped there" else 0)
     assert sum(found.host.values()) + sum(found.disk.values()) == report.state_bytes
-    assert bool(found.disk) == (place == "disk")
+    assert bool(found.disk) == on_disk == ("in and out of files" in str(found))
     assert found.transferred == report.moved_bytes
     assert ("moved by a step" in str(found)) == (place != "disk")
-    assert f"exp_avg ({'disk' if place == 'disk' else 'host'})" in str(found).replace("_codes", "")
+    assert f"exp_avg ({'disk' if on_disk else 'host'})" in str(found).replace("_codes", "")
 
 
 def test_an_estimate_of_released_gradients_is_what_the_report_says() -> None:
