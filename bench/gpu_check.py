@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -55,26 +55,34 @@ def stop_in_order() -> None:
         signal.signal(each, _stop)
 
 
-def _stop(number: int, frame: object) -> NoReturn:
+def _stop(number: int, frame: object) -> None:
+    if _arrived is not None:
+        _arrived.append(number)
+        return
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(signal.Signals(number).name)
 
 
+_arrived: list[int] | None = None  # signals that wait until what is being done is done; None if they need not
+
+
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """What is done here is done whole: a signal that arrives meanwhile ends this process right after it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    global _arrived  # not a mask of signals, which one of the other threads would take instead
+    _arrived = []
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        arrived, _arrived = _arrived, None
+        if arrived:
+            _stop(arrived[0], None)
 
 
 def _in_a_group_of_its_own() -> None:
     """A stage can be interrupted with everything that it started, and ends if this process is killed."""
     os.setpgid(0, 0)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     for each in ENDING:
         signal.signal(each, signal.SIG_DFL)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from ..reference.norm import pairwise_sum, square_sums
 from ..storage.placement import local
 from .base import GroupStep, Health, ParamStep, Scaling, SpreadOf, SquareSums, Summing
-from .eager import count_health, step_param, update_sums, weights
+from .eager import count_health, step_param, weights
 from .table import add_entry, add_groups, collect
 
 
@@ -59,6 +60,7 @@ class DeviceSession:
         # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
         self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any], set[int]]] = {}  # and what was left
         self._added: list[ParamStep] = []
+        self._summer: DeviceSession | None = None  # squares what are no gradients
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
@@ -164,6 +166,7 @@ class DeviceSession:
         for device, table in self._active():
             norm = self._launch(device, table, list(grad_multipliers), scaling)
         health = {}
+        sums: dict[tuple[int, int], Tensor] = {}
         for entry, held, shadow in zip(entries, before, shadows):
             group = self._groups[entry.group]
             skipped = 0
@@ -172,8 +175,32 @@ class DeviceSession:
             if counts_health:
                 health[entry.group, entry.position] = count_health(group, entry, held, skipped)
             if square_sums is not None:
-                square_sums[entry.group, entry.position] = update_sums(group, entry, held)
+                sums[entry.group, entry.position] = self.update_sums(self._groups, entry, held)
+        if square_sums is not None:
+            square_sums.update(on_host(sums))
         return health, norm
+
+    def update_sums(self, groups: Sequence[GroupStep], entry: ParamStep, before: Tensor) -> Tensor:
+        """What eager.update_sums gives, as a tensor on the device, by the kernels that square gradients.
+
+        Args:
+            groups: Of the step.
+            entry: A parameter after its step.
+            before: Its weights before it; destroyed.
+        """
+        after = weights(groups[entry.group], entry)
+        update = torch.sub(after, before, out=before)
+        if self._summer is None:
+            self._summer = type(self)(self._backend)
+        summer = self._summer
+        summer.begin(groups, [None] * len(groups))
+        numbers = [replace(entry, position=k, grad=x.contiguous()) for k, x in enumerate((update, after))]
+        if all([summer.add(each) for each in numbers]):
+            chunks = list(summer.sums_by_place().values())
+        else:
+            chunks = [square_sums(each.grad) for each in numbers]
+        summer.begin((), ())  # nothing that it was given is kept
+        return torch.stack([pairwise_sum(each) for each in chunks])
 
     def _launch(
         self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
@@ -211,6 +238,15 @@ class DeviceSession:
                     )
                 )
         return entries
+
+
+def on_host(sums: dict[tuple[int, int], Tensor]) -> SquareSums:
+    """Sums of squares as numbers: a device is waited for once."""
+    if not sums:
+        return {}
+    device = next(iter(sums.values())).device
+    numbers = torch.stack([each.to(device) for each in sums.values()]).tolist()
+    return {place: (update, weight) for place, (update, weight) in zip(sums, numbers)}
 
 
 def copy(entry: ParamStep) -> ParamStep:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Unread
 from emulated import EmulatedBackend
+from scaling import Unread
 
 from fusedopt import _core, backends
 from fusedopt.backends.cpu import CpuBackend, CpuSession
@@ -131,9 +131,9 @@ class Broken(CpuBackend):
             seen["rules"] = [group.rule for group in groups]
             begin(groups, positions)
 
-        def collected(group: int, params: Any, state: Any) -> Any:
+        def collected(group: int, params: Any, *rest: Any) -> Any:
             seen["param"] = params[2].detach()
-            return collect(group, params, state)
+            return collect(group, params, *rest)
 
         def stepped(*args: Any, **kwargs: Any) -> Any:
             found = yield from step(*args, **kwargs)

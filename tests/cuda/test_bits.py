@@ -14,7 +14,6 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_run,
-    assert_scaling_is_read_by_kernels,
     format_kwargs,
     make_params,
     set_grads,
@@ -22,6 +21,7 @@ from cases import (
 )
 from gpu import params_on
 from matrices import masters_of_all, rules_and_formats
+from scaling import assert_scaling_is_read_by_kernels
 
 from fusedopt.reference.norm import square_sums
 

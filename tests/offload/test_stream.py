@@ -32,12 +32,15 @@ def test_many_windows(queued: QueuedRuntime, state_format: str) -> None:  # noqa
     ours = streamed(fusedopt.AdamW, make_params(SHAPES, torch.float32), **options)
     usual = fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cpu", **options)
     ours.record_health()
+    ours.record_norms()
     usual.record_health()
+    usual.record_norms()
     run(queued, ours, 3, seed=7)
     train(usual, 3)
     assert_same_run(ours, usual)
     assert torch.equal(ours.last_grad_norm, usual.last_grad_norm)
     assert ours.health_report() == usual.health_report()
+    assert ours.norms_report() == usual.norms_report()
     assert len(next(iter(ours._streamer()._rings.values())).windows) > 2 * _SLOTS
 
 

@@ -86,7 +86,7 @@ def test_steps_are_optimis(kwargs: dict[str, Any]) -> None:
     train(_foreign("optimi")(theirs, lr=0.01, **kwargs), 20)
     train(fusedopt.StableAdamW(ours, lr=0.01, **kwargs), 20)
     for param, other in zip(ours, theirs):
-        # optimi's mean is in float32, and its moments are lerped: measured at most 4e-7 of weights of about 1.
+        # optimi's mean is in float32, and its moments are lerped: measured at most 5e-7 of weights of about 1.
         torch.testing.assert_close(param, other, rtol=2e-6, atol=2e-6)
 
 

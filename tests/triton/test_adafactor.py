@@ -12,10 +12,8 @@ from cases import (
     DTYPES,
     FORMATS,
     MASTERS,
-    Unread,
     assert_same_bits,
     assert_same_run,
-    assert_scaling_is_read_by_kernels,
     make_params,
     set_grads,
     train,
@@ -23,6 +21,7 @@ from cases import (
 from interpreted import offset_params
 from matrices import EVERY_PASS, factored_dtypes
 from matrices import FACTORED_VARIANTS as VARIANTS
+from scaling import Unread, assert_scaling_is_read_by_kernels
 
 from fusedopt import Adafactor, _core
 from fusedopt.reference import adafactor as reference

@@ -11,10 +11,8 @@ from cases import (
     DTYPES,
     FORMATS,
     Case,
-    Unread,
     assert_same_bits,
     assert_same_run,
-    assert_scaling_is_read_by_kernels,
     each_variant,
     format_kwargs,
     make_params,
@@ -23,6 +21,7 @@ from cases import (
 )
 from interpreted import offset_params
 from matrices import compiled_rules_and_formats, masters
+from scaling import Unread, assert_scaling_is_read_by_kernels
 
 from fusedopt import _core, backends
 from fusedopt.backends import ParamStep
