@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Scaling
 from ..backends.base import Health
 from .clipping import Clipping, Steps, check_clip
-from .passes import Passes, check_reducers
+from .passes import Passes, check_reducers, check_shards
 
 
 class Release:
@@ -46,12 +46,34 @@ class Release:
         self._refusal = ""  # why what there is cannot be stepped
 
     def attach(self) -> None:
-        """Hooks parameters that have none yet: those of new groups, and those that are trained from now on."""
+        """Hooks the parameters that are listed now, and lets go of those that are not.
+
+        Groups are added, parameters are trained from now on, and frameworks put others in their places, as accelerate
+        does with the DTensors of FSDP2.
+
+        Raises:
+            ValueError: The gradients of what is listed now cannot be released. Nothing has changed then.
+        """
+        places: dict[Tensor, tuple[int, int]] = {}
         for index, group in enumerate(self._optimizer.param_groups):
             for position, param in enumerate(group["params"]):
-                self._places.setdefault(param, (index, position))
-                if param.requires_grad and param not in self._hooks:
-                    self._hooks[param] = param.register_post_accumulate_grad_hook(self._take)
+                places.setdefault(param, (index, position))
+        new = [param for param in places if param not in self._places]
+        gone = [param for param in self._places if param not in places]
+        if new:
+            check_shards(self._optimizer, new)
+            self._is_checked = False
+        self._places = places
+        for param in gone:
+            self._stepped.discard(param)
+            if param in self._pending:
+                del self._pending[param]
+                self._pending_numel -= param.numel()
+            if param in self._hooks:
+                self._hooks.pop(param).remove()
+        for param in places:
+            if param.requires_grad and param not in self._hooks:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(self._take)
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that there are at one time, at most."""
@@ -100,8 +122,11 @@ class Release:
         Raises:
             ValueError: A gradient cannot be stepped, as `step` says.
         """
+        is_removed = self._optimizer._release is not self
+        if not is_removed:
+            self.attach()
         loss = loss_fn if isinstance(loss_fn, Tensor) else loss_fn()
-        if self._clipping.way != "exact" or self._accumulates:
+        if self._clipping.way != "exact" or self._accumulates or is_removed:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         # Gradients that were accumulated are added to here and cannot be made again: they stay.
@@ -140,6 +165,10 @@ class Release:
         with self._optimizer._lock:
             if self._accumulates:
                 return
+            if not self._is_in_place(param):
+                self.attach()
+                if param not in self._hooks:
+                    return  # the optimizer's no more
             self._check_reducers()
             if not self._passes.enter():
                 self._begin()
@@ -175,6 +204,16 @@ class Release:
             return
         check_reducers(self._places)
         self._is_checked = True
+
+    def _is_in_place(self, param: Tensor) -> bool:
+        """Whether a parameter is still listed where it was."""
+        index, position = self._places[param]
+        groups = self._optimizer.param_groups
+        return (
+            index < len(groups)
+            and position < len(groups[index]["params"])
+            and (groups[index]["params"][position] is param)
+        )
 
     def _where(self, param: Tensor) -> str:
         index, position = self._places[param]
@@ -252,7 +291,8 @@ class Release:
             raise ValueError(self._refusal)
 
     def finish(self) -> None:
-        """The rest of a step: steps what is pending or was accumulated, and counts."""
+        """The rest of a step: steps what is pending, was accumulated, or came before there was a hook, and counts."""
+        self.attach()
         self._check_step()
         if self._settings is None:
             self._optimizer.before_step()
@@ -269,4 +309,3 @@ class Release:
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()
         self._begin()
-        self.attach()

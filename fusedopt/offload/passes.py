@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,15 @@ def reducer_of(params: Iterable[Tensor]) -> str | None:
         if issubclass(type(found), tuple(wrappers)) and any(id(param) in wanted for param in found.parameters()):
             return type(found).__name__
     return None
+
+
+def check_shards(optimizer: Any, params: Iterable[Tensor]) -> None:
+    """Raises ValueError if an optimizer sums over shards of some of these parameters, one parameter at a time."""
+    if optimizer.takes_sums and any(hasattr(param, "placements") for param in params):
+        raise ValueError(
+            f"{type(optimizer).__name__} sums over the shards of DTensors, for which all processes have to step a "
+            "parameter at the same time, and gradients come in an order of their own; do not release them"
+        )
 
 
 def check_reducers(params: Iterable[Tensor]) -> None:

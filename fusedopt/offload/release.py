@@ -63,11 +63,6 @@ def release_gradients(
         checks.one_of("clip", clip, CLIPS)
     check_clip(optimizer, clip)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if optimizer.takes_sums and any(hasattr(param, "placements") for param in params):
-        raise ValueError(
-            f"{type(optimizer).__name__} sums over the shards of DTensors, for which all processes have to step a "
-            "parameter at the same time, and gradients come in an order of their own; do not release them"
-        )
     check_reducers(params)
     optimizer._release = Release(optimizer, bucket_numel, clip, loss_scale)
     return optimizer._release

@@ -123,3 +123,27 @@ def test_another_optimizer_and_a_second_handle() -> None:
         fusedopt.release_gradients(optimizer)
     fusedopt.release_gradients(optimizer).remove()
     twins(lambda: optimizer, 0)
+
+
+def test_a_parameter_is_stepped_where_it_is_listed_now() -> None:
+    """Of groups with other learning rates, whose parameters change places after the hooks are there."""
+    released, usual = (
+        fusedopt.SGD([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], lr=1e-3)
+        for params in (make_params(SHAPES, torch.float32) for _ in range(2))
+    )
+    fusedopt.release_gradients(released, bucket_numel=1)
+    for optimizer in (released, usual):
+        first, second = optimizer.param_groups
+        first["params"], second["params"] = second["params"][:1], [*second["params"][1:], first["params"][0]]
+        backward(params_of(optimizer), 0)
+        optimizer.step()
+    assert_same_run(released, usual)
+
+
+def test_a_removed_handle_leaves_gradients_to_the_usual_step() -> None:
+    optimizer = fusedopt.SGD(make_params([(3,)], torch.float32), lr=1e-2, max_grad_norm=1.0)
+    handle = fusedopt.release_gradients(optimizer, clip="exact")
+    handle.remove()
+    (param,) = params_of(optimizer)
+    handle.backward(lambda: param.sum())
+    assert torch.equal(param.grad, torch.ones(3))

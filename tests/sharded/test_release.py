@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from sharded.models import (
     shard,
     tokens,
     transformer,
+    whole,
 )
 from sharded.ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,6 +88,65 @@ def _train_models(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("clip", CLIPS)
 def test_fsdp(ranks: Ranks, clip: str) -> None:
     ranks(2, _models, clip=clip)
+
+
+def sharded_after(model: torch.nn.Module, optimizer: fusedopt.FusedOptimizer) -> None:
+    """As accelerate does: the optimizer is there before the shards, which then take the places of its parameters."""
+    names = {param: name for name, param in model.named_parameters()}
+    shard(model)
+    shards = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [shards[names[param]] for param in group["params"]]
+
+
+def _places_taken(rank: int, world: int, clip: str | None, by_handle: bool) -> None:
+    model, twin = transformer(), transformer()
+    options = {"lr": 1e-2} if clip is None else {"lr": 1e-2, "max_grad_norm": 0.1, "clip": clip}
+    ours, theirs = (fusedopt.create_optimizer("lomo", of.parameters(), **options) for of in (model, twin))
+    before = [weakref.ref(param) for param in model.parameters()]
+    sharded_after(model, ours)
+    shards = params_of(ours)
+    for step in range(3):
+        for optimizer, of in ((ours, model), (theirs, twin)):
+            loss, handle = loss_of(of, tokens(step)), optimizer.release_handle
+            if by_handle or step:
+                handle.backward(loss)
+                assert sum(param.grad is not None for param in params_of(optimizer)) < len(shards)
+                assert handle._settings is not None or handle._pending, "no hook has seen a gradient"
+            elif optimizer is ours or clip != "exact":
+                loss.backward()  # without hooks: step() finds the gradients
+            else:
+                handle.backward(loss)
+            optimizer.step()
+    assert all(param is place for param, place in zip(ours.release_handle._places, shards, strict=True))
+    assert all(param is hooked for param, hooked in zip((p for p in shards if p.requires_grad), ours._release._hooks))
+    assert not any(ref() is not None and not isinstance(ref(), DTensor) for ref in before), "a parameter is kept"
+    assert_same_whole(ours, theirs)
+    assert not torch.equal(whole(params_of(ours)[0]), next(transformer().parameters()))
+
+
+@pytest.mark.parametrize(("clip", "by_handle"), [(None, True), (None, False), ("exact", True), ("exact", False)])
+def test_shards_take_the_places_of_parameters(ranks: Ranks, clip: str | None, by_handle: bool) -> None:
+    ranks(2, _places_taken, clip=clip, by_handle=by_handle)
+
+
+def _sums_taken(rank: int, world: int, by_handle: bool) -> None:
+    model = transformer()
+    optimizer = fusedopt.create_optimizer("adalomo", model.parameters())
+    sharded_after(model, optimizer)
+    before = [whole(param).clone() for param in params_of(optimizer)]
+    loss = loss_of(model, tokens(0))
+    if not by_handle:
+        loss.backward()
+    with pytest.raises(ValueError, match=r"Adafactor sums over the shards of DTensors"):
+        optimizer.release_handle.backward(loss) if by_handle else optimizer.step()
+    assert by_handle is all(param.grad is None for param in params_of(optimizer))
+    assert all(torch.equal(whole(param), old) for param, old in zip(params_of(optimizer), before))
+
+
+@pytest.mark.parametrize("by_handle", [True, False])
+def test_shards_that_are_summed_over_are_refused_later_too(ranks: Ranks, by_handle: bool) -> None:
+    ranks(2, _sums_taken, by_handle=by_handle)
 
 
 class Loss:
