@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import Any
 
-from ..optimizers.names import class_of, create_optimizer, optimizer_names
+from ..optimizers.names import class_of, create_optimizer, optimizer_names, released
 
 # timm reads a name's last part after "_" only, and takes "fused..." for NVIDIA's Apex.
 _PREFIX = "compiled"
@@ -16,7 +16,8 @@ def register(registry: Any = None) -> list[str]:
     """Makes this package's optimizers known to timm, whose `create_optimizer_v2` then takes their names.
 
     Names are those of `create_optimizer` without underscores, after "compiled": "compiledadamw", "compiledadamw8bit".
-    timm forms the param groups: what has one dimension does not decay, and ``layer_decay`` works.
+    timm forms the param groups: what has one dimension does not decay, and ``layer_decay`` works. Optimizers that
+    step during the backward pass are left out, since timm clips and scales gradients after it.
 
     Args:
         registry: An OptimizerRegistry of timm's; the one that `create_optimizer_v2` reads by default.
@@ -30,7 +31,8 @@ def register(registry: Any = None) -> list[str]:
     from timm.optim import _optim_factory
 
     registry = _optim_factory.default_registry if registry is None else registry
-    return sorted(_registered(registry, _optim_factory.OptimInfo, name) for name in optimizer_names())
+    names = [name for name in optimizer_names() if released(name) is None]
+    return sorted(_registered(registry, _optim_factory.OptimInfo, name) for name in names)
 
 
 def _registered(registry: Any, info: Any, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..optimizers.names import class_of, create_optimizer, optimizer_names
+from ..optimizers.names import class_of, create_optimizer, optimizer_names, released
 
 if TYPE_CHECKING:
     # Made when it is asked for, because torchtitan is imported then.
@@ -24,7 +24,7 @@ def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
     torchtitan clips gradients itself, so do not pass max_grad_norm.
 
     Args:
-        name: One of `optimizer_names()`.
+        name: One of `optimizer_names()`, but those that step during the backward pass.
         lr: Learning rate.
         **kwargs: Other arguments of the optimizer; betas and weight decay are torchtitan's (0.9, 0.95) and 0.1 unless
             they are given here, where the optimizer has them.
@@ -34,10 +34,12 @@ def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
 
     Raises:
         ImportError: torchtitan is not installed.
-        ValueError: The name is unknown.
+        ValueError: The name is one of an optimizer that steps during the backward pass, or torchtitan is asked to clip
+            twice.
     """
     from torchtitan.components.optimizer import ParamGroupConfig
 
+    _check_released(name)
     if "max_grad_norm" in kwargs:
         raise ValueError(
             f"max_grad_norm={kwargs['max_grad_norm']!r} would clip again what torchtitan has clipped; set its "
@@ -48,6 +50,15 @@ def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
         with_torchtitans["betas"] = (0.9, 0.95)
     group = ParamGroupConfig(pattern=".*", optimizer_name=name, optimizer_kwargs={**with_torchtitans, **kwargs})
     return __getattr__("OptimizersContainer").Config(param_groups=[group])
+
+
+def _check_released(name: str) -> None:
+    """Raises ValueError for a name of an optimizer that steps during the backward pass."""
+    if released(name) is not None:
+        raise ValueError(
+            f"optimizer name {name!r} steps and frees gradients during the backward pass, and torchtitan clips them "
+            f"after it; use {released(name)!r}"
+        )
 
 
 def _pair_of_betas(cls: type) -> bool:
@@ -68,6 +79,7 @@ def _container_class() -> type:
 
         @staticmethod
         def _resolve_optimizer_factory(name: str) -> Callable[..., Any]:
+            _check_released(name)
             if name in optimizer_names():
                 return functools.partial(create_optimizer, name)
             return optimizer.OptimizersContainer._resolve_optimizer_factory(name)

@@ -41,7 +41,9 @@ def network() -> torch.nn.Module:
 def test_every_optimizer_has_a_name_that_timm_reads(registry: Any) -> None:
     before = set(registry._optimizers)
     names = register(registry)
-    assert len(names) == len(fusedopt.optimizer_names())
+    during = {"compiledlomo", "compiledadalomo"}  # they step during the backward pass, and timm clips after it
+    assert not during & set(names)
+    assert len(names) == len(fusedopt.optimizer_names()) - len(during)
     assert not before & set(names)
     assert not any(name.startswith(("fused", "bnb")) or "_" in name for name in names)
     params = [torch.nn.Parameter(torch.ones(64, 64))]

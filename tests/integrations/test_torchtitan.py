@@ -86,5 +86,11 @@ def test_names_of_torchtitan_stay_its_own() -> None:
     assert [type(optimizer) for optimizer in made] == [fusedopt.AdamW, torch.optim.AdamW]
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 would clip again what torchtitan has clipped"):
         config(max_grad_norm=1.0)
+    groups = [ParamGroupConfig(pattern=".*", optimizer_name="adalomo", optimizer_kwargs={"lr": 1e-3})]
+    during = r"name '{}' steps and frees gradients during the backward pass, and torchtitan clips .*; use '{}'"
+    with pytest.raises(ValueError, match=during.format("lomo", "sgd")):
+        config("lomo")
+    with pytest.raises(ValueError, match=during.format("adalomo", "adafactor")):
+        ours.OptimizersContainer.Config(param_groups=groups).build(model_parts=[network()])
     with pytest.raises(NotImplementedError, match="Optimizer adamv not added"):
         config("adamv").build(model_parts=[network()])
