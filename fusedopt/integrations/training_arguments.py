@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 # Where what Trainer was told to clip to is kept once it has been told not to.
 KEPT = "_fusedopt_max_grad_norm"
 
+# Why an optimizer that steps during the backward pass is refused.
+SCALED = (
+    "losses are scaled, and whether a gradient is infinite is known only when all are there; an optimizer that steps "
+    "during the backward pass has stepped by then. Train with bf16=True, which scales nothing"
+)
+
 # Of `optim_args`: names that other packages have, and what they mean here.
 _THEIRS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "bf16_stochastic_round": lambda value: {"rounding": "stochastic"} if value else {},
@@ -46,11 +52,8 @@ def choose(args: Any, name: str | None, max_grad_norm: float, options: dict[str,
     sentence = refusal(name)
     if sentence is not None:
         raise ValueError(sentence)
-    if released(name) is not None and _sees_parts(args):
-        raise ValueError(
-            f"optim={name!r} steps a gradient as soon as the backward pass has made it, and under DeepSpeed and FSDP1 "
-            f"gradients are reduced later; use FSDP2, or optim={released(name)!r}"
-        )
+    if released(name) is not None:
+        _check_released(args, name)
     given = {**_from_arguments(class_of(name), args), **options}
     if "max_grad_norm" not in given:
         given["max_grad_norm"] = max_grad_norm if max_grad_norm > 0 and not _sees_parts(args) else None
@@ -61,7 +64,53 @@ def choose(args: Any, name: str | None, max_grad_norm: float, options: dict[str,
         )
     cls, arguments = resolved(name, given)
     cls([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **arguments)  # raises what Trainer would
-    return cls if released(name) is None else functools.partial(Releases, name), arguments
+    if released(name) is None:
+        return cls, arguments
+    if arguments["max_grad_norm"] is not None:
+        _check_accumulation(args, name)
+    return functools.partial(Releases, name), arguments
+
+
+def _check_released(args: Any, name: str) -> None:
+    """Raises ValueError if an optimizer that steps during the backward pass cannot be had with these arguments."""
+    takes_sums = class_of(name).takes_sums
+    if _sees_parts(args):
+        remedy = "use" if takes_sums else "use FSDP2, or"
+        raise ValueError(
+            f"optim={name!r} steps a gradient as soon as the backward pass has made it, and under DeepSpeed and FSDP1 "
+            f"gradients are reduced later; {remedy} optim={released(name)!r}"
+        )
+    if takes_sums and getattr(args, "fsdp", None):
+        raise ValueError(
+            f"optim={name!r} sums over the shards of FSDP2, for which all processes have to step a parameter at the "
+            f"same time, and gradients come in an order of their own; use optim={released(name)!r}"
+        )
+    if args.fp16:
+        raise ValueError(f"fp16=True with optim={name!r}: {SCALED}")
+
+
+def _check_accumulation(args: Any, name: str) -> None:
+    """Raises ValueError if the first of two backward passes would reduce what the second has to add to."""
+    given = args.accelerator_config.gradient_accumulation_kwargs or {}
+    if args.fsdp and args.gradient_accumulation_steps > 1 and not given.get("sync_each_batch", False):
+        raise ValueError(
+            f"optim={name!r} with max_grad_norm measures gradients in a first backward pass and steps in a second, and "
+            "FSDP2 hands what it has accumulated to the first alone; pass "
+            "accelerator_config={'gradient_accumulation_kwargs': {'sync_each_batch': True}}, or max_grad_norm=0"
+        )
+
+
+def factory(chosen: Any, keep_embeddings: bool, decaying_names: Callable[[nn.Module], list[str]] | None = None) -> Any:
+    """What Trainer makes an optimizer with: a class, or what returns a function of the model.
+
+    Args:
+        chosen: What `choose` returned.
+        keep_embeddings: Whether embeddings' state stays in float32.
+        decaying_names: Of a model, the names of parameters that decay; as Trainer has it by default.
+    """
+    if not isinstance(chosen, type):
+        return functools.partial(chosen, keep_embeddings, decaying_names)
+    return functools.partial(KeepsEmbeddings, chosen, decaying_names) if keep_embeddings else chosen
 
 
 def _sees_parts(args: Any) -> bool:
@@ -118,12 +167,15 @@ def _parsed(text: str | None) -> dict[str, Any]:
 class Releases:
     """What Trainer calls a factory, of an optimizer that steps during the backward pass."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, keep_embeddings: bool = False, decaying_names: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.name, self.keep_embeddings, self.decaying_names = name, keep_embeddings, decaying_names
 
     def __call__(self, model: nn.Module, **arguments: Any) -> FusedOptimizer:
         clip = None if arguments["max_grad_norm"] is None else "exact"
-        return create_optimizer(self.name, groups_of(model, arguments["weight_decay"]), clip=clip, **arguments)
+        groups = groups_of(model, arguments["weight_decay"], self.decaying_names, self.keep_embeddings)
+        return create_optimizer(self.name, groups, clip=clip, **arguments)
 
 
 class KeepsEmbeddings:
@@ -137,16 +189,20 @@ class KeepsEmbeddings:
 
 
 def groups_of(
-    model: nn.Module, weight_decay: float, decaying_names: Callable[[Any], Any] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    decaying_names: Callable[[Any], Any] | None = None,
+    keep_embeddings: bool = True,
 ) -> list[dict[str, Any]]:
-    """Trainer's param groups, with embeddings, whose state is float32, in groups of their own."""
+    """Trainer's param groups, with embeddings, if their state is to be float32, in groups of their own."""
     if decaying_names is None:
         from transformers import Trainer
 
         # The method reads nothing of the trainer.
         decaying_names = functools.partial(Trainer.get_decay_parameter_names, cast("Trainer", None))
     decaying = decaying_names(model)
-    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    embeddings = [module for module in model.modules() if keep_embeddings and isinstance(module, nn.Embedding)]
+    tables = {param for module in embeddings for param in module.parameters()}
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..engine.optimizer import FusedOptimizer
 from ..offload.handle import Release
 from ..optimizers.names import refusal, released
-from .training_arguments import KEPT, KeepsEmbeddings, choose, groups_of, max_grad_norm_of, name_of
+from .training_arguments import KEPT, SCALED, choose, factory, max_grad_norm_of, name_of
 from .watching import Watch, unwrapped
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def optimizer(
     if arguments["max_grad_norm"] is not None:
         setattr(args, KEPT, max_grad_norm)
         args.max_grad_norm = 0.0
-    return (functools.partial(KeepsEmbeddings, cls), arguments) if keep_embeddings else (cls, arguments)
+    return factory(cls, keep_embeddings), arguments
 
 
 # ---- Trainer's own table ---------------------------------------------------------------------------
@@ -105,9 +106,10 @@ class _Enabled:
     def __init__(self, table: dict[Any, Any], trainer: Any, handler: Callable[[Any], Any]) -> None:
         self.previous, self._table, self._trainer = _Enabled.current, table, trainer
         self._entries = {key: table[key] for key in table if refusal(str(key.value)) is None}
-        self._methods = {name: trainer.__dict__[name] for name in _METHODS}
+        self._methods = {name: trainer.__dict__[name] for name in (*_METHODS, "create_optimizer")}
         table.update(dict.fromkeys(self._entries, handler))
-        for name, method in _methods(*self._methods.values()).items():
+        create, *others = reversed(self._methods.values())
+        for name, method in {**_methods(*reversed(others)), "create_optimizer": _asks(create)}.items():
             setattr(trainer, name, method)
         _Enabled.current = self
 
@@ -160,9 +162,8 @@ def enable(*, keep_embeddings: bool = False, **options: Any) -> _Enabled:
 
     def handler(context: Any) -> tuple[Any, dict[str, Any]]:
         cls, arguments = choose(context.args, None, max_grad_norm_of(context.args), options)
-        if keep_embeddings and isinstance(cls, type):
-            arguments = {**arguments, "params": groups_of(context.model, arguments["weight_decay"])}
-        return cls, arguments
+        decaying_names = getattr(_asking.get(), "get_decay_parameter_names", None)
+        return factory(cls, keep_embeddings, decaying_names), arguments
 
     return _Enabled(table, Trainer, handler)
 
@@ -171,6 +172,24 @@ def disable() -> None:
     """Undoes the last `enable`; does nothing without one."""
     if _Enabled.current is not None:
         _Enabled.current.undo()
+
+
+# The trainer whose optimizer is being made: entries of the table get its arguments and its model alone.
+_asking: ContextVar[Any] = ContextVar("asking", default=None)
+
+
+def _asks(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Trainer's method that makes its optimizer, by which entries of the table know the trainer."""
+
+    @functools.wraps(create)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _asking.set(self)
+        try:
+            return create(self, *args, **kwargs)
+        finally:
+            _asking.reset(token)
+
+    return create_optimizer
 
 
 # ---- the norm, from the step -----------------------------------------------------------------------
@@ -227,16 +246,20 @@ def _methods(
 def _released(accelerator: Any, handle: Release) -> Iterator[None]:
     """Backward passes that step, or add up the gradients of all micro-batches but the last.
 
-    Trainer gives those of lomo and adalomo the learning rate, which is in the optimizer's param groups.
+    Trainer gives those of optimizers that step during the backward pass the learning rate, which is in the optimizer's
+    param groups.
+
+    Raises:
+        ValueError: Losses are scaled.
     """
-    backward = accelerator.backward
+    if accelerator.scaler is not None:
+        raise ValueError(f"float16 with {accelerator.scaler.__class__.__name__}: {SCALED}")
+    backward, before = accelerator.backward, vars(accelerator).get("backward")
 
     def step(loss: Tensor, learning_rate: float | None = None, **kwargs: Any) -> None:
         if not accelerator.sync_gradients:
             with handle.accumulate():
                 backward(loss, **kwargs)
-        elif accelerator.scaler is not None:
-            backward(loss, **kwargs)  # what is wrong with that, the step says
         else:
             handle.backward(loss / accelerator.gradient_accumulation_steps)
 
@@ -244,7 +267,10 @@ def _released(accelerator: Any, handle: Release) -> Iterator[None]:
     try:
         yield
     finally:
-        del accelerator.backward
+        if before is None:
+            del accelerator.backward
+        else:
+            accelerator.backward = before
 
 
 # ---- classes that need transformers' ---------------------------------------------------------------
@@ -349,9 +375,8 @@ def _trainer_class() -> type:
                 name, options = self._fused
                 keeps = options.pop("keep_embeddings", False)
                 cls, arguments = choose(self.args, name, max_grad_norm_of(self.args), options)
-                keeps = keeps and isinstance(cls, type)
-                chosen = functools.partial(KeepsEmbeddings, cls, self.get_decay_parameter_names) if keeps else cls
-                self.optimizer_cls_and_kwargs = (chosen, arguments)  # type: ignore[assignment]
+                made = factory(cls, keeps, self.get_decay_parameter_names)
+                self.optimizer_cls_and_kwargs = (made, arguments)
             return super().create_optimizer(*args, **kwargs)
 
     for name, method in _methods(Trainer._clip_grad_norm, Trainer._get_grad_norm, Trainer.training_step).items():

@@ -73,7 +73,8 @@ class Release:
                 self._hooks.pop(param).remove()
         for param in places:
             if param.requires_grad and param not in self._hooks:
-                self._hooks[param] = param.register_post_accumulate_grad_hook(self._take)
+                hook = param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+                self._hooks[param] = hook
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that there are at one time, at most."""
