@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..engine.optimizer import FusedOptimizer
+from ..engine.options import OWN_DEFAULTS
 from ..optimizers.names import class_of, create_optimizer, optimizer_names, released
 
 if TYPE_CHECKING:
@@ -83,6 +85,18 @@ def _container_class() -> type:
             if name in optimizer_names():
                 return functools.partial(create_optimizer, name)
             return optimizer.OptimizersContainer._resolve_optimizer_factory(name)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            # torchtitan looks for each option of a group, and ours are in a state dict only where they were set: the
+            # others stay as they are here.
+            told = dict(state_dict)
+            for made in self.optimizers:
+                groups = made.param_groups if isinstance(made, FusedOptimizer) else []
+                for group in (group for group in groups if group["params"]):
+                    first = group["param_names"][0]
+                    for key in OWN_DEFAULTS:
+                        told.setdefault(f"param_groups.{first}.{key}", group[key])
+            super().load_state_dict(told)
 
     OptimizersContainer.__qualname__ = OptimizersContainer.__name__
     OptimizersContainer.Config.__qualname__ = "OptimizersContainer.Config"
