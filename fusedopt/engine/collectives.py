@@ -345,6 +345,17 @@ def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
     return bool(flag)
 
 
+def largest(param_groups: list[dict[str, Any]], value: int) -> int:
+    """The largest of what the ranks that share parameters have; a collective, if there are any."""
+    if _distributed() is None:
+        return value
+    row = torch.tensor([value], dtype=torch.int64, device="cpu")
+    for mesh in Meshes(param_groups).meshes:
+        for group in groups_of(mesh):
+            row = gathered(row, group).amax(0)
+    return int(row)
+
+
 def refuse_flat_shards(param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for a norm over shards of which nobody says where the others are."""
     for index, group in enumerate(param_groups):
