@@ -139,6 +139,13 @@ class Meshes:
         param: Tensor = self._param_groups[index]["params"][position]
         return param
 
+    def listed(self, mesh: Any) -> list[tuple[int, int]]:
+        """Whose gradients ranks of a mesh sum up: its own parameters', and on the first of meshes those of plain ones.
+
+        Of what is no DTensor every rank takes the sum of the first.
+        """
+        return [*self.meshes[mesh], *(self.plain if mesh == next(iter(self.meshes)) else [])]
+
     def has_grads(self, mesh: Any) -> bytes:
         """Whether each of a mesh's parameters has a gradient."""
         lists = [group["params"] for group in self._param_groups]
@@ -182,6 +189,7 @@ class Agreement:
         self._key: object = None
         self._hashes: dict[Any, float] = {}
         self._meshes: Meshes | None = None
+        self._specs: list[Any] = []  # kept, so that no other has the id of one in the key
 
     def meshes(self, optimizer: Contract) -> Meshes | None:
         """Where the numbers of a step are; None if they are all here. Raises if the ranks disagree on the step.
@@ -214,11 +222,13 @@ class Agreement:
             for mesh, settings in told.items():
                 hashed = _hash(settings)
                 # As long as that of a norm: ranks of which only some compare then find out, too.
-                none = (0.0,) * (1 + len(meshes.groups))
+                is_whole = optimizer._release is not None and self._key is not None
+                none = (0.0,) * (len(meshes.listed(mesh)) if is_whole else 1 + len(meshes.groups))
                 row = _Row(hashed, _grads_hash(meshes, mesh), 0.0, 0.0, none)
                 self._check(meshes, mesh, row.over(groups_of(mesh)), settings)
                 self._hashes[mesh] = hashed
             self._key = key
+            self._specs = [getattr(param, "_spec", None) for group in groups for param in group["params"]]
         self._meshes = meshes if meshes else None
         return self._meshes
 
@@ -268,9 +278,8 @@ class Agreement:
                 share them are to ask for the same.
         """
         found: dict[tuple[int, int], float] = {}
-        for i, (mesh, places) in enumerate(meshes.meshes.items()):
-            # Of what is no DTensor every rank takes the sum of the first.
-            listed = [*places, *(meshes.plain if i == 0 else [])]
+        for mesh, places in meshes.meshes.items():
+            listed = meshes.listed(mesh)
             asked = bytes(place in sums for place in listed)
             if not any(asked):
                 continue
@@ -343,6 +352,17 @@ def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
     for mesh in Meshes(param_groups).meshes:
         flag = summed(flag, groups_of(mesh))
     return bool(flag)
+
+
+def largest(param_groups: list[dict[str, Any]], value: int) -> int:
+    """The largest of what the ranks that share parameters have; a collective, if there are any."""
+    if _distributed() is None:
+        return value
+    row = torch.tensor([value], dtype=torch.int64, device="cpu")
+    for mesh in Meshes(param_groups).meshes:
+        for group in groups_of(mesh):
+            row = gathered(row, group).amax(0)
+    return int(row)
 
 
 def refuse_flat_shards(param_groups: list[dict[str, Any]]) -> None:

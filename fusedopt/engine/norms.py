@@ -85,7 +85,7 @@ class NormsRecord:
         groups = self._optimizer.param_groups
         meshes = self._optimizer._agreement().meshes(self._optimizer)
         if meshes is not None:
-            self.sums.update(_over_ranks(meshes, groups, self.sums))
+            self.sums.update(over_ranks(meshes, groups, self.sums))
         by_group: list[list[tuple[Norms, tuple[float, float]]]] = [[] for _ in groups]
         for (index, position), sums in sorted(self.sums.items()):
             group = groups[index]
@@ -102,7 +102,7 @@ class NormsRecord:
         self.sums = {}
 
 
-def _over_ranks(meshes: Meshes, param_groups: list[dict[str, Any]], here: SquareSums) -> SquareSums:
+def over_ranks(meshes: Meshes, param_groups: list[dict[str, Any]], here: SquareSums) -> SquareSums:
     """The sums over all shards of the parameters that are on meshes; ranks meet once for each mesh.
 
     Of replicas those of one rank count. What is gathered has the same length on every rank, whatever it holds.

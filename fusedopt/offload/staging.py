@@ -73,8 +73,8 @@ class Staging:
             part.pinned.copy_(part.file)
 
     def owe(self, number: int, event: Any) -> None:
-        """Notes that a window's states come back to its buffer before an event."""
-        if self._parts[number]:
+        """Notes that what a window has in files comes back to its buffer before an event; every window takes a slot."""
+        if self.is_used():
             self._owed.append((event, self._parts[number]))
 
     def settle(self, left: int = 0) -> None:

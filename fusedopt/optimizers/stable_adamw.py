@@ -33,7 +33,8 @@ class StableAdamW(FusedOptimizer):
         lr: Learning rate, >= 0; a number or a one-element tensor.
         betas: Decay of the first and the second moment per step, each in [0, 1).
         weight_decay: Decoupled weight decay, >= 0, times the divided learning rate.
-        eps: Added to the denominator, >= 0; the root of the second moment counts as no smaller in the RMS.
+        eps: Added to the denominator, >= 0; the root of the second moment counts as no smaller in the RMS. Below
+            2.7e-23 its square is 0 in float32: a weight whose gradients were all 0 then makes its whole tensor NaN.
         decouple_lr: Decay by weight_decay * lr / max_lr instead, so that the decay of a whole learning rate is
             weight_decay itself, as about 1e-5.
         max_lr: The largest learning rate of the schedule, > 0, for decouple_lr; lr by default.

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..engine.collectives import Meshes, largest
+from ..engine.norms import over_ranks
 from ..engine.optimizer import FusedOptimizer
+from ..engine.sharding import is_dtensor, local_grad
 from ..integrations.watching import unwrapped
 from .anomalies import KINDS, Anomaly, Detector, Limits
 from .monitor_runs import VERSION, Lines, Reader, replay
@@ -114,6 +117,9 @@ class Monitor:
         self.last_step = 0 if start is None else _count("start", start) - 1
         if path is not None and Path(path).exists():
             self._go_on_from(path, start)
+        if start is None:
+            # One rank has the file that tells, and all of them look at the same steps, in which they meet.
+            self.last_step = largest(self.optimizer.param_groups, self.last_step)
         self._board = None if tensorboard is None else _tensorboard(tensorboard)
         self._lines = None if path is None else Lines(path)
         self._time = time.perf_counter()
@@ -250,20 +256,27 @@ class Monitor:
 
     def _gradients(self, record: dict[str, Any]) -> dict[str, Any]:
         """What the gradients say that are still there: their norm, and whose are 0."""
-        named = [
-            (_name(group, i, g), param.grad)
-            for g, group in enumerate(self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        places = [
+            (g, i)
+            for g, group in enumerate(groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None and param.grad.layout == torch.strided
         ]
-        if not named:
+        if not places:
             return {}
-        norms = torch.stack([n.to(named[0][1].device) for n in torch._foreach_norm([g for _, g in named])]).cpu()
-        norm = float(torch.linalg.vector_norm(norms.double()))
+        params = [groups[g]["params"][i] for g, i in places]
+        norms = torch._foreach_norm([local_grad(param.grad, param) for param in params])
+        squares = torch.stack([n.to(norms[0].device) for n in norms]).cpu().double() ** 2
+        sums = dict(zip(places, squares.tolist()))
+        if any(map(is_dtensor, params)):  # of which there is more on other ranks
+            whole = over_ranks(Meshes(groups), groups, {place: (square, 0.0) for place, square in sums.items()})
+            sums.update({place: square for place, (square, _) in whole.items()})
+        norm = math.sqrt(sum(sums.values()))
         if self._scale and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             norm /= self._scale
-        dead = [name for (name, _), value in zip(named, norms.tolist()) if value == 0.0]
-        if len(dead) == len(named):
+        dead = [_name(groups[g], i, g) for (g, i), square in sums.items() if square == 0.0]
+        if len(dead) == len(places):
             dead = []  # there was no gradient at all: nothing that one layer could tell of
         return {"grad_norm": norm, "dead": dead}
 

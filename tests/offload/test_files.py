@@ -236,6 +236,19 @@ def test_groups_in_several_places(queued: QueuedRuntime, max_grad_norm: float | 
         assert slab.path.parts[len(tmp_path.parts)] == folder
 
 
+@pytest.mark.parametrize("rows", [12, 40, 90])
+def test_windows_without_files_between_those_with_some(queued: QueuedRuntime, rows: int, tmp_path: Path) -> None:  # noqa: F811
+    """Each slot's buffer goes to its files before another window takes it, however many windows lie between."""
+    places = [{"state_device": f"disk:{tmp_path}"}, {"state_device": "cpu"}] * 4
+    runs = []
+    for is_elsewhere in (True, False):
+        params = make_params([(rows + i, 256) for i in range(len(places))], torch.float32)
+        groups = [{"params": [param], **(where if is_elsewhere else {})} for param, where in zip(params, places)]
+        backend = "cuda" if is_elsewhere else "cpu"
+        runs.append(run(queued, fusedopt.AdamW(groups, backend=backend, stream_bytes=BYTES), 3))
+    assert_same_run(*runs)
+
+
 def test_a_full_disk_is_an_error_before_anything_changes(queued: QueuedRuntime, tmp_path: Path) -> None:  # noqa: F811
     """Files larger than a limit of the process stand for it: the same call fails with EFBIG instead of ENOSPC."""
     usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -209,5 +209,24 @@ def _disagreement(rank: int, world: int) -> None:
     assert all(torch.equal(param.full_tensor(), old) for param, old in zip(params, before))
 
 
+def _other_options(rank: int, world: int) -> None:
+    """One rank changes an option after the first step: what it then compares is met by the norm of the other."""
+    mesh = init_device_mesh("cpu", (world,))
+    params = [torch.nn.Parameter(placed(full, mesh, [Shard(0)])) for full in full_params(SHAPES[:2])]
+    params.append(torch.nn.Parameter(full_params(SHAPES[2:3])[0]))
+    optimizer = fusedopt.AdamW(params, max_grad_norm=0.5)
+    fusedopt.release_gradients(optimizer, clip="parameter")
+    Loss(params, 0).backward()
+    optimizer.step()
+    optimizer.param_groups[0]["seed"] = rank
+    Loss(params, 1).backward()
+    with pytest.raises(ValueError, match="seed of group 0: 0 on rank 0, 1 on rank 1"):
+        optimizer.step()
+
+
+def test_ranks_with_other_options_find_out(ranks: Ranks) -> None:
+    ranks(2, _other_options)
+
+
 def test_ranks_with_other_gradients_find_out(ranks: Ranks) -> None:
     ranks(2, _disagreement)

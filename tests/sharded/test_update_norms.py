@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from sharded.models import EIGHT_BIT, SHAPES, full_params, placed, set_grads
+from sharded.models import EIGHT_BIT, SHAPES, full_grads, full_params, placed, set_grads
 from sharded.ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -56,3 +58,36 @@ def _update_norms(rank: int, world: int, kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kwargs", [{}, EIGHT_BIT], ids=["fp32", "8bit"])
 def test_norms_are_of_whole_parameters(kwargs: dict[str, Any], ranks: Ranks) -> None:
     ranks(4, _update_norms, kwargs=kwargs)
+
+
+def _goes_on(rank: int, world: int, path: str) -> None:
+    """One rank has the file of a run that ended with step 5; the eleventh step is one in which ranks meet."""
+    from fusedopt.training import Monitor
+    from fusedopt.training.monitor_runs import Reader
+
+    mesh = init_device_mesh("cpu", (world,))
+    params = [torch.nn.Parameter(placed(full, mesh, [Shard(0)])) for full in full_params(SHAPES)]
+    params[-1] = torch.nn.Parameter(full_params(SHAPES)[-1])
+    optimizer = fusedopt.AdamW(params)
+    asked = []
+    for steps in (5, 8):
+        monitor = Monitor(path if rank == 0 else None, optimizer)
+        for step in range(steps):
+            set_grads(optimizer, step)
+            asked.append(optimizer.records_norms)
+            optimizer.step()
+            monitor.step(1.0)
+        assert monitor.last_step == len(asked)
+    assert [step for step, is_asked in enumerate(asked, 1) if is_asked] == [1, 11]
+    if rank == 0:
+        record = next(each for each in Reader(path).read().records if each["step"] == 11)
+        grads = full_grads([tuple(param.shape) for param in params], 5)
+        expected = math.sqrt(sum(float((grad.double() ** 2).sum()) for grad in grads))
+        assert record["grad_norm"] == pytest.approx(expected, rel=1e-6)  # norms of parameters are float32
+        assert record["update_norm"] > 0
+
+
+def test_a_run_that_goes_on_looks_at_the_same_steps_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    pytest.importorskip("ruamel.yaml")
+    ranks(2, _goes_on, path=str(tmp_path / "run.jsonl"))
