@@ -129,6 +129,7 @@ class Meshes:
         # The largest first: all ranks of the others are most often in it, and know from it what to do.
         self.meshes = dict(sorted(meshes.items(), key=lambda item: -item[0].size()))
         self._param_groups = param_groups
+        self._on: dict[Any, list[Tensor]] = {}  # the parameters themselves
 
     def __bool__(self) -> bool:
         return bool(self.meshes or self.groups)
@@ -148,8 +149,9 @@ class Meshes:
 
     def has_grads(self, mesh: Any) -> bytes:
         """Whether each of a mesh's parameters has a gradient."""
-        lists = [group["params"] for group in self._param_groups]
-        return bytes(lists[index][position].grad is not None for index, position in self.meshes[mesh])
+        if mesh not in self._on:  # looked up once: it is asked in every step
+            self._on[mesh] = [self.at(place) for place in self.meshes[mesh]]
+        return bytes([param.grad is not None for param in self._on[mesh]])
 
     def counts_here(self, param: Tensor) -> bool:
         """Whether this rank is the one of its replicas whose numbers count in a sum over a DTensor's mesh."""
