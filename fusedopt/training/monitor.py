@@ -117,7 +117,7 @@ class Monitor:
         self.last_step = 0 if start is None else _count("start", start) - 1
         if path is not None and Path(path).exists():
             self._go_on_from(path, start)
-        if start is None:
+        if start is None and self._norms_every is not None:
             # One rank has the file that tells, and all of them look at the same steps, in which they meet.
             self.last_step = largest(self.optimizer.param_groups, self.last_step)
         self._board = None if tensorboard is None else _tensorboard(tensorboard)

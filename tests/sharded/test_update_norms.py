@@ -87,6 +87,25 @@ def _goes_on(rank: int, world: int, path: str) -> None:
         assert record["update_norm"] > 0
 
 
+def _alone(rank: int, world: int) -> None:
+    from fusedopt.training import Monitor
+
+    mesh = init_device_mesh("cpu", (world,))
+    optimizer = fusedopt.AdamW([torch.nn.Parameter(placed(full, mesh, [Shard(0)])) for full in full_params(SHAPES)])
+    monitor = Monitor(None, optimizer, norms_every=None) if rank == 0 else None
+    set_grads(optimizer, 0)
+    optimizer.step()
+    if monitor is not None:
+        monitor.step(1.0)
+    dist.barrier()
+
+
+def test_one_rank_may_watch_alone_what_needs_no_others(ranks: Ranks) -> None:
+    pytest.importorskip("pydantic")
+    pytest.importorskip("ruamel.yaml")
+    ranks(2, _alone)
+
+
 def test_a_run_that_goes_on_looks_at_the_same_steps_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
     pytest.importorskip("ruamel.yaml")
