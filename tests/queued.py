@@ -45,6 +45,12 @@ class QueuedRuntime:
         self.graph: list[Callable[[], None]] | None = None  # what is recorded while a graph is captured
         self.of_graphs: set[int] = set()  # events that were recorded into graphs
 
+    def reset(self) -> None:
+        """On time, with nothing that waits and room for everything."""
+        self.queues.drop_all()
+        self.queues.late(0)
+        self.queues.set_capacity(2**62)
+
     def memory(self, size: int, kind: str) -> Tensor:
         address = self.queues.take(max(size, 1), kind)
         if not address:
@@ -203,10 +209,9 @@ def queued(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[QueuedRu
         weakref.finalize(slab, found.queues.forget, slab.address)
         return slab
 
+    found.reset()  # in a fresh process, too
     monkeypatch.setattr(disk.Slab, "create", declared)
     monkeypatch.setitem(backends.BACKENDS, "cuda", QueuedBackend(found))
     monkeypatch.setattr(runtime, "RUNTIMES", [found])
     yield found
-    found.queues.drop_all()
-    found.queues.late(0)
-    found.queues.set_capacity(2**62)
+    found.reset()

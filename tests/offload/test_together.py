@@ -17,6 +17,7 @@ from fusedopt.offload import disk, host
 SHAPES = [(40, 256), (3,), (30, 64), (70, 100)]
 PLACES = ["cpu", "auto", "disk", "host", "files"]
 STREAMED = ("cpu", "auto", "files")  # by kernels of the device; "files" are its states on a disk
+LIES_IN = {"cpu": "host", "auto": "host", "disk": "disk", "host": "host", "files": "disk"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:state_dtype='8bit' changes nothing here")
 
@@ -71,6 +72,12 @@ def run(
     return optimizer
 
 
+def assert_states_lie(optimizer: Any, place: str) -> None:
+    """States are where the test means them to be, so that nothing is proven of another place."""
+    held = optimizer.memory_report().places
+    assert max(held, key=held.__getitem__) == LIES_IN[place], held
+
+
 @pytest.mark.parametrize("releases", [False, True], ids=["whole steps", "released"])
 @pytest.mark.parametrize("state_dtype", ["float32", "8bit"])
 @pytest.mark.parametrize("place", PLACES)
@@ -81,6 +88,7 @@ def test_skipped_blocks(
     own = {"backend": "cuda"} if place in STREAMED else {}  # streamed, by kernels of the device
     ours = fusedopt.AdamW(make_params(SHAPES, torch.float32), **kwargs, **own, **options_of(place, tmp_path))
     run(ours, device, 3, spoilt=1, releases=releases)
+    assert_states_lie(ours, place)
     usual = run(fusedopt.AdamW(make_params(SHAPES, torch.float32), backend="cpu", **kwargs), None, 3, spoilt=1)
     assert_same_run(ours, usual)
     assert ours.health_report() == usual.health_report()
