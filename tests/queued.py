@@ -149,15 +149,16 @@ class QueuedSession(CudaSession):
         return [i for i, param in enumerate(params) if param.grad is not None]
 
     def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
+        assert not scalars.sums_updates, "streams sum what they moved in plain torch"
         queued, module = self._backend.runtime, self._kernels()
         batch = table.batch(grad_multipliers=scalars.grad_multipliers)
-        size = module.workspace_bytes(batch=batch, clips=False)
+        size = module.workspace_bytes(batch=batch, clips=False, sums_updates=False)
         workspace = torch.empty(size, dtype=torch.uint8)
         queued.alive.append(workspace)
         lrs = [(0, False)] * len(self._groups or scalars.lrs)
         call = partial(
             module.step, batch=batch, lrs=lrs, grad_scale=0, found_inf=0, max_grad_norm=None, skip_step_above=None,
-            grad_norm=0, workspace=workspace.data_ptr(), stream=stream,
+            grad_norm=0, sums_updates=False, update_sums=0, workspace=workspace.data_ptr(), stream=stream,
         )  # fmt: skip
         queued.do(call)
 

@@ -113,12 +113,15 @@ class CudaSession(DeviceSession):
         module.square_sums(batch=batch, sums=sums.data_ptr(), stream=stream)
         return sums
 
-    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> Tensor | None:
         batch = table.batch(grad_multipliers=scalars.grad_multipliers)
         module = self._kernels()
         # New memory in every step: the allocator knows streams and graphs, and keeps it as long as they need it.
-        size = module.workspace_bytes(batch=batch, clips=scalars.norm is not None)
+        clips, updates = scalars.norm is not None, scalars.sums_updates
+        size = module.workspace_bytes(batch=batch, clips=clips, sums_updates=updates)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        chunks = module.count_update_sums(batch=batch) if updates else 0
+        sums = torch.empty((2, chunks), dtype=torch.float64, device=device) if updates else None
         module.step(
             batch=batch,
             lrs=[(pointer(lr), lr is not None and lr.dtype == torch.float64) for lr in scalars.lrs],
@@ -127,9 +130,12 @@ class CudaSession(DeviceSession):
             max_grad_norm=scalars.scaling.max_grad_norm,
             skip_step_above=scalars.scaling.skip_step_above,
             grad_norm=pointer(scalars.norm),
+            sums_updates=updates,
+            update_sums=pointer(sums),
             workspace=workspace.data_ptr(),
             stream=stream,
         )
+        return sums
 
 
 class CudaBackend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..reference.norm import pairwise_sum, square_sums
+from ..reference.norm import block_chunks, pairwise_sum
 from ..storage.placement import local
 from .base import GroupStep, Health, ParamStep, Scaling, SpreadOf, SquareSums, Summing
-from .eager import count_health, step_param, weights
+from .eager import block_row, count_health, step_param, weights
 from .table import add_entry, add_groups, collect
 
 
@@ -40,12 +40,14 @@ class Scalars:
         lrs: Of each group, on the device; None where it is a plain number.
         scaling: See Scaling; its tensors are on the device.
         norm: Takes the gradients' norm on the device if they are clipped; else None.
+        sums_updates: Whether the sums of squares of updates and weights are wanted.
     """
 
     grad_multipliers: list[float]
     lrs: list[Tensor | None]
     scaling: Scaling
     norm: Tensor | None
+    sums_updates: bool = False
 
 
 class DeviceSession:
@@ -60,12 +62,16 @@ class DeviceSession:
         # Of each group, for counting: its parameters and the optimizer's state; entries that came one by one.
         self._collected: dict[int, tuple[list[Tensor], dict[Tensor, Any], set[int]]] = {}  # and what was left
         self._added: list[ParamStep] = []
-        self._summer: DeviceSession | None = None  # squares what are no gradients
 
     # ---- what a subclass does ----------------------------------------------------------------------
 
-    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
-        """Steps a table."""
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> Tensor | None:
+        """Steps a table.
+
+        Returns:
+            If asked for, the sums of squares of updates and of weights, (2, chunks) in float64: those of the chunks of
+            each tensor's block sums (reference/norm.py), in list order. Of a step that is not taken, updates are 0.
+        """
         raise NotImplementedError
 
     def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
@@ -127,15 +133,18 @@ class DeviceSession:
 
     def sums_by_place(self) -> dict[tuple[int, int], Tensor]:
         """The sums of each parameter by its place in the param groups."""
-
-        def place(entry: ParamStep) -> tuple[int, int]:
-            positions = self._positions[entry.group]
-            listed = entry.position if positions is None else positions[entry.position]
-            return self._groups[entry.group].param_group, listed
-
-        entries = sorted(self._entries(), key=place)
+        entries = self._in_list_order(self._entries())
         sizes = [-(-entry.param.numel() // _core.reduction_chunk) for entry in entries]
-        return dict(zip(map(place, entries), torch.split(self.square_sums(), sizes)))
+        return dict(zip(map(self._place, entries), torch.split(self.square_sums(), sizes)))
+
+    def _place(self, entry: ParamStep) -> tuple[int, int]:
+        positions = self._positions[entry.group]
+        listed = entry.position if positions is None else positions[entry.position]
+        return self._groups[entry.group].param_group, listed
+
+    def _in_list_order(self, entries: Iterable[ParamStep]) -> list[ParamStep]:
+        """As tables have them."""
+        return sorted(entries, key=self._place)
 
     def step(
         self, grad_multipliers: Sequence[float], *, counts_health: bool = False, square_sums: SquareSums | None = None
@@ -158,53 +167,35 @@ class DeviceSession:
     ) -> tuple[Health, Tensor | None]:
         """The same, gradients multiplied by what is found on the device; with the norm, if they are clipped."""
         entries = self._entries() if counts_health or square_sums is not None else []
-        before = [weights(self._groups[entry.group], entry).clone() for entry in entries]
+        before = [weights(self._groups[entry.group], entry).clone() if counts_health else None for entry in entries]
         shadows = [
             copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
         ]
         norm = None
         for device, table in self._active():
-            norm = self._launch(device, table, list(grad_multipliers), scaling)
+            norm, sums = self._launch(device, table, list(grad_multipliers), scaling, square_sums is not None)
+            if square_sums is not None and sums is not None:
+                here = [entry for entry in entries if self._backend.device_of(entry.param) == device]
+                square_sums.update(_update_sums(self._in_list_order(here), sums))
         health = {}
-        sums: dict[tuple[int, int], Tensor] = {}
         for entry, held, shadow in zip(entries, before, shadows):
             group = self._groups[entry.group]
             skipped = 0
             if shadow is not None:  # kernels do not count what they skip: the reference takes the step once more
                 skipped = step_param(group, shadow, _multiplier(grad_multipliers[entry.group], scaling, norm))
-            if counts_health:
+            if held is not None:
                 health[entry.group, entry.position] = count_health(group, entry, held, skipped)
-            if square_sums is not None:
-                sums[entry.group, entry.position] = self.update_sums(self._groups, entry, held)
-        if square_sums is not None:
-            square_sums.update(on_host(sums))
         return health, norm
 
-    def update_sums(self, groups: Sequence[GroupStep], entry: ParamStep, before: Tensor) -> Tensor:
-        """What eager.update_sums gives, as a tensor on the device, by the kernels that square gradients.
-
-        Args:
-            groups: Of the step.
-            entry: A parameter after its step.
-            before: Its weights before it; destroyed.
-        """
-        after = weights(groups[entry.group], entry)
-        update = torch.sub(after, before, out=before)
-        if self._summer is None:
-            self._summer = type(self)(self._backend)
-        summer = self._summer
-        summer.begin(groups, [None] * len(groups))
-        numbers = [replace(entry, position=k, grad=x.contiguous()) for k, x in enumerate((update, after))]
-        if all([summer.add(each) for each in numbers]):
-            chunks = list(summer.sums_by_place().values())
-        else:
-            chunks = [square_sums(each.grad) for each in numbers]
-        summer.begin((), ())  # nothing that it was given is kept
-        return torch.stack([pairwise_sum(each) for each in chunks])
-
     def _launch(
-        self, device: torch.device, table: _core.TensorTable, grad_multipliers: list[float], scaling: Scaling
-    ) -> Tensor | None:
+        self,
+        device: torch.device,
+        table: _core.TensorTable,
+        grad_multipliers: list[float],
+        scaling: Scaling,
+        sums_updates: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The norm of gradients, if they are clipped, and what `launch` returns."""
         lrs = [lr_on(group.lr, device) for group in self._groups]
         on_device = replace(
             scaling,
@@ -213,9 +204,9 @@ class DeviceSession:
         )
         with self._backend.guard(device) as stream:
             norm = torch.empty((), dtype=torch.float32, device=device) if scaling.max_grad_norm is not None else None
-            self.launch(device, stream, table, Scalars(grad_multipliers, lrs, on_device, norm))
+            sums = self.launch(device, stream, table, Scalars(grad_multipliers, lrs, on_device, norm, sums_updates))
         table.count_versions()
-        return norm
+        return norm, sums
 
     def _entries(self) -> list[ParamStep]:
         """What was taken, parameter by parameter."""
@@ -240,13 +231,11 @@ class DeviceSession:
         return entries
 
 
-def on_host(sums: dict[tuple[int, int], Tensor]) -> SquareSums:
-    """Sums of squares as numbers: a device is waited for once."""
-    if not sums:
-        return {}
-    device = next(iter(sums.values())).device
-    numbers = torch.stack([each.to(device) for each in sums.values()]).tolist()
-    return {place: (update, weight) for place, (update, weight) in zip(sums, numbers)}
+def _update_sums(entries: Sequence[ParamStep], sums: Tensor) -> SquareSums:
+    """What `launch` returned of some parameters, in list order, as numbers: the device is waited for."""
+    sizes = [block_chunks(entry.param.numel(), block_row(entry)) for entry in entries]
+    totals = [pairwise_sum(part).tolist() for part in torch.split(sums.cpu(), sizes, dim=1)]
+    return {(entry.group, entry.position): (update, weight) for entry, (update, weight) in zip(entries, totals)}
 
 
 def copy(entry: ParamStep) -> ParamStep:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.arithmetic import rounded
 from ..reference.dense import round_stochastic
-from ..reference.norm import pairwise_sum, square_sums
+from ..reference.norm import block_square_sums, chunk_sums, pairwise_sum, square_sums
 from ..reference.random import bits_at
 from ..storage import quantization, skipping
 from ..storage import weights as storage
@@ -130,8 +130,21 @@ def count_health(group: GroupStep, entry: ParamStep, before: Tensor, skipped: in
 def update_sums(group: GroupStep, entry: ParamStep, before: Tensor) -> tuple[float, float]:
     """What csrc/cpu/updates.inl adds, after a step; `before` are the weights before it."""
     after = weights(group, entry)
-    update, weight = (float(pairwise_sum(square_sums(each))) for each in (after - before, after))
+    update, weight = (_sum_of_squares(each, block_row(entry)) for each in (after - before, after))
     return update, weight
+
+
+def block_row(entry: ParamStep) -> int:
+    """Elements that blocks of a parameter's weights do not cross: of the runs that kernels step it in."""
+    if entry.segment:
+        return entry.segment
+    has_codes = any(len(held) == 2 for held in entry.states)
+    return quantization.row_length(entry.param.shape) if has_codes else _real(entry.param).numel()
+
+
+def _sum_of_squares(values: Tensor, row: int) -> float:
+    # The rest is done on the host: in order, which takes a device a launch for each number.
+    return float(pairwise_sum(chunk_sums(block_square_sums(values, row).cpu().double())))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class TritonSession(DeviceSession):
         plan = self._plan(device, table)
         return kernels().square_sums(plan, self._mirrors_of(device)[0].on(device, stream, plan.rows))
 
-    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> Tensor | None:
         plan = self._plan(device, table)
         groups = kernels().group_rows(
             [group.rule for group in self._groups],
@@ -115,7 +115,7 @@ class TritonSession(DeviceSession):
             )
         one, zero = self._defaults[device]
         of_tensors, of_cuts, of_groups = self._mirrors_of(device)
-        kernels().take_step(
+        sums: Tensor | None = kernels().take_step(
             plan,
             of_tensors.on(device, stream, plan.rows),
             None if plan.cuts is None else of_cuts.on(device, stream, plan.cuts),
@@ -123,7 +123,9 @@ class TritonSession(DeviceSession):
             one if scalars.scaling.grad_scale is None else scalars.scaling.grad_scale,
             zero if scalars.scaling.found_inf is None else scalars.scaling.found_inf,
             scalars.norm,
+            sums_updates=scalars.sums_updates,
         )
+        return sums
 
 
 class TritonBackend:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _core
 from ..backends import DeviceSession, GroupStep, ParamStep, Scaling, SpreadOf
 from ..backends.base import Health, SquareSums, Summing
-from ..backends.device import Scalars, copy, lr_on, on_host
-from ..backends.eager import count_health, step_param, weights
+from ..backends.device import Scalars, copy, lr_on
+from ..backends.eager import count_health, step_param, update_sums, weights
 from ..backends.table import add_entry, add_groups
 from ..reference.norm import square_sums
 from . import disk
@@ -229,7 +229,6 @@ class Streamer:
                 check_not_captured((entry.param for entry in self._entries[device]), _IN_FILES)
         self.settle()
         for device, entries in self._entries.items():
-            sums: dict[tuple[int, int], Tensor] = {}
             before = [weights(self._groups[e.group], on_device(e, [])).clone() for e in entries] if looks else []
             skips = [counts_health and self._groups[e.group].skips_blocks for e in entries]
             shadows = [copy(on_device(e, [])) if skip else None for e, skip in zip(entries, skips)]
@@ -244,10 +243,7 @@ class Streamer:
                 if counts_health:
                     health[entry.group, entry.position] = count_health(group, stepped, held, skipped)
                 if square_sums is not None:
-                    place = entry.group, entry.position
-                    sums[place] = self._sessions[device].update_sums(self._groups, stepped, held)
-            if square_sums is not None:
-                square_sums.update(on_host(sums))
+                    square_sums[entry.group, entry.position] = update_sums(group, stepped, held)
         self.traffic.steps += 1
         return health
 

@@ -1,7 +1,10 @@
-"""Sums in an order that no thread count changes, all in double.
+"""Sums in an order that no thread count changes.
 
-A row of numbers is cut into chunks of 4,096. A chunk is summed in 16 lanes, each in order, and the lanes in
+A row of numbers is cut into chunks of 4,096. A chunk is summed in double, in 16 lanes, each in order, and the lanes in
 pairs; the chunks are then added in pairs. The gradient norm adds the chunks of all gradients, in list order.
+
+The norms of updates and weights are taken on the way of a step, which has little time for them. So squares are added
+in their own precision within blocks of 64, in halves, and only the sums of blocks are added as above.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor
 
 CHUNK = 4096
 LANES = 16
+BLOCK = 64
 
 # Added to the gradient norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does.
 _CLIP_EPS = 1e-6
@@ -35,6 +39,32 @@ def square_sums(grad: Tensor) -> Tensor:
     values = torch.view_as_real(grad) if grad.is_complex() else grad
     values = values.reshape(-1).double()
     return chunk_sums(values * values)
+
+
+def block_square_sums(values: Tensor, row: int) -> Tensor:
+    """The sums of squares of blocks of 64, by row; the last block of a row may be short.
+
+    Args:
+        values: Real numbers, in whose precision they are squared and added.
+        row: How many of them a row has.
+
+    Returns:
+        One number for each block.
+    """
+    if values.numel() == 0:
+        return values.new_zeros(0)
+    rows = values.reshape(-1, row)
+    blocks = torch.nn.functional.pad(rows, (0, -row % BLOCK)).reshape(-1, BLOCK)
+    sums = blocks * blocks
+    while sums.shape[-1] > 1:  # the upper half is added to the lower
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+def block_chunks(numel: int, row: int) -> int:
+    """How many chunks the sums of the blocks of rows come in."""
+    return 0 if numel == 0 else -(-(numel // row * -(-row // BLOCK)) // CHUNK)
 
 
 def chunk_sums(values: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ TOO_LARGE = 0x7F7D0000  # magnitudes from here on spoil their block
 
 def scales_shape(shape: torch.Size) -> torch.Size:
     """The shape of the scales of a parameter, or of the shard of one, of at least one dimension."""
-    return torch.Size([*shape[: _row_dim(shape)], -(-shape[_row_dim(shape) :].numel() // BLOCK)])
+    return torch.Size([*shape[: _row_dim(shape)], -(-row_length(shape) // BLOCK)])
+
+
+def row_length(shape: torch.Size) -> int:
+    """Elements of a row of a parameter, which blocks do not cross."""
+    return shape[_row_dim(shape) :].numel()
 
 
 def _row_dim(shape: torch.Size) -> int:
@@ -71,8 +76,7 @@ def decode(codes: Tensor, scales: Tensor, *, is_signed: bool) -> Tensor:
 def blocked(values: Tensor) -> Tensor:
     """A parameter's numbers as (rows, blocks, BLOCK), short blocks filled up with zeros."""
     shape = values.shape
-    row_dim = _row_dim(shape)
-    rows = values.reshape(shape[:row_dim].numel(), shape[row_dim:].numel())
+    rows = values.reshape(shape[: _row_dim(shape)].numel(), row_length(shape))
     blocks = -(-rows.shape[1] // BLOCK)
     padded = torch.nn.functional.pad(rows, (0, blocks * BLOCK - rows.shape[1]))
     return padded.reshape(rows.shape[0], blocks, BLOCK)
@@ -80,7 +84,7 @@ def blocked(values: Tensor) -> Tensor:
 
 def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
     """The inverse, of a parameter's shape."""
-    return blocks.flatten(1)[:, : shape[_row_dim(shape) :].numel()].reshape(shape)
+    return blocks.flatten(1)[:, : row_length(shape)].reshape(shape)
 
 
 def _float_of(bits: Tensor) -> Tensor:

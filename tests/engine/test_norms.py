@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ADAFACTOR, CASES, ISAS, Case, assert_same_run, make_params, set_grads, train
+from cases import ADAFACTOR, CASES, ISAS, Case, assert_same_run, make_params, params_of, set_grads, train
 
 import fusedopt
-from fusedopt.backends import device
+from fusedopt.backends import eager
 from fusedopt.engine.fp32 import full_precision
 from fusedopt.engine.norms import NormsReport
-from fusedopt.reference.norm import pairwise_sum, square_sums
+from fusedopt.reference.norm import block_square_sums, chunk_sums, pairwise_sum
+from fusedopt.storage.quantization import row_length
 
 EIGHT_BIT = {"state_dtype": "8bit", "min_quantized_numel": 1}
 FORMATS: dict[str, dict[str, Any]] = {
@@ -50,10 +51,13 @@ def measured(
 
 
 def sums_of(optimizer: fusedopt.FusedOptimizer, before: list[torch.Tensor]) -> list[tuple[float, float]]:
-    """The definition: sums of squares in double in the fixed order, of the difference in float32."""
+    """The definition: squares in float32, added in halves within blocks, the sums of those in double."""
     found = []
-    for old, new in zip(before, weights_of(optimizer)):
-        found.append(tuple(float(pairwise_sum(square_sums(each))) for each in (new - old, new)))
+    for param, old, new in zip(params_of(optimizer), before, weights_of(optimizer)):
+        has_codes = any(state.dtype == torch.uint8 for state in optimizer.state[param].values())
+        row = row_length(param.shape) if has_codes else param.numel()
+        sums = [block_square_sums(each, row) for each in (new - old, new)]
+        found.append(tuple(float(pairwise_sum(chunk_sums(each.double()))) for each in sums))
     return found
 
 
@@ -66,22 +70,21 @@ def test_every_path_has_the_same_bits(
     shapes = SHAPES
     if path in ISAS:
         monkeypatch.setenv("FUSEDOPT_CPU_ISA", path)
-    elif path in ("cuda", "triton"):  # whose sums are taken in one way for all formats and rules
-        if name not in ("fp32", "bf16 + split24 + 8bit") or case is ADAFACTOR:
-            pytest.skip("a device's sums know neither formats nor rules")
+    elif path in ("cuda", "triton"):
         request.getfixturevalue({"cuda": "emulated", "triton": "interpreted"}[path])
         shapes = SHAPES[:3]
-        monkeypatch.setattr(device, "square_sums", None)  # it is kernels that sum, not the reference
+        monkeypatch.setattr(eager, "update_sums", None)  # it is kernels that sum, not the reference
     optimizer, report, before = measured("cpu" if path in ISAS else path, name, case, shapes)
     expected = sums_of(optimizer, before)
     assert [(each.update, each.weight) for each in report.parameters] == [
         (math.sqrt(update), math.sqrt(weight)) for update, weight in expected
     ]
-    # What float64 says: only the difference was rounded, to float32.
+    # What float64 says. Differences, squares and six additions within a block are rounded to float32, so that a sum is
+    # within (1 + 2^-24)^9, and a norm within half of that.
     for each, old, new in zip(report.parameters, before, weights_of(optimizer)):
         update = (new.double() - old.double()).norm().item()
         assert each.update == pytest.approx(update, rel=1e-6)
-        assert each.weight == pytest.approx(new.double().norm().item(), rel=1e-12)
+        assert each.weight == pytest.approx(new.double().norm().item(), rel=1e-6)
     assert report.total.update == pytest.approx(math.hypot(*(each.update for each in report.parameters)), rel=1e-12)
 
 
