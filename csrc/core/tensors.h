@@ -113,4 +113,13 @@ struct TensorDesc {
   int64_t position = 0;        // within its group: reductions go in list order
 };
 
+// Elements of a row of a tensor as it is stepped: blocks of weights, as their sums are taken by, do not cross rows.
+inline int64_t block_row(const TensorDesc& tensor) {
+  if (tensor.segment != 0) return tensor.segment;
+  for (const Buffer& state : tensor.states) {
+    if (state.is_blockwise()) return tensor.row;
+  }
+  return tensor.numel;
+}
+
 }  // namespace fusedopt

@@ -19,7 +19,7 @@ namespace fusedopt::cpu {
 namespace {
 
 // A step's chunk: long enough to hide its start, short enough to share out evenly.
-constexpr int64_t kStepChunk = UpdateRecord::kCut;
+constexpr int64_t kStepChunk = int64_t{1} << 16;
 
 struct Isa {
   const char* name;
@@ -119,11 +119,7 @@ template <class TakesOnePass>
 ChunkPlan plan_step(const std::vector<TensorDesc>& tensors, const TakesOnePass& takes_one_pass) {
   return plan_chunks(
       static_cast<int64_t>(tensors.size()), [&](int64_t i) { return takes_one_pass(i) ? tensors[i].numel : 0; },
-      // Near multiples, so that at most one place of a reduction chunk is cut, and that near its end.
-      [&](int64_t i, int64_t position) {
-        const int64_t multiple = divided_up(position, kStepChunk) * kStepChunk;
-        return multiple < tensors[i].numel ? cut_between_blocks(tensors[i], multiple) : tensors[i].numel;
-      },
+      [&](int64_t i, int64_t position) { return cut_between_blocks(tensors[i], position); },
       kStepChunk, kStepChunk);
 }
 
@@ -145,7 +141,7 @@ void step_chunk(const Kernels& kernels, int rule, const TensorDesc& tensor, int6
   if (recording.updates == nullptr) {
     step(tensor, context, begin, length, {counted, nullptr});
   } else {
-    const UpdateTarget target = recording.updates->target(tensor, index, begin, length);
+    const UpdateTarget target = recording.updates->target(index);
     step(tensor, context, begin, length, {counted, &target});
   }
   if (counted == nullptr) return;
@@ -156,8 +152,7 @@ void step_chunk(const Kernels& kernels, int rule, const TensorDesc& tensor, int6
 }
 
 int64_t cut_between_blocks(const TensorDesc& tensor, int64_t position) {
-  const int64_t row = tensor.row;  // 0 if there are no rows to speak of
-  return row == 0 ? position : position - position % row % kBlock;
+  return position - position % block_row(tensor) % kBlock;
 }
 
 std::string selected_isa() { return select().name; }

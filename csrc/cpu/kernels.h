@@ -23,20 +23,9 @@ struct UpdateSums {
   double update, weight;
 };
 
-// A place within a reduction chunk where the step of a tensor is cut, fewer than kBlock elements before the chunk's
-// end: what is on either side.
-struct UpdateCut {
-  double update_lanes[kSumLanes], weight_lanes[kSumLanes];  // of what is before it
-  int64_t count = 0;                                        // how many elements these are
-  int64_t rest = 0;                                         // elements from it on
-  float updates[kBlock], weights[kBlock];
-};
-
-// Where the sums of a run of elements go.
+// Where these go by block of a tensor (core/tensors.h: block_row), as floats.
 struct UpdateTarget {
-  UpdateSums* chunks;  // of the tensor's reduction chunks
-  UpdateCut* begin;    // where the run begins and ends, if that is within a chunk
-  UpdateCut* end;
+  float *updates, *weights;
 };
 
 // What a step records of a run of elements; null where it does not.

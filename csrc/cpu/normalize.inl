@@ -173,10 +173,9 @@ void sum_weighted(const TensorDesc& tensor, float multiplier, const MatrixUnit& 
 
 double sum(const float* x, int64_t n) {
   DoubleLanes sums;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Padded<float> padded(x + i, static_cast<int>(n - i < kLanes ? n - i : kLanes));
-    sums = sums + widen(load_wide(padded.at));
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums = sums + widen(load_wide(x + i));
+  if (i < n) sums = sums + widen(load_wide(Padded<float>(x + i, static_cast<int>(n - i)).at));
   return total_of(sums);
 }
 

@@ -4,6 +4,7 @@
 // 8 bits takes two thirds of the time.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -97,11 +98,11 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
   const State states[] = {State(tensor.states[k], begin)..., State(tensor.states[0], 0)};
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
-  // If updates are summed, strip by strip, around a loop that knows nothing of it: a condition within it took ordinary
-  // steps some percent of their time.
+  // If updates are summed, around a loop that knows nothing of it: a condition within it took ordinary steps some
+  // percent of their time.
   for (int64_t begun = 0, end; begun < length; begun = end) {
-    end = updates == nullptr ? length : begun + kStrip;
-    if (updates != nullptr) updates->keep(weights.load(begun));
+    end = updates == nullptr ? length : std::min(begun + UpdateTally::kKept, length);
+    if (updates != nullptr) updates->keep(weights, begun, end);
     for (int64_t i = begun; i < end; i += kStrip) {
       // Where only two tensors are read, the hardware alone does not keep enough loads under way (Emerald Rapids: .48
       // ns per element, with this .42; Zen 4 gained nothing).
@@ -130,7 +131,7 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
                                                                        k & 1),
        ...);
     }
-    if (updates != nullptr) updates->add_strip(weights.load(begun));
+    if (updates != nullptr) updates->add_kept(weights, begun, end);
   }
 }
 
@@ -171,7 +172,6 @@ int64_t take_strips(const TensorDesc& tensor, const StepContext& context, int64_
     // stored, this holds but for 2^32.
     const uint64_t index = static_cast<uint64_t>(tensor.first_index + begin);
     if (tensor.segment != 0) return 0;
-    if (updates != nullptr && begin % kReductionChunk != 0) return 0;
     if (!has_weights || !has_gradient_strips<Rule>(tensor, context) || index % kRun != 0) return 0;
     if (length < kStrip || (index >> 32) != ((index + static_cast<uint64_t>(length)) >> 32)) return 0;
     bool blocks = Rule::kStates > 0 && tensor.row == tensor.numel;  // rows of whole blocks

@@ -168,7 +168,6 @@ void step_chunk(const TensorDesc& tensor, const StepContext& context, int64_t be
   if (record.updates == nullptr) return step_run<Rule>(tensor, context, begin, length, record.health, nullptr);
   UpdateTally tally(*record.updates, tensor, begin);
   step_run<Rule>(tensor, context, begin, length, record.health, &tally);
-  tally.end();
 }
 
 }  // namespace

@@ -3,63 +3,56 @@
 #include <algorithm>
 
 #include "core/pairwise.h"
+#include "cpu/parallel.h"
 
 namespace fusedopt::cpu {
 namespace {
 
-void add_to_lanes(const float* x, int64_t first, int64_t n, double* lanes) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double value = x[i];
-    lanes[(first + i) % kSumLanes] += value * value;
-  }
+int64_t blocks_of(const TensorDesc& tensor) {
+  if (tensor.numel == 0) return 0;
+  const int64_t row = block_row(tensor);
+  return tensor.numel / row * divided_up(row, kBlock);
 }
 
 }  // namespace
 
 UpdateRecord::UpdateRecord(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : tensors) {
-    const int64_t chunks = chunks_of(tensor.numel);
-    const bool has_cuts = tensor.row % kBlock != 0;
-    tensors_.push_back({count, chunks, std::vector<UpdateCut>(has_cuts ? divided_up(tensor.numel, kCut) : 0)});
-    count += chunks;
+  for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor));
+  // Not zeroed: the step writes every one of them.
+  updates_.reset(new float[static_cast<size_t>(count)]);
+  weights_.reset(new float[static_cast<size_t>(count)]);
+}
+
+UpdateTarget UpdateRecord::target(int64_t index) const {
+  const int64_t first = index == 0 ? 0 : ends_[index - 1];
+  return {updates_.get() + first, weights_.get() + first};
+}
+
+std::vector<UpdateSums> UpdateRecord::totals(const Kernels& kernels, int threads) const {
+  struct Chunk {
+    const float* numbers;
+    int64_t count;
+  };
+  std::vector<Chunk> chunks;  // those of a tensor's updates, then those of its weights
+  for (size_t i = 0; i < ends_.size(); ++i) {
+    const UpdateTarget of = target(static_cast<int64_t>(i));
+    const int64_t count = updates_.get() + ends_[i] - of.updates;
+    for (const float* numbers : {of.updates, of.weights}) {
+      for (int64_t at = 0; at < count; at += kReductionChunk) {
+        chunks.push_back({numbers + at, std::min(count - at, kReductionChunk)});
+      }
+    }
   }
-  sums_.resize(count);
-}
-
-UpdateTarget UpdateRecord::target(const TensorDesc& tensor, int64_t index, int64_t begin, int64_t length) {
-  Tensor& own = tensors_[index];
-  const auto cut_at = [&](int64_t at) {
-    return at % kReductionChunk == 0 || at == tensor.numel ? nullptr : &own.cuts[at / kCut];
-  };
-  return {sums_.data() + own.first, cut_at(begin), cut_at(begin + length)};
-}
-
-std::vector<UpdateSums> UpdateRecord::totals() {
+  std::vector<double> sums(chunks.size());
+  parallel_items(static_cast<int64_t>(chunks.size()), threads,
+                 [&](int64_t i) { sums[i] = kernels.sum(chunks[i].numbers, chunks[i].count); });
   std::vector<UpdateSums> totals;
-  std::vector<double> updates, weights;
-  const auto total_of = [](double* lanes) {
-    double sums[kSumLanes];
-    std::copy_n(lanes, kSumLanes, sums);
-    return pairwise_sum(sums, kSumLanes);
-  };
-  for (Tensor& tensor : tensors_) {
-    for (size_t i = 0; i < tensor.cuts.size(); ++i) {
-      UpdateCut& cut = tensor.cuts[i];
-      if (cut.count == 0) continue;
-      add_to_lanes(cut.updates, cut.count, cut.rest, cut.update_lanes);
-      add_to_lanes(cut.weights, cut.count, cut.rest, cut.weight_lanes);
-      // The chunk that ends with the cut's multiple.
-      const int64_t chunk = (static_cast<int64_t>(i) + 1) * (kCut / kReductionChunk) - 1;
-      sums_[tensor.first + chunk] = {total_of(cut.update_lanes), total_of(cut.weight_lanes)};
-    }
-    updates.clear();
-    weights.clear();
-    for (int64_t i = 0; i < tensor.count; ++i) {
-      updates.push_back(sums_[tensor.first + i].update);
-      weights.push_back(sums_[tensor.first + i].weight);
-    }
-    totals.push_back({pairwise_sum(updates.data(), tensor.count), pairwise_sum(weights.data(), tensor.count)});
+  double* first = sums.data();
+  for (size_t i = 0; i < ends_.size(); ++i) {
+    const int64_t count = chunks_of(ends_[i] - (i == 0 ? 0 : ends_[i - 1]));
+    totals.push_back({pairwise_sum(first, count), pairwise_sum(first + count, count)});
+    first += 2 * count;
   }
   return totals;
 }

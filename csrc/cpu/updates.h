@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/tensors.h"
@@ -9,29 +10,21 @@
 
 namespace fusedopt::cpu {
 
-// Of a step's tensors. Sums are taken by reduction chunk (core/pairwise.h), so that they hang neither on threads nor on
-// how the step is cut up.
+// Of a step's tensors. Sums are taken by block of weights (fusedopt/reference/norm.py), so that they hang neither on
+// threads nor on how the step is cut up.
 class UpdateRecord {
  public:
   explicit UpdateRecord(const std::vector<TensorDesc>& tensors);
 
-  // Where the sums of some elements of the tensor of that index go; several threads may ask at once. Begin and end are
-  // those of the tensor, or cut_between_blocks of a multiple of kCut.
-  UpdateTarget target(const TensorDesc& tensor, int64_t index, int64_t begin, int64_t length);
+  // Where the sums of the tensor of that index go. Several threads may write at once, each those of its own blocks.
+  UpdateTarget target(int64_t index) const;
 
   // Once the step is over: of each tensor.
-  std::vector<UpdateSums> totals();
-
-  static constexpr int64_t kCut = int64_t{1} << 16;
+  std::vector<UpdateSums> totals(const Kernels& kernels, int threads) const;
 
  private:
-  struct Tensor {
-    int64_t first, count;  // of its sums
-    std::vector<UpdateCut> cuts;
-  };
-
-  std::vector<Tensor> tensors_;
-  std::vector<UpdateSums> sums_;
+  std::vector<int64_t> ends_;  // of each tensor's blocks
+  std::unique_ptr<float[]> updates_, weights_;
 };
 
 }  // namespace fusedopt::cpu

@@ -1,129 +1,139 @@
-// The sums of squares of an update and of the weights after it, by reduction chunk, as reduce.inl adds: on request, and
-// within the step's own loops, whose wait for memory hides most of it.
+// The sums of squares of an update and of the weights after it, by block: on request, and within the step's own loops,
+// whose wait for memory hides most of it.
 #pragma once
 
 #include <algorithm>
 
-#include "cpu/formats.inl"
-#include "cpu/reduce.inl"
+#include "cpu/kernels.h"
+#include "cpu/strip_formats.inl"
 
 namespace fusedopt {
 namespace {
 
-// Adds the squares of both to sums of their own, in one loop: each waits for its additions, and they fill the gaps.
-FUSEDOPT_FN void add_both(LaneSum& a_sum, const float* a, LaneSum& b_sum, const float* b, int n) {
-  DoubleLanes of_a = a_sum.sums, of_b = b_sum.sums;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    add_squares(of_a, a + i);
-    add_squares(of_b, b + i);
+#if defined(__AVX2__)
+
+// The sums of 8 lanes of each, the upper half of them being added to the lower until one is left.
+FUSEDOPT_FN void store_sums(__m256 update, __m256 weight, float* to_update, float* to_weight) {
+  const __m128 u = _mm256_castps256_ps128(update) + _mm256_extractf128_ps(update, 1);
+  const __m128 w = _mm256_castps256_ps128(weight) + _mm256_extractf128_ps(weight, 1);
+  const __m128 both = _mm_movelh_ps(u, w) + _mm_movehl_ps(w, u);
+  const __m128 sums = both + _mm_movehdup_ps(both);
+  _mm_store_ss(to_update, sums);
+  _mm_store_ss(to_weight, _mm_movehl_ps(sums, sums));
+}
+#if defined(__AVX512BW__)
+FUSEDOPT_FN void store_sums(__m512 update, __m512 weight, float* to_update, float* to_weight) {
+  store_sums(_mm512_castps512_ps256(update) + _mm512_extractf32x8_ps(update, 1),
+             _mm512_castps512_ps256(weight) + _mm512_extractf32x8_ps(weight, 1), to_update, to_weight);
+}
+#endif
+
+// Of a block of kBlock weights, whose vectors are at(j).
+template <class Before, class After>
+FUSEDOPT_FN void sum_block(const Before& before, const After& after, float* update, float* weight) {
+  Lanes u[kVectors], w[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    const Lanes x = after.at(j), moved = x - before.at(j);
+    u[j] = moved * moved;
+    w[j] = x * x;
   }
-  if (i < n) {
-    add_squares(of_a, Padded<float>(a + i, n - i).at);
-    add_squares(of_b, Padded<float>(b + i, n - i).at);
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) {
+      u[j] = u[j] + u[j + half];
+      w[j] = w[j] + w[j + half];
+    }
   }
-  a_sum.sums = of_a;
-  b_sum.sums = of_b;
+  store_sums(u[0], w[0], update, weight);
 }
 
-// Of a run of elements of a tensor, which come one after the other.
+#endif
+
+FUSEDOPT_FN void sum_block(const float* before, const float* after, float* update, float* weight) {
+#if defined(__AVX2__)
+  sum_block(Loaded{before}, Loaded{after}, update, weight);
+#else
+  float u[kBlock], w[kBlock];
+  for (int i = 0; i < kBlock; ++i) {
+    const float moved = after[i] - before[i];
+    u[i] = moved * moved;
+    w[i] = after[i] * after[i];
+  }
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      u[i] = u[i] + u[i + half];
+      w[i] = w[i] + w[i + half];
+    }
+  }
+  *update = u[0];
+  *weight = w[0];
+#endif
+}
+
+// Of a run of elements of a tensor, which come one after the other and are whole blocks.
 class UpdateTally {
  public:
-  UpdateTally(const UpdateTarget& target, const TensorDesc& tensor, int64_t begin)
-      : target_(target), numel_(tensor.numel), at_(begin), begins_within_(target.begin != nullptr) {
-    find_end();
+  UpdateTally(const UpdateTarget& target, const TensorDesc& tensor, int64_t begin) : row_(block_row(tensor)) {
+    const int64_t row = begin / row_, column = begin - row * row_;
+    const int64_t block = row * divided_up(row_, kBlock) + column / kBlock;
+    updates_ = target.updates + block;
+    weights_ = target.weights + block;
+    left_ = row_ - column;
   }
 
-  // The next n <= kTile elements. Not inlined, as it would be for each rule.
+  // The next n elements. Not inlined, as it would be for each rule.
   __attribute__((noinline)) void add(const float* before, const float* after, int n) {
-    alignas(64) float updates[kTile];
-#pragma GCC ivdep
-    for (int i = 0; i < n; ++i) updates[i] = after[i] - before[i];
     for (int done = 0; done < n;) {
-      const int count = static_cast<int>(std::min<int64_t>(n - done, chunk_end_ - at_));
-      if (begins_within_) {
-        keep_rest(updates + done, after + done, count);
+      const int length = static_cast<int>(std::min<int64_t>(left_, kBlock));  // of this block
+      const int count = std::min(n - done, length - held_);
+      if (count == kBlock) {
+        sum_next(before + done, after + done);
       } else {
-        add_run(updates + done, after + done, count);
+        std::copy_n(before + done, count, before_ + held_);
+        std::copy_n(after + done, count, after_ + held_);
+        held_ += count;
+        if (held_ == length) {
+          std::fill(before_ + held_, before_ + kBlock, 0.0f);
+          std::fill(after_ + held_, after_ + kBlock, 0.0f);
+          sum_next(before_, after_);
+          held_ = 0;
+        }
       }
       done += count;
-      advance(count);
     }
   }
 
-  // Once the run has been added.
-  __attribute__((noinline)) void end() {
-    if (target_.end == nullptr) return;
-    target_.end->count = at_ % kReductionChunk;
-    store(updates_.sums, target_.end->update_lanes);
-    store(weights_.sums, target_.end->weight_lanes);
-  }
-
 #if defined(__AVX2__)
-  // The same of a strip of kBlock elements, of a run that begins with a reduction chunk: before it is stepped and
-  // after.
+  // The same of at most kKept elements in strips of kBlock, from `begin` to `end` of those of some weights: before they
+  // are stepped and after.
+  static constexpr int64_t kKept = 1024;
   template <class Weights>
-  FUSEDOPT_FN void keep(const Weights& weights) {
-    for (int j = 0; j < kVectors; ++j) store_lanes(before_ + kVector * j, weights.at(j));
+  __attribute__((noinline)) void keep(const Weights& weights, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const auto weight = weights.load(i);
+      for (int j = 0; j < kVectors; ++j) store_lanes(before_ + (i - begin) + kVector * j, weight.at(j));
+    }
   }
   template <class Weights>
-  FUSEDOPT_FN void add_strip(const Weights& weights) {
-    for (int j = 0; j < kVectors; ++j) store_lanes(after_ + kVector * j, weights.at(j));
-    add_kept();
+  __attribute__((noinline)) void add_kept(const Weights& weights, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kBlock) {
+      sum_block(Loaded{before_ + (i - begin)}, weights.load(i), updates_++, weights_++);
+    }
+    left_ -= end - begin;
   }
 #endif
 
  private:
-  void find_end() { chunk_end_ = std::min((at_ / kReductionChunk + 1) * kReductionChunk, numel_); }
-
-  FUSEDOPT_FN void advance(int64_t count) {
-    at_ += count;
-    if (at_ == chunk_end_) end_chunk();
+  FUSEDOPT_FN void sum_next(const float* before, const float* after) {
+    sum_block(before, after, updates_++, weights_++);
+    left_ = left_ > kBlock ? left_ - kBlock : row_;
   }
 
-  __attribute__((noinline)) void end_chunk() {
-    if (!begins_within_) target_.chunks[(at_ - 1) / kReductionChunk] = {updates_.total(), weights_.total()};
-    begins_within_ = false;
-    updates_ = weights_ = {};
-    find_end();
-  }
-
-  void keep_rest(const float* updates, const float* weights, int n) {
-    UpdateCut& cut = *target_.begin;
-    std::copy_n(updates, n, cut.updates + cut.rest);
-    std::copy_n(weights, n, cut.weights + cut.rest);
-    cut.rest += n;
-  }
-
+  float *updates_, *weights_;  // of the next block
+  int64_t row_, left_;         // elements of a row, and of this one from the next block on
+  int held_ = 0;               // of the next block
 #if defined(__AVX2__)
-  __attribute__((noinline)) void add_kept() {
-    alignas(64) float updates[kBlock];
-    for (int at = 0; at < kBlock; at += kVector) {
-      store_lanes(updates + at, load_lanes(after_ + at) - load_lanes(before_ + at));
-    }
-    add_both(updates_, updates, weights_, after_, kBlock);
-    advance(kBlock);
-  }
-#endif
-
-  // Elements of one chunk, from any lane on.
-  void add_run(const float* updates, const float* weights, int n) {
-    const int lane = static_cast<int>(at_ % kLanes);
-    const int odd = lane == 0 ? 0 : std::min(kLanes - lane, n);
-    if (odd > 0) {
-      float shifted[2][kLanes] = {};
-      std::copy_n(updates, odd, shifted[0] + lane);
-      std::copy_n(weights, odd, shifted[1] + lane);
-      add_both(updates_, shifted[0], weights_, shifted[1], kLanes);
-    }
-    add_both(updates_, updates + odd, weights_, weights + odd, n - odd);
-  }
-
-  const UpdateTarget& target_;
-  int64_t numel_, at_, chunk_end_;
-  bool begins_within_;  // a chunk, whose rest the cut takes
-  LaneSum updates_, weights_;
-#if defined(__AVX2__)
+  alignas(64) float before_[kKept], after_[kBlock];
+#else
   alignas(64) float before_[kBlock], after_[kBlock];
 #endif
 };

@@ -218,7 +218,7 @@ uintptr_t TensorTable::batch(const std::vector<double>& grad_multipliers) {
 
 // What step(recording) records of tensors.
 template <class Step>
-py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, int threads, bool counts_health,
                                const std::optional<py::dict>& square_sums, const Step& step) {
   std::vector<HealthCounts> health(counts_health ? tensors.size() : 0);
   std::vector<UpdateSums> sums;
@@ -227,7 +227,7 @@ py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, bool coun
     std::optional<cpu::UpdateRecord> updates;
     if (square_sums) updates.emplace(tensors);
     step(cpu::Recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr});
-    if (updates) sums = updates->totals();
+    if (updates) sums = updates->totals(cpu::selected_kernels(), threads);
   }
   count_versions();
   for (size_t i = 0; i < sums.size(); ++i) {
@@ -246,7 +246,7 @@ py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, bool coun
 py::dict TensorTable::step(const std::vector<double>& grad_multipliers, int threads, bool counts_health,
                            std::optional<py::dict> square_sums) {
   list_groups(grad_multipliers);
-  return recorded(lists_.tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+  return recorded(lists_.tensors, threads, counts_health, square_sums, [&](const cpu::Recording& recording) {
     cpu::step(lists_.tensors, lists_.groups, threads, recording);
   });
 }
@@ -277,7 +277,7 @@ py::dict TensorTable::step_shards(uintptr_t totals, int threads, bool counts_hea
                                   std::optional<py::dict> square_sums) {
   std::vector<TensorDesc> tensors;
   for (const cpu::Shard& shard : shards_) tensors.push_back(shard.tensor);
-  return recorded(tensors, counts_health, square_sums, [&](const cpu::Recording& recording) {
+  return recorded(tensors, threads, counts_health, square_sums, [&](const cpu::Recording& recording) {
     sharded_step_.step(reinterpret_cast<const double*>(totals), threads, recording);
   });
 }

@@ -93,7 +93,7 @@ class TensorTable {
   void set_apart(const WholeOfShard& whole, const std::array<int32_t, 3>& channels);
   void list_groups(const std::vector<double>& grad_multipliers);
   template <class Step>
-  pybind11::dict recorded(const std::vector<TensorDesc>& tensors, bool counts_health,
+  pybind11::dict recorded(const std::vector<TensorDesc>& tensors, int threads, bool counts_health,
                           const std::optional<pybind11::dict>& square_sums, const Step& step);
   auto listed(const TensorDesc& tensor) const { return groups_[tensor.group].listed(tensor.position); }
   void sort();

@@ -42,10 +42,10 @@ class Reporting(Contract):
     def record_norms(self, enabled: bool = True) -> None:
         """Takes, in every step from now on, the norms of updates and weights; `norms_report` tells.
 
-        On the CPU they are taken inside the step's own loops. On other devices the weights before the step are kept for
-        its length, which takes as much memory as they do. Ranks that share DTensors meet once more in such a step, to
-        add what each of them holds, so switch this on and off on all of them alike. Compiled steps are measured, too;
-        the replays of a CUDA graph are not.
+        The step's own loops and kernels take them. Where states are streamed to a device, and in the reference path,
+        the weights before the step are kept for its length instead, which takes as much memory as they do. Ranks that
+        share DTensors meet once more in such a step, to add what each of them holds, so switch this on and off on all
+        of them alike. Compiled steps are measured, too; the replays of a CUDA graph are not.
         """
         self._norms = norms.NormsRecord(self) if enabled else None
 
