@@ -23,7 +23,7 @@ struct ChunkPlan {
 
 // Lists the chunks of tensors whose sizes `numel_of(i)` gives, about `chunk_length` long, in order,
 // and closes an item as soon as it holds at least `item_length` elements. Tensor i may be cut at
-// `cut_of(i, position)`, which is less than a chunk away from `position`, before or after it.
+// `cut_of(i, position)`, which is `position` or less than a chunk before it.
 template <class NumelOf, class CutOf>
 ChunkPlan plan_chunks(int64_t tensors, NumelOf numel_of, CutOf cut_of, int64_t chunk_length, int64_t item_length) {
   ChunkPlan plan;

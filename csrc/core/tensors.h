@@ -113,7 +113,8 @@ struct TensorDesc {
   int64_t position = 0;        // within its group: reductions go in list order
 };
 
-// Elements of a row of a tensor as it is stepped: blocks of weights, as their sums are taken by, do not cross rows.
+// How many elements a row of a tensor has. Sums of weights and updates are taken over blocks of 64 elements of a row
+// (fusedopt/reference/norm.py).
 inline int64_t block_row(const TensorDesc& tensor) {
   if (tensor.segment != 0) return tensor.segment;
   for (const Buffer& state : tensor.states) {

@@ -23,7 +23,7 @@ struct UpdateSums {
   double update, weight;
 };
 
-// Where these go by block of a tensor (core/tensors.h: block_row), as floats.
+// Where the sums of the blocks of a tensor go, one number for each block (core/tensors.h: block_row).
 struct UpdateTarget {
   float *updates, *weights;
 };

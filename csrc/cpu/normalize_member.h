@@ -16,7 +16,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/normalize.h"
-#include "cpu/updates.h"
 #include "rules/normalize.h"
 #include "storage/random.h"
 

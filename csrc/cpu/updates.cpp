@@ -20,11 +20,12 @@ void UpdateRecord::begin(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
   ends_.clear();
   for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor));
-  if (count <= capacity_ && capacity_ <= 2 * count) return;
+  if (count <= capacity_) return;
+  capacity_ = 0;  // until there is memory
   // Not zeroed: the step writes every one of them.
-  capacity_ = count;
   updates_.reset(new float[static_cast<size_t>(count)]);
   weights_.reset(new float[static_cast<size_t>(count)]);
+  capacity_ = count;
 }
 
 UpdateTarget UpdateRecord::target(int64_t index) const {

@@ -27,7 +27,7 @@ class UpdateRecord {
  private:
   std::vector<int64_t> ends_;  // of each tensor's blocks
   std::unique_ptr<float[]> updates_, weights_;
-  int64_t capacity_ = 0;
+  int64_t capacity_ = 0;  // of each
 };
 
 }  // namespace fusedopt::cpu

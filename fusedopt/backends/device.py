@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _core
 from ..reference.norm import block_chunks, pairwise_sum
+from ..storage import placement
 from ..storage.placement import local
 from .base import GroupStep, Health, ParamStep, Scaling, SpreadOf, SquareSums, Summing
 from .eager import block_row, count_health, step_param, weights
@@ -172,10 +173,14 @@ class DeviceSession:
             copy(entry) if counts_health and self._groups[entry.group].skips_blocks else None for entry in entries
         ]
         norm = None
+        summed = {}
         for device, table in self._active():
             norm, sums = self._launch(device, table, list(grad_multipliers), scaling, square_sums is not None)
-            if square_sums is not None and sums is not None:
-                here = [entry for entry in entries if self._backend.device_of(entry.param) == device]
+            if sums is not None:
+                summed[device] = sums
+        for device, sums in summed.items():
+            here = [entry for entry in entries if self._backend.device_of(entry.param) == device]
+            if square_sums is not None:
                 square_sums.update(_update_sums(self._in_list_order(here), sums))
         health = {}
         for entry, held, shadow in zip(entries, before, shadows):
@@ -217,6 +222,7 @@ class DeviceSession:
                 if param.grad is None or position in left:
                     continue
                 held = {key: local(value) for key, value in state[param].items()}
+                place = placement.of(param) if placement.is_dtensor(param) else placement.WHOLE
                 entries.append(
                     ParamStep(
                         group=index,
@@ -226,6 +232,7 @@ class DeviceSession:
                         states=tuple(tuple(held[key] for key in spec.keys_in(held)) for spec in group.states),
                         step=held["step"],
                         master=held.get(group.master_key) if group.master_key else None,
+                        **place._asdict(),
                     )
                 )
         return entries

@@ -137,7 +137,7 @@ def update_sums(group: GroupStep, entry: ParamStep, before: Tensor) -> tuple[flo
 def block_row(entry: ParamStep) -> int:
     """Elements that blocks of a parameter's weights do not cross: of the runs that kernels step it in."""
     if entry.segment:
-        return entry.segment
+        return entry.segment * (2 if entry.param.is_complex() else 1)
     has_codes = any(len(held) == 2 for held in entry.states)
     return quantization.row_length(entry.param.shape) if has_codes else _real(entry.param).numel()
 

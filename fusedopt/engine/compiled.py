@@ -150,7 +150,7 @@ def _step(
             if owner is not None and (meshes := owner._agreement().meshes(owner)) is not None:
                 gathered.ranks = Ranks(owner._agreement(), owner, meshes)
             scaling = Scaling(max_grad_norm=max_grad_norm, skip_step_above=skip_step_above)
-            records = {} if owner is None or _is_captured() else owner._recorded()
+            records = {} if owner is None else owner._recorded()
             counts, norm = gathered.step(scaling, listed, **records)
             gathered.write_back()
             streamer_of(sessions).settle()
@@ -160,11 +160,6 @@ def _step(
             let_go(sessions)
     if norm is not None and grad_norm is not None:
         grad_norm.copy_(norm)
-
-
-def _is_captured() -> bool:
-    """Whether a CUDA graph records this step, whose numbers nobody can look at."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _whole(group: dict[str, Any], position: int) -> Tensor:

@@ -21,7 +21,7 @@ from ..offload.stream import Streamer
 from ..reference.norm import pairwise_sum
 from . import members, sharding
 from .gather import Gathered, Listed, Ranks, clipped
-from .reporting import Reporting
+from .reporting import Reporting, is_captured
 from .sessions import let_go, streamer_of
 
 _STEPPED_BY_A_THREAD = (
@@ -64,7 +64,7 @@ class Partial(Reporting):
         self._streamer().settle()
         if self._health is not None:
             self._health.add(counts)
-        if self._norms is not None:
+        if self._norms is not None and not is_captured():
             self._norms.end()
 
     def _before_some(self) -> None:
