@@ -91,7 +91,7 @@ def test_every_path_has_the_same_bits(
 @pytest.mark.parametrize("shape", [(1_311, 101), (2, 65_537), (65_536 + 63,), (3, 65_536), (70_001, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_where_the_step_is_cut_up_changes_nothing(shape: tuple[int, ...], threads: int) -> None:
-    """Rows that are no whole blocks are cut beside multiples of a chunk."""
+    """Rows that are no whole blocks are cut before multiples of a chunk."""
     held = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
