@@ -13,15 +13,16 @@ from unittest import mock
 
 import torch
 from cases import CASES, make_params, set_grads
-from fusedopt.triton_kernels import ahead, launch, prepare, reduce, step, sums
+from fusedopt.triton_kernels import ahead, launch, prepare, reduce, step, sums, updates
 
 from fusedopt import Adafactor
 from fusedopt.backends import triton as backend
+from fusedopt.engine.norms import NormsRecord
 
 FORMATS = ["float32/float32", "bfloat16/8bit/split24"]  # of both kinds; what lies between is made of the same
 KERNELS = [
     kernel
-    for module in (step, prepare, reduce, sums)
+    for module in (step, prepare, reduce, sums, updates)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 ]
@@ -34,14 +35,24 @@ def compile_all(target: str, first: str, every: str) -> dict[str, list[str]]:
         return {f"{i} {job.label}": sorted(job.compile().asm) for i, job in jobs}
 
 
+def norms(target: str) -> dict[str, list[str]]:
+    """What AdamW's step launches that takes norms, and no other step: label to what was made of it."""
+    with ahead.on(ahead.parse_target(target)):
+        without = ahead.jobs(["adamw"], ["bfloat16/bfloat16"])
+        jobs = [job for job in ahead.jobs(["adamw"], ["bfloat16/bfloat16"], norms=True) if job not in without]
+        return {job.label: sorted(job.compile().asm) for job in jobs}
+
+
 def instructions(target: str) -> dict[str, dict[str, int]]:
     """How often each instruction of memory or of floating point occurs in PTX: of AdamW's step, all of Adafactor's."""
     jobs = []
     for formats in ("float32/float32", "bfloat16/bfloat16", "bfloat16/8bit/split24"):
         for word in ahead.words_of("adamw", formats):
             constants = launch.Launch("adamw", word, 0, 1, 1).step_constants()
-            arguments = (torch.int64, torch.int32, 2)
-            jobs.append(ahead.Job(f"{formats} {word:#x}", step.step_kernel, arguments, constants))
+            for block_sums in (None, torch.float32) if formats == "bfloat16/bfloat16" else (None,):
+                arguments = (torch.int64, torch.int32, block_sums, 2)
+                label = f"{formats} {word:#x}{' norms' if block_sums else ''}"
+                jobs.append(ahead.Job(label, step.step_kernel, arguments, constants))
     jobs += ahead.jobs(["adafactor_matrix", "adafactor_vector"], ["float32/float32"])
     found: dict[str, dict[str, int]] = {}
     with ahead.on(ahead.parse_target(target)):
@@ -76,10 +87,11 @@ def compiled_in_training(target: str) -> list[list[int]]:
     with (
         mock.patch.object(type(step.step_kernel), "__getitem__", without_launching),
         mock.patch.object(backend, "is_interpreting", return_value=True),
+        mock.patch.object(NormsRecord, "end"),  # what has not been launched has summed nothing
         ahead.on(ahead.parse_target(target)),
     ):
         return [
-            _compiled_by(CASES[0].ours, ["adamw"], {}),
+            _compiled_by(CASES[0].ours, ["adamw"], {}, takes_norms=True),
             _compiled_by(
                 Adafactor,
                 ["adafactor_momentum_matrix", "adafactor_momentum_vector"],
@@ -88,13 +100,13 @@ def compiled_in_training(target: str) -> list[list[int]]:
         ]
 
 
-def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any]) -> list[int]:
+def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any], *, takes_norms: bool = False) -> list[int]:
     counts = []
 
     def count() -> None:
         counts.append(sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values()))
 
-    for job in ahead.jobs(rules, ["bfloat16/8bit"]):
+    for job in ahead.jobs(rules, ["bfloat16/8bit"], norms=takes_norms):
         job.compile()
     count()
     params = make_params([(64, 100), (70, 64), (33,), (5000,)], torch.bfloat16)
@@ -105,6 +117,7 @@ def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any]) -> list[in
         # Sums of chunks in pairs are as many as gradients have elements: parameters come and go.
         set_grads(params, i)
         params[i % 4].grad = None
+        optimizer.record_norms(takes_norms and i % 10 == 0)
         optimizer.step()
         schedule.step()
         if i == 0:
@@ -116,6 +129,7 @@ def _compiled_by(kind: Any, rules: list[str], kwargs: dict[str, Any]) -> list[in
 if __name__ == "__main__":
     tasks: Any = {
         "all": compile_all,
+        "norms": norms,
         "instructions": instructions,
         "scaled_roots": scaled_roots,
         "training": compiled_in_training,

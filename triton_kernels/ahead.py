@@ -23,7 +23,7 @@ from fusedopt.storage.masters import KEYS
 from fusedopt.storage.masters import rounding_of as param_rounding_of
 from fusedopt.storage.state import DTYPES, EIGHT_BIT, FORMATS, StateSpec, requested_format, rounding_of
 
-from . import launch, passes, prepare, reduce, rules, step
+from . import launch, passes, prepare, reduce, rules, step, updates
 
 # What training usually has: parameters and gradients / states / what 16-bit parameters keep.
 USUAL_FORMATS = (
@@ -101,13 +101,18 @@ class Job:
         return self.kernel.warmup(*self.arguments, grid=(1,), **self.constants, **launch.OPTIONS)
 
 
-def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = None) -> list[Job]:
-    """Everything that a step of these rules (None: of all rules) in these formats launches."""
+def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = None, *, norms: bool = False) -> list[Job]:
+    """Everything that a step of these rules (None: of all rules) in these formats launches; `norms`: and what one does
+    that records norms.
+    """
     chosen = [checks.one_of("rule", name, rules.RULES) for name in names] if names else list(rules.RULES)
     found = [
         Job("square sums", reduce.square_sum_kernel, (torch.int64, torch.float64, 2)),
         Job("pairwise sum", reduce.pairwise_kernel, (torch.float64, torch.float64, 2)),
     ]
+    if norms:
+        arguments = (torch.int64, torch.float32, torch.float64, 2, 2)
+        found.append(Job("sums of updates", updates.update_sum_kernel, arguments))
     for name in chosen:
         for clips in (False, True):
             square_sum = torch.float64 if clips else torch.float32
@@ -120,7 +125,10 @@ def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = Non
             if rules.RULES[name].normalizing:
                 found += _sums(label, rules.RULES[name], word)
             constants = launch.Launch(name, word, 0, 1, 1).step_constants()
-            found.append(Job(label, step.step_kernel, (torch.int64, torch.int32, 2), constants))
+            found.append(Job(label, step.step_kernel, (torch.int64, torch.int32, None, 2), constants))
+            if norms:
+                arguments = (torch.int64, torch.int32, torch.float32, 2)
+                found.append(Job(f"{label}, norms", step.step_kernel, arguments, constants))
     once: dict[Any, Job] = {}
     for job in found:
         once.setdefault((job.kernel, job.arguments, tuple(job.constants.items())), job)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import passes, prepare, reduce, step, table
+from . import passes, prepare, reduce, step, table, updates
 from .codes import BLOCK
 from .formats import CODES
 from .normalize import MOMENTS
@@ -134,9 +134,6 @@ class Plan:
         rule = np.array([names.index(name) for name in rules_of])[rows[:, table.GROUP.value]]
         formats = rows[:, table.FORMATS.value]
         order = np.lexsort((formats, rule))
-        chunks = divided_up(rows[:, table.NUMEL.value], reduce.CHUNK.value)
-        self.chunks = int(chunks.sum())
-
         filled = np.zeros((len(rows), table.WIDTH.value), np.int64)
         filled[:, : rows.shape[1]] = rows[order]
         rule, formats, numel = rule[order], formats[order], filled[:, table.NUMEL.value]
@@ -149,12 +146,19 @@ class Plan:
         filled[:, table.ROW_GAP.value] = gap
         filled[:, table.ROW.value] = length
         filled[:, table.IS_ALIGNED.value] = (filled[:, _POINTERS] % 16 == 0).all(1)
-        filled[:, table.FIRST_CHUNK.value] = (np.cumsum(chunks) - chunks)[order]
-        sum_programs = divided_up(chunks[order], reduce.CHUNKS.value)
+        chunks = divided_up(numel, reduce.CHUNK.value)
+        self.chunks, filled[:, table.FIRST_CHUNK.value] = _in_list_order(chunks, order)
+        sum_programs = divided_up(chunks, reduce.CHUNKS.value)
         filled[:, table.FIRST_SUM_PROGRAM.value] = np.cumsum(sum_programs) - sum_programs
         self.sum_programs = int(sum_programs.sum())
 
         blocks = numel // np.maximum(length, 1) * divided_up(length, BLOCK.value)
+        block_chunks = divided_up(blocks, reduce.CHUNK.value)
+        self.block_chunks, filled[:, table.FIRST_OF_BLOCK_CHUNKS.value] = _in_list_order(block_chunks, order)
+        room = 2 * divided_up(blocks, reduce.LANES.value) * reduce.LANES.value  # as updates.room_of
+        filled[:, table.FIRST_BLOCK_SUM.value] = np.cumsum(room) - room
+        self.block_sums = int(room.sum())
+
         programs = divided_up(blocks, _PROGRAM)
         begins = np.flatnonzero(np.diff(rule, prepend=-1) | np.diff(formats, prepend=-1))
         self.launches = []
@@ -180,6 +184,17 @@ class Plan:
             first = found.get(launch.rule, (launch.rule, launch.first, 0))[1]
             found[launch.rule] = (launch.rule, first, launch.last)
         return list(found.values())
+
+
+def _in_list_order(counts: passes.Numbers, order: passes.Numbers) -> tuple[int, passes.Numbers]:
+    """Numbers through what tensors have `counts` of, in list order.
+
+    `order` is where each tensor stands in the list. Returns how many there are, and the first number of each tensor.
+    """
+    listed = np.empty_like(counts)
+    listed[order] = counts
+    until = np.cumsum(listed)
+    return int(listed.sum()), (until - listed)[order]
 
 
 def _numbers(given: bytes, width: int) -> passes.Numbers:
@@ -230,6 +245,15 @@ def pairwise_sum(sums: Tensor) -> Tensor:
     return sums
 
 
+def update_sums(plan: Plan, rows: Tensor, block_sums: Tensor) -> Tensor:
+    """The sums of squares of all updates and weights: (2, chunks), in list order; `block_sums` is what steps stored."""
+    sums = torch.empty((2, plan.block_chunks), dtype=torch.float64, device=rows.device)
+    if plan.sum_programs > 0:
+        grid = (plan.sum_programs, 2)
+        updates.update_sum_kernel[grid](rows, block_sums, sums, len(rows), plan.block_chunks, **OPTIONS)
+    return sums
+
+
 def take_step(
     plan: Plan,
     rows: Tensor,
@@ -238,10 +262,12 @@ def take_step(
     grad_scale: Tensor,
     found_inf: Tensor,
     norm: Tensor | None,
-) -> None:
+    *,
+    sums_updates: bool = False,
+) -> Tensor | None:
     """Steps everything; `norm` takes the gradient norm, and gradients are clipped if it is given.
 
-    `rows` and `cuts` are the plan's, on the device.
+    `rows` and `cuts` are the plan's, on the device. Returns what `update_sums` does, if `sums_updates`.
     """
     square_sum = grad_norm = grad_scale
     if norm is not None:
@@ -260,6 +286,9 @@ def take_step(
             **prepare_constants(name, clips=norm is not None),
             **OPTIONS,
         )
+    block_sums = None
+    if sums_updates:
+        block_sums = torch.empty(plan.block_sums, dtype=torch.float32, device=rows.device)
     if cuts is not None:
         workspace = passes.workspace([launch.cuts for launch in plan.launches if launch.cuts], rows.device)
     for launch in plan.launches:
@@ -269,5 +298,6 @@ def take_step(
                 arguments = (rows[first:last], cuts[first:last], groups, derived[first:last], *workspace)
                 passes.take(RULES[launch.rule], launch.formats, launch.cuts, arguments, last - first, OPTIONS)
             step.step_kernel[(launch.programs,)](
-                rows[first:last], derived[first:last], last - first, **launch.step_constants(), **OPTIONS
+                rows[first:last], derived[first:last], block_sums, last - first, **launch.step_constants(), **OPTIONS
             )
+    return None if block_sums is None else update_sums(plan, rows, block_sums)

@@ -33,6 +33,15 @@ def in_pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def in_halves(x, ROWS: tl.constexpr, LENGTH: tl.constexpr, LEVELS: tl.constexpr):
+    """The same, by adding the upper half to the lower one until a single number is left."""
+    for level in tl.static_range(LEVELS):
+        # Of two numbers there is one sum, whatever the order in which a device reduces.
+        x = tl.sum(tl.reshape(x, (ROWS, 2, LENGTH >> (level + 1))), 1)
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
 def chunk_sums(TERM: tl.constexpr, source, begin, length, is_aligned, FORMATS: tl.constexpr):
     """The sums of CHUNKS chunks.
 
@@ -67,6 +76,12 @@ def squared(x):
     """In float64, exact."""
     wide = x.to(tl.float64)
     return wide * wide
+
+
+@triton.jit
+def single(numbers, place, _: tl.constexpr, WHOLE: tl.constexpr):
+    """A term: float32 numbers as they are."""
+    return load(numbers, tl.float32, place, WHOLE).to(tl.float64)
 
 
 # ---- any number of numbers in pairs ------------------------------------------------------------
@@ -132,16 +147,21 @@ def _square_of_gradient(source, place, FORMATS: tl.constexpr, WHOLE: tl.constexp
     return squared(x)
 
 
-@triton.jit(do_not_specialize=["count"])
-def square_sum_kernel(table, sums, count):
-    """The sum of the squares of each chunk; a program takes CHUNKS chunks of one tensor."""
+@triton.jit
+def find_chunks(table, count):
+    """A program's tensor, and the CHUNKS chunks of it that the program takes."""
     program = tl.program_id(0)
     row = table + find_row(table, count, program, words.FIRST_SUM_PROGRAM) * words.WIDTH
-    numel = tl.load(row + words.NUMEL)
+    return row, (program - tl.load(row + words.FIRST_SUM_PROGRAM)) * CHUNKS + tl.arange(0, CHUNKS)
+
+
+@triton.jit(do_not_specialize=["count"])
+def square_sum_kernel(table, sums, count):
+    """The sum of the squares of each chunk."""
+    row, chunk = find_chunks(table, count)
     source = (tl.load(row + words.GRAD), (tl.load(row + words.FORMATS) >> 3) & 7)
-    chunk = (program - tl.load(row + words.FIRST_SUM_PROGRAM)) * CHUNKS + tl.arange(0, CHUNKS)
     begin = chunk * CHUNK
-    length = length_of_chunk(begin, numel)
+    length = length_of_chunk(begin, tl.load(row + words.NUMEL))
     is_aligned = tl.load(row + words.IS_ALIGNED) != 0
     total = chunk_sums(_square_of_gradient, source, begin, length, is_aligned, 0)
     tl.store(sums + tl.load(row + words.FIRST_CHUNK) + chunk, total, mask=length > 0)

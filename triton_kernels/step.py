@@ -12,7 +12,8 @@ from .arithmetic import float_of
 from .codes import BLOCK, is_too_large
 from .formats import CODES, draw
 from .table import find_row
-from .tiles import load_dense, load_param, load_state, store_param, store_state
+from .tiles import extents_of, load_dense, load_param, load_state, place_of, store_param, store_state
+from .updates import store_block_sums
 
 BLOCKS = tl.constexpr(16)  # of a tile
 PART = tl.constexpr(4)  # blocks taken at a time if a tile is not whole: less code to compile
@@ -52,6 +53,7 @@ def unspoilt(p, s, STATES: tl.constexpr, FORMATS: tl.constexpr, place, scales):
 def step_tile(
     row,
     derived,
+    block_sums,
     hyper,
     begin,
     extents,
@@ -64,29 +66,12 @@ def step_tile(
     COUNT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """COUNT blocks from `begin` on; `extents` are the blocks of the tensor and of a row, and the elements of a row."""
-    blocks, row_blocks, length = extents
-    lanes = tl.arange(0, BLOCK)[None, :]
-    order = tl.arange(0, COUNT)
-    # Where numbers and scales lie: the first one, offsets from there, and which exist.
-    if WHOLE:
-        offsets = order[:, None] * BLOCK + lanes
-        place = (begin * BLOCK, offsets, offsets >= 0)
-        firsts = (begin + order) * BLOCK
-        drawn = firsts
-        scales = (begin, order, order >= 0)
-    else:
-        block = begin + order
-        row_of = block // row_blocks
-        column = (block - row_of * row_blocks) * BLOCK
-        exists = block < blocks
-        mask = exists[:, None] & (column[:, None] + lanes < length)
-        firsts = row_of * length + column
-        drawn = firsts + row_of * tl.load(row + words.ROW_GAP)
-        place = (begin * 0, firsts[:, None] + lanes, mask)
-        scales = (begin * 0, block, exists)
+    """COUNT blocks from `begin` on, of a tensor of these extents (tiles.py)."""
+    place, scales, drawn = place_of(row, begin, extents, COUNT, WHOLE)
+    summed = scales  # all blocks are, also those that `unspoilt` leaves as they were
 
-    p = load_param(row, FORMATS, place, WHOLE)
+    before = load_param(row, FORMATS, place, WHOLE)
+    p = before
     g = load_dense(tl.load(row + words.GRAD), (FORMATS >> 3) & 7, place, WHOLE)
     s = ()
     for k in tl.static_range(STATES):
@@ -109,13 +94,34 @@ def step_tile(
         store_state(row, s[k], rooted, random, k, SIGNS, ROOTED, FORMATS, place, scales, STORES_WHOLE)
     if ((FORMATS >> 12) & 1) == 1:
         random = draw_for(row, derived, 2, drawn)
-    store_param(row, p, random, FORMATS, place, STORES_WHOLE)
+    after = store_param(row, p, random, FORMATS, place, STORES_WHOLE)
+
+    if block_sums is not None:
+        if not STORES_WHOLE:
+            after = tl.where(place[2], after, before)  # past the ends of blocks, that is 0
+        store_block_sums(block_sums, row, summed, extents[0], after - before, after, COUNT)
+
+
+@triton.jit
+def tiles_of(row, program, extents):
+    """The tiles that a program takes of its tensor: the first one, and the one after the last."""
+    first = (program - tl.load(row + words.FIRST_PROGRAM)) * TILES
+    return first, tl.minimum(first + TILES, (extents[0] + BLOCKS - 1) // BLOCKS)
+
+
+@triton.jit
+def sum_tile(row, block_sums, begin, extents, FORMATS: tl.constexpr):
+    """The sums of BLOCKS blocks that are not stepped."""
+    place, scales, _ = place_of(row, begin, extents, BLOCKS, False)
+    p = load_param(row, FORMATS, place, False)
+    store_block_sums(block_sums, row, scales, extents[0], tl.zeros((BLOCKS, BLOCK), tl.float32), p, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["count"])
 def step_kernel(
     table,
     derived,
+    block_sums,
     count,
     UPDATE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -125,7 +131,11 @@ def step_kernel(
     HYPER: tl.constexpr,
     FORMATS: tl.constexpr,
 ):
-    """Steps `count` tensors, the rows of `table`, all with the same rule and FORMATS; `derived` is theirs."""
+    """Steps `count` tensors, the rows of `table`, all with the same rule and FORMATS; `derived` is theirs.
+
+    `block_sums` takes the sums of squares of their blocks (updates.py); None, for which the kernel is compiled without
+    them, if nobody wants them.
+    """
     program = tl.program_id(0)
     index = find_row(table, count, program, words.FIRST_PROGRAM)
     row = table + index * words.WIDTH
@@ -134,25 +144,35 @@ def step_kernel(
         hyper = ()
         for k in tl.static_range(HYPER):
             hyper = hyper + (float_of(tl.load(derived + words.HYPER + k)),)
-        numel = tl.load(row + words.NUMEL)
-        length = tl.load(row + words.ROW)
-        row_blocks = (length + BLOCK - 1) // BLOCK
-        blocks = numel // length * row_blocks
-        can_be_whole = (tl.load(row + words.IS_ALIGNED) != 0) & (length == numel)
-        extents = (blocks, row_blocks, length)
-        first = (program - tl.load(row + words.FIRST_PROGRAM)) * TILES
-        for tile in range(first, tl.minimum(first + TILES, (blocks + BLOCKS - 1) // BLOCKS)):
+        numel, extents = extents_of(row)
+        can_be_whole = (tl.load(row + words.IS_ALIGNED) != 0) & (extents[2] == numel)
+        first, last = tiles_of(row, program, extents)
+        for tile in range(first, last):
             begin = tile * BLOCKS
             end = begin + BLOCKS
             if can_be_whole & (end * BLOCK <= numel):
                 step_tile(
-                    row, derived, hyper, begin, extents, UPDATE, NORMALIZE, STATES, SIGNS, ROOTED, FORMATS, BLOCKS, True
+                    row,
+                    derived,
+                    block_sums,
+                    hyper,
+                    begin,
+                    extents,
+                    UPDATE,
+                    NORMALIZE,
+                    STATES,
+                    SIGNS,
+                    ROOTED,
+                    FORMATS,
+                    BLOCKS,
+                    True,
                 )
             else:
-                for part in range(begin, tl.minimum(end, blocks), PART):
+                for part in range(begin, tl.minimum(end, extents[0]), PART):
                     step_tile(
                         row,
                         derived,
+                        block_sums,
                         hyper,
                         part,
                         extents,
@@ -165,3 +185,8 @@ def step_kernel(
                         PART,
                         False,
                     )
+    elif block_sums is not None:
+        _, extents = extents_of(row)
+        first, last = tiles_of(row, program, extents)
+        for tile in range(first, last):
+            sum_tile(row, block_sums, tile * BLOCKS, extents, FORMATS)

@@ -30,10 +30,11 @@ from .reduce import (
     paired,
     popped,
     pushed,
+    single,
     squared,
 )
 from .table import find_row
-from .tiles import load, load_dense, load_param
+from .tiles import load_dense, load_param
 
 AVERAGED_ROWS = tl.constexpr(128)  # of a program
 STRIP = tl.constexpr(256)  # columns
@@ -110,11 +111,6 @@ def _square_of_gradient(source, place, GRAD: tl.constexpr, WHOLE: tl.constexpr):
 def square_of_weight(row, place, FORMATS: tl.constexpr, WHOLE: tl.constexpr):
     """A term."""
     return squared(load_param(row, FORMATS, place, WHOLE))
-
-
-@triton.jit
-def _average(averages, place, _: tl.constexpr, WHOLE: tl.constexpr):
-    return load(averages, tl.float32, place, WHOLE).to(tl.float64)
 
 
 @triton.jit
@@ -249,7 +245,7 @@ def mean_kernel(table, cuts, groups, derived, doubles, floats, count):
         for block in range(blocks):
             begin = (block * CHUNKS + tl.arange(0, CHUNKS)) * CHUNK
             length = length_of_chunk(begin, row_count)
-            total = chunk_sums(_average, averages, matrix * row_count + begin, length, False, 0)
+            total = chunk_sums(single, averages, matrix * row_count + begin, length, False, 0)
             stack = pushed(stack, block, in_pairs(total[None, :], 1, CHUNKS, 4))
         mean = (popped(stack, blocks) / row_count.to(tl.float64)).to(tl.float32)
         own = matrix + tl.arange(0, 1)

@@ -23,12 +23,14 @@ COLUMN_AVERAGES = tl.constexpr(18)
 ROW_COUNT = tl.constexpr(19)  # of one of the tensor's matrices
 COLUMN_COUNT = tl.constexpr(20)
 SEGMENT = tl.constexpr(21)  # elements that follow each other in the global tensor, too; 0 if all do
+FIRST_BLOCK_SUM = SEGMENT  # in its place: where the sums of the tensor's blocks begin (updates.py)
 SEGMENT_STRIDE = tl.constexpr(22)
 ROW_GAP = SEGMENT_STRIDE  # in its place: how much more the global tensor's index grows from row to row than the place
 FIRST_PROGRAM = tl.constexpr(23)  # of the tensor, in the launch that steps it
 IS_ALIGNED = tl.constexpr(24)  # every buffer lies on a multiple of 16 bytes
 FIRST_SUM_PROGRAM = tl.constexpr(25)  # of the tensor, in the launch that adds squares
 FIRST_CHUNK = tl.constexpr(26)  # where its sums go
+FIRST_OF_BLOCK_CHUNKS = tl.constexpr(27)  # where the sums go of the chunks of its blocks' sums
 WIDTH = tl.constexpr(28)  # so that rows lie on multiples of 16 bytes, as of the next tables
 
 # A row of the table of param groups; their hyperparameters follow, as float64.

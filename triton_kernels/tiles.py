@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from . import table as words
-from .arithmetic import root
-from .codes import decode_codes, encode_codes, fraction_of
+from .arithmetic import float_of, root
+from .codes import BLOCK, decode_codes, encode_codes, fraction_of
 from .formats import (
     CODES,
     FLOAT32,
@@ -27,6 +27,36 @@ from .formats import (
     remainder_of,
     split,
 )
+
+
+@triton.jit
+def extents_of(row):
+    """A tensor's elements, and its extents: its blocks, those of one of its rows, and the elements of a row."""
+    numel = tl.load(row + words.NUMEL)
+    length = tl.load(row + words.ROW)
+    row_blocks = (length + BLOCK - 1) // BLOCK
+    return numel, (numel // length * row_blocks, row_blocks, length)
+
+
+@triton.jit
+def place_of(row, begin, extents, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """COUNT blocks from `begin` on: their place, that of their scales, and where they begin in the global tensor."""
+    blocks, row_blocks, length = extents
+    lanes = tl.arange(0, BLOCK)[None, :]
+    order = tl.arange(0, COUNT)
+    # Where numbers and scales lie: the first one, offsets from there, and which exist.
+    if WHOLE:
+        offsets = order[:, None] * BLOCK + lanes
+        return (begin * BLOCK, offsets, offsets >= 0), (begin, order, order >= 0), (begin + order) * BLOCK
+    else:
+        block = begin + order
+        row_of = block // row_blocks
+        column = (block - row_of * row_blocks) * BLOCK
+        exists = block < blocks
+        mask = exists[:, None] & (column[:, None] + lanes < length)
+        firsts = row_of * length + column
+        drawn = firsts + row_of * tl.load(row + words.ROW_GAP)
+        return (begin * 0, firsts[:, None] + lanes, mask), (begin * 0, block, exists), drawn
 
 
 @triton.jit
@@ -62,11 +92,14 @@ def load_dense(address, DTYPE: tl.constexpr, place, WHOLE: tl.constexpr):
 
 @triton.jit
 def store_dense(address, x, random, DTYPE: tl.constexpr, ROUNDS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """Encoded."""
+    """Encoded. Returns what `load_dense` will read, where it is stored."""
     if DTYPE == FLOAT32:
         store(address, x, tl.float32, place, WHOLE)
+        return x
     else:
-        store(address, encode16(x, random, DTYPE, ROUNDS), tl.uint16, place, WHOLE)
+        codes = encode16(x, random, DTYPE, ROUNDS)
+        store(address, codes, tl.uint16, place, WHOLE)
+        return decode16(codes, DTYPE)
 
 
 @triton.jit
@@ -93,32 +126,39 @@ def load_param(row, FORMATS: tl.constexpr, place, WHOLE: tl.constexpr):
 
 @triton.jit
 def store_param(row, w, random, FORMATS: tl.constexpr, place, WHOLE: tl.constexpr):
-    """The inverse; `random` are the 32 bits of the parameter's stream."""
+    """The inverse; `random` are the 32 bits of the parameter's stream.
+
+    Returns what `load_param` will read, where it is stored; nobody pays for it who does not use it.
+    """
     DTYPE: tl.constexpr = FORMATS & 7
     KEPT: tl.constexpr = (FORMATS >> 6) & 7
     KIND: tl.constexpr = (FORMATS >> 9) & 7
     ROUNDS: tl.constexpr = ((FORMATS >> 12) & 1) == 1
     param = tl.load(row + words.PARAM)
     master = tl.load(row + words.MASTER)
-    if (KIND == NO_MASTER) | (KIND == FLOAT32_MASTER):
+    if KIND == NO_MASTER:
+        return store_dense(param, w, half_of(random, 0), DTYPE, ROUNDS, place, WHOLE)
+    elif KIND == FLOAT32_MASTER:
         store_dense(param, w, half_of(random, 0), DTYPE, ROUNDS, place, WHOLE)
-        if KIND == FLOAT32_MASTER:
-            store(master, w, tl.float32, place, WHOLE)
+        return store_dense(master, w, random, FLOAT32, False, place, WHOLE)
     elif KIND == KAHAN:
-        codes = encode16(w, random, DTYPE, False)
-        store(param, codes, tl.uint16, place, WHOLE)
-        rest = remainder_of(w, decode16(codes, DTYPE))
-        store_dense(master, rest, half_of(random, 0), KEPT, ROUNDS, place, WHOLE)
+        rounded = store_dense(param, w, random, DTYPE, False, place, WHOLE)
+        rest = remainder_of(w, rounded)
+        return rounded + store_dense(master, rest, half_of(random, 0), KEPT, ROUNDS, place, WHOLE)
     elif KIND == SPLIT24:
         # To 24 bits first; 0x80 rounds to nearest.
         cut = random >> 24 if ROUNDS else 0x80
-        codes, low = split((canonical(w) + cut) & 0xFFFFFF00)
+        kept = (canonical(w) + cut) & 0xFFFFFF00
+        codes, low = split(kept)
         store(param, codes, tl.uint16, place, WHOLE)
         store(master, (low >> 8).to(tl.int8), tl.int8, place, WHOLE)
+        return float_of(kept)
     else:
-        codes, low = split(canonical(w))
+        kept = canonical(w)
+        codes, low = split(kept)
         store(param, codes, tl.uint16, place, WHOLE)
         store(master, low.to(tl.int16), tl.int16, place, WHOLE)
+        return float_of(kept)
 
 
 @triton.jit

@@ -18,15 +18,18 @@ _FORMATS = (
     "Formats of parameters/states, or parameters/states/master_weights, with commas between: "
     "bfloat16/8bit/split24,... Without it, the usual ones."
 )
+_NORMS = "Also what a step launches that takes norms of updates: record_norms(), every tenth step with a Monitor."
 Target = Annotated[str, typer.Option("--target", help=_TARGET)]
 Rules = Annotated[str, typer.Option("--rules", help="Equations, with commas between; without it, all.")]
 Formats = Annotated[str, typer.Option("--formats", help=_FORMATS)]
-
+Norms = Annotated[bool, typer.Option("--norms", help=_NORMS)]
 
 EPILOG = "Example: fusedopt compile-kernels --target cuda:90 --formats bfloat16/8bit"
 
 
-def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "", as_json: AsJson = False) -> None:
+def compile_kernels(
+    target: Target, rules: Rules = "", formats: Formats = "", norms: Norms = False, as_json: AsJson = False
+) -> None:
     """Compiles the Triton kernels for devices, without one, into Triton's cache, so that no first step has to."""
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     if (reason := triton.missing()) is not None:
@@ -37,7 +40,7 @@ def compile_kernels(target: Target, rules: Rules = "", formats: Formats = "", as
     begin = time.perf_counter()
     try:
         targets = [ahead.parse_target(text) for text in target.split(",")]
-        jobs = ahead.jobs(_listed(rules), _listed(formats))
+        jobs = ahead.jobs(_listed(rules), _listed(formats), norms=norms)
     except ValueError as error:
         sys.exit(str(error))
     for text, device in zip(target.split(","), targets):

@@ -29,6 +29,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 # Of rows of whole blocks, ragged ones, and more than two work items of either.
 SHAPES = [(7,), (5, 128), (300, 100), (33, 4_500), (129, 1_088), (9_001,)]
 PATHS = [*ISAS, "eager", "triton", "cuda"]
+# For kernels on a device, run slowly on the CPU: whole tiles and ragged ones, rows of codes that blocks do not divide,
+# nothing at all.
+DEVICE_SHAPES = [(7,), (17, 64), (9, 100), (6, 0), (4, 30)]
 
 
 def weights_of(optimizer: fusedopt.FusedOptimizer) -> list[torch.Tensor]:
@@ -71,8 +74,10 @@ def test_every_path_has_the_same_bits(
     if path in ISAS:
         monkeypatch.setenv("FUSEDOPT_CPU_ISA", path)
     elif path in ("cuda", "triton"):
+        if case is ADAFACTOR and name != "bf16 + split24 + 8bit":
+            pytest.skip("the kernel that sums knows no rules")
         request.getfixturevalue({"cuda": "emulated", "triton": "interpreted"}[path])
-        shapes = SHAPES[:3]
+        shapes = DEVICE_SHAPES
         monkeypatch.setattr(eager, "update_sums", None)  # it is kernels that sum, not the reference
     optimizer, report, before = measured("cpu" if path in ISAS else path, name, case, shapes)
     expected = sums_of(optimizer, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -25,6 +26,7 @@ from scaling import Unread, assert_scaling_is_read_by_kernels
 
 from fusedopt import _core, backends
 from fusedopt.backends import ParamStep
+from fusedopt.reference.norm import chunk_sums
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -132,6 +134,51 @@ def test_norm(sizes: list[int]) -> None:
         found.append(optimizer)
     assert_same_bits(found[0].last_grad_norm, found[1].last_grad_norm)
     assert_same_run(*found)
+
+
+def test_sums_of_blocks_come_in_chunks_and_in_list_order() -> None:
+    """Of tensors that nobody needs to have: of more chunks than a program takes, of a part of one, of none."""
+    from fusedopt.triton_kernels import launch, table
+
+    numels = [65_536 + 4_100, 0, 64 * 5_000, 7, 64 * 4_096]
+    given = np.zeros((len(numels), table.FIRST_PROGRAM.value), np.int64)
+    given[:, table.NUMEL.value] = numels
+    given[0, [table.SEGMENT.value, table.SEGMENT_STRIDE.value]] = 1, 3  # each element is a block of its own
+    given[:, table.FORMATS.value] = [1, 0, 2, 0, 1]
+    plan = launch.Plan(given.tobytes(), b"", ["adamw"])
+    block_sums = torch.rand(plan.block_sums, generator=torch.Generator().manual_seed(0))
+    found = launch.update_sums(plan, torch.from_numpy(plan.rows), block_sums)
+    expected = []
+    for numel, blocks in zip(numels, [65_536 + 4_100, 0, 5_000, 1, 4_096]):
+        (row,) = np.flatnonzero(plan.rows[:, table.NUMEL.value] == numel)
+        begin, room = plan.rows[row, table.FIRST_BLOCK_SUM.value], -(-blocks // 16) * 16
+        both = [block_sums[at : at + blocks].double() for at in (begin, begin + room)]
+        expected.append(torch.stack([chunk_sums(each) for each in both]))
+    assert_same_bits(found, torch.cat(expected, 1))
+
+
+def test_a_step_launches_the_same_whether_it_sums_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for where the sums go, and the kernel that adds them."""
+    from fusedopt.triton_kernels import step
+
+    launched: list[tuple[str, list[Any], dict[str, Any]]] = []
+
+    def counted(self: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            launched.append((self.fn.__name__, [each is None for each in args], kwargs))
+            return self.run(*args, grid=grid, warmup=False, **kwargs)
+
+        return launch
+
+    monkeypatch.setattr(type(step.step_kernel), "__getitem__", counted)
+    optimizer = train(CASES[0].ours(make_params([(3,), (2, 70)], torch.float32), backend="triton"), 1)
+    without, launched = launched, []
+    optimizer.record_norms()
+    train(optimizer, 1)
+    assert [(name, kwargs) for name, _, kwargs in launched[:-1]] == [(name, kwargs) for name, _, kwargs in without]
+    assert launched[-1][0] == "update_sum_kernel"
+    assert [are_none for name, are_none, _ in without if name == "step_kernel"] == [[False, False, True, False]]
+    assert not any(any(are_none) for _, are_none, _ in launched)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1025, 5000])

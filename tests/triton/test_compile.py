@@ -36,7 +36,7 @@ def run(cache: Path, *tasks: str) -> list[Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all tasks but the slow ones find, by task. They share a process, and what they compile."""
     shares = [f"all {target} {first} 16" for target, _, first in SHARES]
-    tasks = ["training cuda:90", *shares, "scaled_roots hip:gfx942", "instructions cuda:90"]
+    tasks = ["training cuda:90", *shares, "scaled_roots hip:gfx942", "norms hip:gfx942", "instructions cuda:90"]
     return dict(zip(tasks, run(tmp_path_factory.mktemp("triton"), *tasks)))
 
 
@@ -46,6 +46,14 @@ def test_kernels_compile(found: dict[str, Any], target: str, made: str, first: i
     kernels = found[f"all {target} {first} 16"]
     assert len(kernels) >= 80 // 16
     assert all(made in stages for stages in kernels.values())
+
+
+@pytest.mark.long
+def test_steps_that_take_norms_compile(found: dict[str, Any]) -> None:
+    """For AMD; for NVIDIA, training does."""
+    kernels = found["norms hip:gfx942"]
+    assert len(kernels) == 2
+    assert all("hsaco" in stages for stages in kernels.values())
 
 
 @pytest.mark.slow
