@@ -6,19 +6,10 @@
 #include "cpu/parallel.h"
 
 namespace fusedopt::cpu {
-namespace {
-
-int64_t blocks_of(const TensorDesc& tensor) {
-  if (tensor.numel == 0) return 0;
-  const int64_t row = block_row(tensor);
-  return tensor.numel / row * divided_up(row, kBlock);
-}
-
-}  // namespace
 
 UpdateRecord::UpdateRecord(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
-  for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor));
+  for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor, kBlock));
   // Not zeroed: the step writes every one of them.
   updates_.reset(new float[static_cast<size_t>(count)]);
   weights_.reset(new float[static_cast<size_t>(count)]);

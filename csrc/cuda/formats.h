@@ -23,6 +23,9 @@ struct Formats {
   // At least so many blocks fit on a multiprocessor. That leaves 168 registers per thread, with which no rule spills.
   static constexpr int resident_blocks(int) { return 3; }
 
+  // Whether a kernel for these formats sums squares on the way (sums.cuh) if it is asked to.
+  static constexpr bool kSums = true;
+
   // Whether a kernel for these formats can step a tensor with `found`.
   static constexpr bool fit(const Formats&, int) { return true; }
 
@@ -46,6 +49,8 @@ struct UsualFormats : Formats {
   static_assert(kMaster == Master::kNone || kMaster == Master::kSplit24);
   // 80 or 96 registers. A warp that loads one state less has fewer bytes under way, so there have to be more of them.
   static constexpr int resident_blocks(int states) { return states < 2 ? 6 : 5; }
+
+  static constexpr bool kSums = false;  // few steps do, and it takes registers
 
   FUSEDOPT_FN explicit UsualFormats(const Formats& found) : Formats(found) {}
 
