@@ -100,7 +100,7 @@ struct Listed {
 // normalize. `counts`: whether the step is counted, as it is unless hyperparameters are derived once more, from sums.
 using PrepareFn = void (*)(const Listed&, const std::vector<DeviceLr>&, const Scaling&, Normalization* normalizations,
                            bool counts, cudaStream_t);
-// `is_quantized`: takes the tensors that have codes, or those that have none.
+// Takes the tensors that are stepped row by row (`is_quantized`), or the others.
 using StepFn = void (*)(const Listed&, cudaStream_t);
 
 // By rule, in the order of rules/all.h.

@@ -1,4 +1,4 @@
-// Launches THE kernel for the tensors of a rule: those with codes, or those without.
+// Launches THE kernel for the tensors of a rule: those that are stepped row by row, or the others.
 #pragma once
 
 #include <memory>
@@ -64,7 +64,7 @@ std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>) {
   return kernels;
 }
 
-// A launch for each of the formats that tensors have; the last kernel takes any, and it alone can sum squares.
+// A launch for each of the formats that tensors have. The last kernel takes any, and it alone sums squares.
 template <class Rule, bool kQuantized>
 void launch_steps(const Listed& listed, cudaStream_t stream) {
   using Params = StepParams<Rule, kQuantized>;
@@ -90,16 +90,6 @@ void launch_steps(const Listed& listed, cudaStream_t stream) {
   }
   for (const auto& launch : launches) {
     if (launch) launch->flush();
-  }
-}
-
-// What takes the tensors that have codes, or those that have none.
-template <class Rule, bool kQuantized>
-constexpr StepFn step_fn() {
-  if constexpr (kQuantized && Rule::kStates == 0) {
-    return [](const Listed&, cudaStream_t) {};
-  } else {
-    return launch_steps<Rule, kQuantized>;
   }
 }
 

@@ -203,9 +203,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   encode_param(param.at, formats, random, raw_param, raw_master);
 
   if constexpr (TensorFormats::kSums) {
-    if (sums.updates != nullptr) {
-      sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
-    }
+    sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
   }
 
   const auto store_all = [&](auto whole) {
@@ -229,9 +227,9 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
-  const bool takes_sums = TensorFormats::kSums && params.sums.updates != nullptr;
-  if (derived.skips && !takes_sums) return;
-  const BlockSums sums = takes_sums ? params.sums.from(4 * static_cast<int64_t>(tensor.first_four)) : BlockSums{};
+  if (derived.skips && !TensorFormats::kSums) return;
+  BlockSums sums{};
+  if constexpr (TensorFormats::kSums) sums = params.sums.from(4 * static_cast<int64_t>(tensor.first_four));
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;

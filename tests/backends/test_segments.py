@@ -14,7 +14,7 @@ from fusedopt import backends
 from fusedopt.backends import ParamStep
 from fusedopt.backends.base import SquareSums
 
-# Formats, and the columns of (9, 320) that are held: at odd places, and of whole blocks.
+# Formats, and the columns of (9, 320) that are held: at odd places, and of whole blocks. SGD has no states.
 PLACES: dict[str, tuple[dict[str, Any], slice]] = {
     "bf16": ({"state_dtype": "bfloat16", "rounding": "stochastic"}, slice(37, 232)),
     "8bit": ({"state_dtype": "8bit", "master_weights": "split24"}, slice(64, 192)),
@@ -23,6 +23,7 @@ PLACES: dict[str, tuple[dict[str, Any], slice]] = {
         {"state_dtype": {"exp_avg": "float16"}, "master_weights": "kahan", "rounding": "stochastic"},
         slice(0, 3),
     ),
+    "sgd": ({"master_weights": "kahan", "rounding": "stochastic"}, slice(37, 232)),
 }
 # Of the whole in a larger one: the upper half of the index changes on the way.
 FIRST = 2**32 - 1000
