@@ -119,8 +119,7 @@ template <class TakesOnePass>
 ChunkPlan plan_step(const std::vector<TensorDesc>& tensors, const TakesOnePass& takes_one_pass) {
   return plan_chunks(
       static_cast<int64_t>(tensors.size()), [&](int64_t i) { return takes_one_pass(i) ? tensors[i].numel : 0; },
-      [&](int64_t i, int64_t position) { return cut_between_blocks(tensors[i], position); },
-      kStepChunk, kStepChunk);
+      [&](int64_t i, int64_t position) { return cut_between_blocks(tensors[i], position); }, kStepChunk, kStepChunk);
 }
 
 }  // namespace

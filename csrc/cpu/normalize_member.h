@@ -23,7 +23,7 @@
 namespace fusedopt::cpu {
 
 constexpr int64_t kItem = int64_t{1} << 16;  // elements of a work item
-constexpr int64_t kManySlabs = 16;             // enough for units of whole rows
+constexpr int64_t kManySlabs = 16;           // enough for units of whole rows
 
 // Adds rows of `width` numbers in pairs; the sums are left in the first.
 inline void pairwise_sum_rows(double* x, int64_t n, int64_t width) {

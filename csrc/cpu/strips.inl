@@ -4,7 +4,6 @@
 // 8 bits takes two thirds of the time.
 #pragma once
 
-#include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -98,11 +97,11 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
   const State states[] = {State(tensor.states[k], begin)..., State(tensor.states[0], 0)};
   const bool draws = ((tensor.states[k].rounding == Rounding::kStochastic) || ...);
 
-  // If updates are summed, around a loop that knows nothing of it: a condition within it took ordinary steps some
-  // percent of their time.
+  // If updates are summed, strip by strip, around a loop that knows nothing of it: a condition within it took ordinary
+  // steps some percent of their time.
   for (int64_t begun = 0, end; begun < length; begun = end) {
-    end = updates == nullptr ? length : std::min(begun + UpdateTally::kKept, length);
-    if (updates != nullptr) updates->keep(weights, begun, end);
+    end = updates == nullptr ? length : begun + kStrip;
+    if (updates != nullptr) updates->keep(weights.load(begun));
     for (int64_t i = begun; i < end; i += kStrip) {
       // Where only two tensors are read, the hardware alone does not keep enough loads under way (Emerald Rapids: .48
       // ns per element, with this .42; Zen 4 gained nothing).
@@ -131,7 +130,7 @@ void step_strips(const TensorDesc& tensor, const StepContext& context, int64_t b
                                                                        k & 1),
        ...);
     }
-    if (updates != nullptr) updates->add_kept(weights, begun, end);
+    if (updates != nullptr) updates->add_strip(weights.load(begun));
   }
 }
 

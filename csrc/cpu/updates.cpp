@@ -7,10 +7,13 @@
 
 namespace fusedopt::cpu {
 
-UpdateRecord::UpdateRecord(const std::vector<TensorDesc>& tensors) {
+void UpdateRecord::begin(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
+  ends_.clear();
   for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor, kBlock));
+  if (count <= capacity_ && capacity_ <= 2 * count) return;
   // Not zeroed: the step writes every one of them.
+  capacity_ = count;
   updates_.reset(new float[static_cast<size_t>(count)]);
   weights_.reset(new float[static_cast<size_t>(count)]);
 }

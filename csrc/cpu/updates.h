@@ -14,7 +14,9 @@ namespace fusedopt::cpu {
 // threads nor on how the step is cut up.
 class UpdateRecord {
  public:
-  explicit UpdateRecord(const std::vector<TensorDesc>& tensors);
+  // Starts a step of these tensors. What was allocated is used again: to get it from the system took a tenth of the
+  // time that sums take.
+  void begin(const std::vector<TensorDesc>& tensors);
 
   // Where the sums of the tensor of that index go. Several threads may write at once, each those of its own blocks.
   UpdateTarget target(int64_t index) const;
@@ -25,6 +27,7 @@ class UpdateRecord {
  private:
   std::vector<int64_t> ends_;  // of each tensor's blocks
   std::unique_ptr<float[]> updates_, weights_;
+  int64_t capacity_ = 0;
 };
 
 }  // namespace fusedopt::cpu

@@ -103,22 +103,16 @@ class UpdateTally {
   }
 
 #if defined(__AVX2__)
-  // The same of at most kKept elements in strips of kBlock, from `begin` to `end` of those of some weights: before they
-  // are stepped and after.
-  static constexpr int64_t kKept = 1024;
+  // The same of a strip of kBlock weights, before it is stepped and after. Longer runs of strips would still be in
+  // cache, but hide less of the time that memory takes.
   template <class Weights>
-  __attribute__((noinline)) void keep(const Weights& weights, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const auto weight = weights.load(i);
-      for (int j = 0; j < kVectors; ++j) store_lanes(before_ + (i - begin) + kVector * j, weight.at(j));
-    }
+  FUSEDOPT_FN void keep(const Weights& weights) {
+    for (int j = 0; j < kVectors; ++j) store_lanes(before_ + kVector * j, weights.at(j));
   }
   template <class Weights>
-  __attribute__((noinline)) void add_kept(const Weights& weights, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kBlock) {
-      sum_block(Loaded{before_ + (i - begin)}, weights.load(i), updates_++, weights_++);
-    }
-    left_ -= end - begin;
+  __attribute__((noinline)) void add_strip(const Weights& weights) {
+    sum_block(Loaded{before_}, weights, updates_++, weights_++);
+    left_ -= kBlock;
   }
 #endif
 
@@ -131,11 +125,7 @@ class UpdateTally {
   float *updates_, *weights_;  // of the next block
   int64_t row_, left_;         // elements of a row, and of this one from the next block on
   int held_ = 0;               // of the next block
-#if defined(__AVX2__)
-  alignas(64) float before_[kKept], after_[kBlock];
-#else
   alignas(64) float before_[kBlock], after_[kBlock];
-#endif
 };
 
 }  // namespace

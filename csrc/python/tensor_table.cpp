@@ -224,10 +224,9 @@ py::dict TensorTable::recorded(const std::vector<TensorDesc>& tensors, int threa
   std::vector<UpdateSums> sums;
   {
     const py::gil_scoped_release released;
-    std::optional<cpu::UpdateRecord> updates;
-    if (square_sums) updates.emplace(tensors);
-    step(cpu::Recording{counts_health ? health.data() : nullptr, updates ? &*updates : nullptr});
-    if (updates) sums = updates->totals(cpu::selected_kernels(), threads);
+    if (square_sums) updates_.begin(tensors);
+    step(cpu::Recording{counts_health ? health.data() : nullptr, square_sums ? &updates_ : nullptr});
+    if (square_sums) sums = updates_.totals(cpu::selected_kernels(), threads);
   }
   count_versions();
   for (size_t i = 0; i < sums.size(); ++i) {

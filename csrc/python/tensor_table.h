@@ -104,6 +104,7 @@ class TensorTable {
   StepLists lists_;                 // its groups are filled by `list_groups`
   std::vector<cpu::Shard> shards_;  // of a whole; they are in no list
   cpu::ShardedStep sharded_step_;
+  cpu::UpdateRecord updates_;                 // of the last step that summed them
   bool is_sorted_ = true;                     // the tensors, by group and position
   Versions versions_;                         // the parameters'
   std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold

@@ -67,8 +67,9 @@ def test_registers_only() -> None:
     )
     assert len(usage) >= len(kernels())
     assert [name for name, _, stack, local in usage if (stack, local) != ("0", "0")] == []
-    # Three blocks of 128 threads on a multiprocessor, which has 64 Ki registers; of usual formats, five.
-    most = {kernel.name: 168 if kernel.formats is None else 96 for kernel in kernels()}
+    # Three blocks of 128 threads on a multiprocessor, which has 64 Ki registers; of usual formats, five; of those that
+    # sum squares, two.
+    most = {kernel.name: 255 if kernel.sums else 168 if kernel.formats is None else 96 for kernel in kernels()}
     assert [(name, registers) for name, registers, *_ in usage if int(registers) > most.get(name, 168)] == []
 
 

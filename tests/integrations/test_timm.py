@@ -14,13 +14,6 @@ from trainers import same
 import fusedopt
 from fusedopt.integrations.timm import register
 
-# torchvision, which timm needs, is built for CUDA on PyPI: beside a CPU's torch its operators are missing. timm uses
-# none of them, so they are declared.
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _operator in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _operator):
-        _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 timm = peer("timm")
 factory = peer("timm.optim._optim_factory")
 

@@ -49,9 +49,10 @@ def _update_norms(rank: int, world: int, kwargs: dict[str, Any]) -> None:
     found, expected = ([each.total, *each.groups, *each.parameters] for each in reports)
     for one, other in zip(found, expected, strict=True):
         assert (one.where, one.elements) == (other.where, other.elements)
-        # Weights have the same bits; their squares are added in another order.
-        assert one.update == pytest.approx(other.update, rel=1e-12)
-        assert one.weight == pytest.approx(other.weight, rel=1e-12)
+        # Weights have the same bits; in a shard blocks begin elsewhere, and each norm is within 2.7e-7 of the exact one
+        # (engine/test_norms.py).
+        assert one.update == pytest.approx(other.update, rel=5.4e-7)
+        assert one.weight == pytest.approx(other.weight, rel=5.4e-7)
         assert one.update > 0 or not one.elements
 
 
