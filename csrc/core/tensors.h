@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/portable.h"
+
 namespace fusedopt {
 
 constexpr int kMaxStates = 4;
@@ -121,6 +123,13 @@ inline int64_t block_row(const TensorDesc& tensor) {
     if (state.is_blockwise()) return tensor.row;
   }
   return tensor.numel;
+}
+
+// How many blocks of so many weights a tensor has.
+inline int64_t blocks_of(const TensorDesc& tensor, int64_t length) {
+  if (tensor.numel == 0) return 0;
+  const int64_t row = block_row(tensor);
+  return tensor.numel / row * divided_up(row, length);
 }
 
 }  // namespace fusedopt

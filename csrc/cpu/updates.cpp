@@ -6,20 +6,11 @@
 #include "cpu/parallel.h"
 
 namespace fusedopt::cpu {
-namespace {
-
-int64_t blocks_of(const TensorDesc& tensor) {
-  if (tensor.numel == 0) return 0;
-  const int64_t row = block_row(tensor);
-  return tensor.numel / row * divided_up(row, kBlock);
-}
-
-}  // namespace
 
 void UpdateRecord::begin(const std::vector<TensorDesc>& tensors) {
   int64_t count = 0;
   ends_.clear();
-  for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor));
+  for (const TensorDesc& tensor : tensors) ends_.push_back(count += blocks_of(tensor, kBlock));
   if (count <= capacity_) return;
   capacity_ = 0;  // until there is memory
   // Not zeroed: the step writes every one of them.

@@ -91,13 +91,15 @@ PYBIND11_MODULE(_cuda, module) {
 
   module.def(
       "workspace_bytes",
-      [](uintptr_t batch, bool clips) { return fusedopt::cuda::workspace_bytes(batch_at(batch), clips); },
-      py::kw_only(), "batch"_a, "clips"_a);
+      [](uintptr_t batch, bool clips, bool sums_updates) {
+        return fusedopt::cuda::workspace_bytes(batch_at(batch), clips, sums_updates);
+      },
+      py::kw_only(), "batch"_a, "clips"_a, "sums_updates"_a);
   module.def(
       "step",
       [](uintptr_t batch, const std::vector<std::pair<uintptr_t, bool>>& lrs, uintptr_t grad_scale, uintptr_t found_inf,
          std::optional<double> max_grad_norm, std::optional<double> skip_step_above, uintptr_t grad_norm,
-         uintptr_t workspace, uintptr_t stream) {
+         bool sums_updates, uintptr_t update_sums, uintptr_t workspace, uintptr_t stream) {
         std::vector<DeviceLr> rates;
         for (const auto& [data, is_double] : lrs) rates.push_back({pointer<void>(data), is_double});
         Scaling scaling;
@@ -107,11 +109,15 @@ PYBIND11_MODULE(_cuda, module) {
         scaling.skip_above = skip_step_above.value_or(scaling.skip_above);
         scaling.grad_norm = pointer<float>(grad_norm);
         const py::gil_scoped_release released;
-        fusedopt::cuda::step(batch_at(batch), rates, scaling, max_grad_norm.has_value(), pointer<void>(workspace),
+        fusedopt::cuda::step(batch_at(batch), rates, scaling, max_grad_norm.has_value(), sums_updates,
+                             pointer<double>(update_sums), pointer<void>(workspace),
                              reinterpret_cast<cudaStream_t>(stream));
       },
       py::kw_only(), "batch"_a, "lrs"_a, "grad_scale"_a, "found_inf"_a, "max_grad_norm"_a, "skip_step_above"_a,
-      "grad_norm"_a, "workspace"_a, "stream"_a);
+      "grad_norm"_a, "sums_updates"_a, "update_sums"_a, "workspace"_a, "stream"_a);
+  module.def(
+      "count_update_sums", [](uintptr_t batch) { return fusedopt::cuda::count_update_sums(batch_at(batch)); },
+      py::kw_only(), "batch"_a);
   module.def(
       "count_square_sums", [](uintptr_t batch) { return fusedopt::cuda::count_square_sums(batch_at(batch)); },
       py::kw_only(), "batch"_a);

@@ -67,6 +67,14 @@ struct DeviceTensor : DeviceFactors<is_factored<Rule>()>, DeviceRowGap<kQuantize
   uint32_t first_block;             // of this tensor, in the launch
   int32_t index;                    // of its derived numbers, in the step
   Formats formats;
+  uint32_t first_four;  // of the sums of its blocks, if a step takes them
+};
+
+// Where the sums of squares of blocks go (sums.cuh); null if a step takes none.
+struct BlockSums {
+  float *updates, *weights;
+
+  FUSEDOPT_FN BlockSums from(int64_t block) const { return {updates + block, weights + block}; }
 };
 
 // What is the same for all elements of a tensor in one step; derived by one thread.

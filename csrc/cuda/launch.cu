@@ -42,6 +42,49 @@ std::vector<std::vector<int32_t>> tensors_by_rule(const Batch& batch) {
   return listed;
 }
 
+// Sums a row of numbers by chunk, from the given one on. Returns which chunk comes next.
+int64_t add_row(Packed<SumParams>& packed, const void* data, int64_t numel, DType dtype, int64_t first_chunk) {
+  const int64_t count = chunks_of(numel);
+  packed.add(SummedTensor{data, numel, first_chunk, 0, dtype}, divided_up(count, chunks_of_block(dtype)));
+  return first_chunk + count;
+}
+
+// Room for the sums of a tensor's blocks, in fours. Those of a step are fewer than 2^32, which would take 128 GiB.
+int64_t fours_of(const TensorDesc& tensor) { return divided_up(blocks_of(tensor, kBlock), 4); }
+
+// Bytes for the sums of the blocks of all tensors, of updates or of weights.
+int64_t block_sums_bytes(const Batch& batch) {
+  int64_t fours = 0;
+  for (const TensorDesc& tensor : batch.tensors) fours += fours_of(tensor);
+  return aligned(4 * fours * static_cast<int64_t>(sizeof(float)));
+}
+
+Summing summing_in(unsigned char* memory, const Batch& batch) {
+  Summing summing;
+  summing.blocks.updates = reinterpret_cast<float*>(memory);
+  summing.blocks.weights = reinterpret_cast<float*>(memory + block_sums_bytes(batch));
+  int64_t fours = 0;
+  for (const TensorDesc& tensor : batch.tensors) {
+    summing.first_fours.push_back(static_cast<uint32_t>(fours));
+    fours += fours_of(tensor);
+  }
+  return summing;
+}
+
+// Sums the sums of blocks by chunk.
+void sum_blocks(const Batch& batch, const Summing& summing, double* sums, cudaStream_t stream) {
+  Packed<SumParams> packed(number_sum_kernel, kNormThreads, stream);
+  packed.params->sums = sums;
+  int64_t chunks = 0;
+  for (const float* of_all : {summing.blocks.updates, summing.blocks.weights}) {
+    for (size_t i = 0; i < batch.tensors.size(); ++i) {
+      const float* blocks = of_all + 4 * static_cast<int64_t>(summing.first_fours[i]);
+      chunks = add_row(packed, blocks, blocks_of(batch.tensors[i], kBlock), DType::kFloat32, chunks);
+    }
+  }
+  packed.flush();
+}
+
 }  // namespace
 
 int64_t count_square_sums(const Batch& batch) {
@@ -50,14 +93,21 @@ int64_t count_square_sums(const Batch& batch) {
   return count;
 }
 
-int64_t workspace_bytes(const Batch& batch, bool clips) {
+int64_t count_update_sums(const Batch& batch) {
+  int64_t count = 0;
+  for (const TensorDesc& tensor : batch.tensors) count += chunks_of(blocks_of(tensor, kBlock));
+  return count;
+}
+
+int64_t workspace_bytes(const Batch& batch, bool clips, bool sums_updates) {
   const int64_t sums = clips ? pairwise_numbers(count_square_sums(batch)) : 0;
   int64_t most = 0;  // rules follow each other and use the same memory
   const auto tensors = tensors_by_rule(batch);
   for (int rule = 0; rule < static_cast<int>(tensors.size()); ++rule) {
     if (rules()[rule].normalizes) most = std::max(most, normalization_bytes({batch, tensors[rule], rule}));
   }
-  return derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double))) + most;
+  const int64_t blocks = sums_updates ? 2 * block_sums_bytes(batch) : 0;
+  return derived_bytes(batch) + aligned(sums * static_cast<int64_t>(sizeof(double))) + blocks + most;
 }
 
 void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
@@ -65,16 +115,13 @@ void square_sums(const Batch& batch, double* sums, cudaStream_t stream) {
   packed.params->sums = sums;
   int64_t chunks = 0;
   for (const TensorDesc& tensor : batch.tensors) {
-    const int64_t count = chunks_of(tensor.numel);
-    packed.add(SummedTensor{tensor.grad.data, tensor.numel, chunks, 0, tensor.grad.dtype},
-               divided_up(count, chunks_of_block(tensor.grad.dtype)));
-    chunks += count;
+    chunks = add_row(packed, tensor.grad.data, tensor.numel, tensor.grad.dtype, chunks);
   }
   packed.flush();
 }
 
-void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, void* workspace,
-          cudaStream_t stream) {
+void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, bool sums_updates,
+          double* update_sums, void* workspace, cudaStream_t stream) {
   auto* free = static_cast<unsigned char*>(workspace);
   unsigned char* derived = free;
   free += derived_bytes(batch);
@@ -85,10 +132,15 @@ void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling,
     scaling.square_sum = pairwise_sum(sums, count, stream);
     free += aligned(pairwise_numbers(count) * static_cast<int64_t>(sizeof(double)));
   }
+  Summing summing;
+  if (sums_updates) {
+    summing = summing_in(free, batch);
+    free += 2 * block_sums_bytes(batch);
+  }
   auto tensors = tensors_by_rule(batch);
   for (int rule = 0; rule < static_cast<int>(tensors.size()); ++rule) {
     if (tensors[rule].empty()) continue;
-    Listed listed{batch, std::move(tensors[rule]), rule, derived};
+    Listed listed{batch, std::move(tensors[rule]), rule, derived, sums_updates ? &summing : nullptr};
     derived += kDerivedBytes * static_cast<int64_t>(listed.tensors.size());
     if (rules()[rule].normalizes) {
       prepare_normalizing(listed, lrs, scaling, free, stream);
@@ -98,6 +150,7 @@ void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling,
     kStepDense[rule](listed, stream);
     kStepQuantized[rule](listed, stream);
   }
+  if (sums_updates) sum_blocks(batch, summing, update_sums, stream);
 }
 
 }  // namespace fusedopt::cuda

@@ -79,12 +79,20 @@ constexpr int64_t aligned(int64_t bytes) { return divided_up(bytes, kAlignment) 
 // What is derived for a tensor takes at most so many bytes.
 constexpr int64_t kDerivedBytes = 192;
 
+// Where a step keeps the sums of blocks that it is asked for: those of each tensor of the batch begin at a multiple of
+// four, so that one access loads as many.
+struct Summing {
+  BlockSums blocks;
+  std::vector<uint32_t> first_fours;
+};
+
 // The tensors of a step that one rule steps.
 struct Listed {
   const Batch& batch;
   std::vector<int32_t> tensors;
   int rule;
   unsigned char* derived = nullptr;            // of these tensors, in device memory
+  const Summing* summing = nullptr;            // null if nothing is summed
   std::vector<NormalizeScratch> scratch = {};  // of these tensors, where second moments are factored
 };
 
@@ -92,7 +100,7 @@ struct Listed {
 // normalize. `counts`: whether the step is counted, as it is unless hyperparameters are derived once more, from sums.
 using PrepareFn = void (*)(const Listed&, const std::vector<DeviceLr>&, const Scaling&, Normalization* normalizations,
                            bool counts, cudaStream_t);
-// `is_quantized`: takes the tensors that have codes, or those that have none.
+// Takes the tensors that are stepped row by row (`is_quantized`), or the others.
 using StepFn = void (*)(const Listed&, cudaStream_t);
 
 // By rule, in the order of rules/all.h.

@@ -24,12 +24,16 @@ struct DeviceLr {
   bool is_double = false;
 };
 
-// Bytes of device memory that `step` and `square_sum` need beside the tensors; aligned to 256.
-int64_t workspace_bytes(const Batch& batch, bool clips);
+// Bytes of device memory that `step` needs beside the tensors; aligned to 256.
+int64_t workspace_bytes(const Batch& batch, bool clips, bool sums_updates);
 
-// Steps everything. `scaling.square_sum` is set here if gradients are clipped.
-void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, void* workspace,
-          cudaStream_t stream);
+// Steps everything. `scaling.square_sum` is set here if gradients are clipped. `sums_updates`: whether sums of squares
+// are taken, first of the updates of all tensors, then of their weights, count_update_sums of each.
+void step(const Batch& batch, const std::vector<DeviceLr>& lrs, Scaling scaling, bool clips, bool sums_updates,
+          double* update_sums, void* workspace, cudaStream_t stream);
+
+// How many chunks the sums of the blocks of all tensors come in (fusedopt/reference/norm.py).
+int64_t count_update_sums(const Batch& batch);
 
 // Sums of squares of gradients by chunk, in list order, as cpu::square_sums.
 int64_t count_square_sums(const Batch& batch);

@@ -1,4 +1,4 @@
-// Launches THE kernel for the tensors of a rule: those with codes, or those without.
+// Launches THE kernel for the tensors of a rule: those that are stepped row by row, or the others.
 #pragma once
 
 #include <memory>
@@ -21,7 +21,7 @@ void fill(const TensorDesc& tensor, const NormalizeScratch* scratch, DeviceTenso
   }
   filled.master = tensor.master.data;
   filled.numel = tensor.numel;
-  filled.row = !kQuantized ? tensor.numel : tensor.segment != 0 ? tensor.segment : tensor.row;
+  filled.row = block_row(tensor);
   if constexpr (kQuantized) filled.row_gap = tensor.segment == 0 ? 0 : tensor.segment_stride - tensor.segment;
   filled.first_index = tensor.first_index;
   filled.formats = formats_of(tensor, Rule::kStates, filled.row);
@@ -64,7 +64,7 @@ std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>) {
   return kernels;
 }
 
-// A launch for each of the formats that tensors have.
+// A launch for each of the formats that tensors have. The last kernel takes any, and it alone sums squares.
 template <class Rule, bool kQuantized>
 void launch_steps(const Listed& listed, cudaStream_t stream) {
   using Params = StepParams<Rule, kQuantized>;
@@ -77,27 +77,19 @@ void launch_steps(const Listed& listed, cudaStream_t stream) {
     DeviceTensor<Rule, kQuantized> filled{};
     fill(tensor, is_factored<Rule>() ? &listed.scratch[i] : nullptr, filled);
     filled.index = static_cast<int32_t>(i);
-    size_t k = 0;  // the first that fits; the last takes any formats
+    if (listed.summing != nullptr) filled.first_four = listed.summing->first_fours[listed.tensors[i]];
+    size_t k = listed.summing != nullptr ? kernels.size() - 1 : 0;
     while (!kernels[k].fits(filled.formats, Rule::kStates)) ++k;
     if (!launches[k]) {
       launches[k] = std::make_unique<Packed<Params>>(kernels[k].function, kThreads, stream);
       launches[k]->params->derived = reinterpret_cast<const Derived<Rule>*>(listed.derived);
+      launches[k]->params->sums = listed.summing != nullptr ? listed.summing->blocks : BlockSums{};
     }
     const int64_t tiles = tensor.numel / filled.row * divided_up(filled.row, kTile);
     launches[k]->add(filled, divided_up(tiles, kBlockTiles));
   }
   for (const auto& launch : launches) {
     if (launch) launch->flush();
-  }
-}
-
-// What takes the tensors that have codes, or those that have none.
-template <class Rule, bool kQuantized>
-constexpr StepFn step_fn() {
-  if constexpr (kQuantized && Rule::kStates == 0) {
-    return [](const Listed&, cudaStream_t) {};
-  } else {
-    return launch_steps<Rule, kQuantized>;
   }
 }
 

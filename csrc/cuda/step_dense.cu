@@ -2,7 +2,7 @@
 
 namespace fusedopt::cuda {
 
-#define FUSEDOPT_STEPS(name, type) step_fn<type, false>(),
+#define FUSEDOPT_STEPS(name, type) launch_steps<type, false>,
 const StepFn kStepDense[] = {FUSEDOPT_RULES(FUSEDOPT_STEPS)};
 
 }  // namespace fusedopt::cuda

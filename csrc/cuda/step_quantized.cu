@@ -2,7 +2,7 @@
 
 namespace fusedopt::cuda {
 
-#define FUSEDOPT_STEPS(name, type) step_fn<type, true>(),
+#define FUSEDOPT_STEPS(name, type) launch_steps<type, true>,
 const StepFn kStepQuantized[] = {FUSEDOPT_RULES(FUSEDOPT_STEPS)};
 
 }  // namespace fusedopt::cuda

@@ -6,6 +6,7 @@
 
 #include "cuda/descriptors.h"
 #include "cuda/lane.cuh"
+#include "cuda/sums.cuh"
 #include "rules/all.h"
 
 namespace fusedopt::cuda {
@@ -20,6 +21,7 @@ struct StepParams {
   const Derived<Rule>* derived;
   int32_t count;
   DeviceTensor<Rule, kQuantized> tensors[kTensorsOfLaunch<Rule, kQuantized>];
+  BlockSums sums;
 };
 
 // How often `length` goes into `at`, which is less than length + kTile: as a rule without a division.
@@ -93,11 +95,12 @@ FUSEDOPT_DEVICE uint32_t spoilt_of(const float (&x)[kLane], const Place& place) 
   return spoilt;
 }
 
-// `first_block`: of codes, of the tile. `first_index`: of the tensor's first element, as seen from the tile's row.
+// `first_block`: of the tile. `first_index`: of the tensor's first element, as seen from the tile's row. `sums`: of the
+// tensor.
 template <class Rule, bool kQuantized, class TensorFormats>
 FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
                                const Derived<Rule>& derived, const Place& place, int64_t first_block,
-                               int64_t first_index) {
+                               int64_t first_index, const BlockSums& sums) {
   constexpr int kSlots = DeviceTensor<Rule, kQuantized>::kSlots;
   const auto has_codes = [&](int k) { return kQuantized && formats.state(k) == DType::kUInt8; };
   const auto scales_of = [&](int k) { return tensor.scales[kQuantized ? k : 0] + first_block; };
@@ -199,6 +202,10 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], source, place, random);
   encode_param(param.at, formats, random, raw_param, raw_master);
 
+  if constexpr (TensorFormats::kSums) {
+    sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
+  }
+
   const auto store_all = [&](auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     for_each_state<Rule>([&](auto k) {
@@ -220,7 +227,9 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
-  if (derived.skips) return;
+  if (derived.skips && !TensorFormats::kSums) return;
+  BlockSums sums{};
+  if constexpr (TensorFormats::kSums) sums = params.sums.from(4 * static_cast<int64_t>(tensor.first_four));
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
@@ -234,7 +243,11 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
   for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
     const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile), tensor.formats.is_aligned,
                                  formats.is_split());
-    step_tile(tensor, formats, derived, place, first_block, first_index);
+    if (TensorFormats::kSums && derived.skips) {
+      sum_unchanged_tile(tensor.param, tensor.master, formats, place, sums.from(first_block));
+    } else {
+      step_tile(tensor, formats, derived, place, first_block, first_index, sums);
+    }
     begin += kWarps * kTile;
     left -= kWarps * kTile;
     first_block += kWarps * (kTile / kBlock);

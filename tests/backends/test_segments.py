@@ -14,7 +14,7 @@ from fusedopt import backends
 from fusedopt.backends import ParamStep
 from fusedopt.backends.base import SquareSums
 
-# Formats, and the columns of (9, 320) that are held: at odd places, and of whole blocks.
+# Formats, and the columns of (9, 320) that are held: at odd places, and of whole blocks. SGD has no states.
 PLACES: dict[str, tuple[dict[str, Any], slice]] = {
     "bf16": ({"state_dtype": "bfloat16", "rounding": "stochastic"}, slice(37, 232)),
     "8bit": ({"state_dtype": "8bit", "master_weights": "split24"}, slice(64, 192)),
@@ -23,6 +23,7 @@ PLACES: dict[str, tuple[dict[str, Any], slice]] = {
         {"state_dtype": {"exp_avg": "float16"}, "master_weights": "kahan", "rounding": "stochastic"},
         slice(0, 3),
     ),
+    "sgd": ({"master_weights": "kahan", "rounding": "stochastic"}, slice(37, 232)),
 }
 # Of the whole in a larger one: the upper half of the index changes on the way.
 FIRST = 2**32 - 1000
@@ -61,21 +62,40 @@ def tensors_of(entry: ParamStep) -> list[torch.Tensor]:
     return [entry.param, *masters, *(tensor for held in entry.states for tensor in held)]
 
 
-def taken(backend: str, optimizer: fusedopt.FusedOptimizer, entry: ParamStep) -> list[torch.Tensor]:
+def taken(
+    backend: str, optimizer: fusedopt.FusedOptimizer, entry: ParamStep, square_sums: SquareSums | None = None
+) -> list[torch.Tensor]:
     session = backends.BACKENDS[backend].session()
     session.begin([optimizer.group_step(optimizer.param_groups[0])], [None])
     assert session.add(entry)
-    session.step([1.0])
+    session.step([1.0], square_sums=square_sums)
     return tensors_of(entry)
 
 
-def compare(backend: str, name: str) -> None:
+def stepped_once(name: str) -> tuple[fusedopt.FusedOptimizer, slice]:
+    """An optimizer before its second step, and which columns are held."""
     kwargs, columns = PLACES[name]
     (param,) = make_params([(9, 320)], torch.bfloat16)
-    optimizer = CASES[0].ours([param], seed=5, min_quantized_numel=1, **kwargs)
+    cls = fusedopt.SGD if name == "sgd" else CASES[0].ours
+    optimizer = cls([param], seed=5, min_quantized_numel=1, **kwargs)
     set_grads([param], 0)
     optimizer.step()
     set_grads([param], 1)
+    return optimizer, columns
+
+
+def compare_sums(backend: str, name: str) -> None:
+    """Of updates and weights: blocks do not cross the rows of a shard."""
+    optimizer, columns = stepped_once(name)
+    found, expected = {}, {}
+    taken(backend, optimizer, entry_of(optimizer, columns), found)
+    taken("eager", optimizer, entry_of(optimizer, columns), expected)
+    assert found == expected
+    assert all(update > 0 for update, _ in found.values())
+
+
+def compare(backend: str, name: str) -> None:
+    optimizer, columns = stepped_once(name)
     part, whole = entry_of(optimizer, columns), entry_of(optimizer, None)
     found, expected = taken(backend, optimizer, part), taken("eager", optimizer, whole)
     for ours, theirs in zip(found, expected, strict=True):
@@ -93,6 +113,7 @@ def test_columns_draw_what_the_whole_draws(backend: str, name: str, isa: str) ->
 @pytest.mark.parametrize("name", PLACES)
 def test_on_cuda(name: str) -> None:
     compare("cuda", name)
+    compare_sums("cuda", name)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -134,6 +134,25 @@ def test_graphs(case: Any, how: dict[str, Any]) -> None:
     assert {eager.state[param]["step"].item() for param in params_of(eager)} == {float(len(rates))}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"state_dtype": "bfloat16", "rounding": "stochastic"}),
+        (torch.bfloat16, {"state_dtype": "8bit", "min_quantized_numel": 1, "master_weights": "split24"}),
+    ],
+    ids=str,
+)
+def test_norms_of_updates(dtype: torch.dtype, how: dict[str, Any]) -> None:
+    """Taken on the way of a step, which usual formats then take with the kernels for any."""
+    runs = [train(make(device, backend, dtype, **how), 1) for device, backend in ((DEVICE, "cuda"), ("cpu", "eager"))]
+    for optimizer in runs:
+        optimizer.record_norms()
+        train(optimizer, 1, first=1)
+    assert runs[0].norms_report() == runs[1].norms_report()
+    assert_same_run(*runs)
+
+
 @needs_cuda
 def test_streams() -> None:
     """A step runs in the current stream: behind what makes its gradients there."""

@@ -4,7 +4,7 @@
 namespace fusedopt::cuda {
 
 extern const StepFn kUsual[];
-const StepFn kUsual[] = {step_fn<AdamW, false>(), step_fn<AdamW, true>(), step_fn<Lion, false>(),
-                         step_fn<Lion, true>()};
+const StepFn kUsual[] = {launch_steps<AdamW, false>, launch_steps<AdamW, true>, launch_steps<Lion, false>,
+                         launch_steps<Lion, true>};
 
 }  // namespace fusedopt::cuda

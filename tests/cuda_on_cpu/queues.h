@@ -61,11 +61,12 @@ struct Queues {
   uint64_t random = 1;
   CUstream_st default_stream;
   std::vector<CUstream_st*> streams{&default_stream};
-  std::vector<Copy> copies;               // that have begun and not ended
-  std::map<const char*, Region> regions;  // memory that was asked for, by where it begins
-  size_t capacity = SIZE_MAX, used = 0;   // bytes of the device
-  uint64_t allocations = 0;               // of memory of any kind, since it began
-  uint64_t bytes_in = 0, bytes_out = 0;   // copied to the device and from it
+  std::vector<Copy> copies;                  // that have begun and not ended
+  std::map<const char*, Region> regions;     // memory that was asked for, by where it begins
+  size_t capacity = SIZE_MAX, used = 0;      // bytes of the device
+  uint64_t allocations = 0;                  // of memory of any kind, since it began
+  uint64_t bytes_in = 0, bytes_out = 0;      // copied to the device and from it
+  std::map<const void*, uint64_t> launches;  // how many of each kernel
 };
 CUDA_ON_CPU_VARIABLE Queues queues;
 

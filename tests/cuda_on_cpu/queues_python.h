@@ -65,6 +65,13 @@ inline void bind_queues(pybind11::module_& parent) {
     counts["bytes_out"] = queues.bytes_out;
     return counts;
   });
+  module.def("launches", [] {
+    pybind11::dict launches;
+    for (const auto& [kernel, count] : queues.launches) {
+      launches[pybind11::int_(reinterpret_cast<Address>(kernel))] = count;
+    }
+    return launches;
+  });
 }
 
 }  // namespace cuda_on_cpu

@@ -322,6 +322,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_assert((!std::is_reference_v<Expected> && ...), "a kernel's parameters are passed by value");
   const cudaError_t error = cuda_on_cpu::check_launch(*config);
   if (error != cudaSuccess) return cuda_on_cpu::remember(error);
+  ++cuda_on_cpu::queues.launches[reinterpret_cast<const void*>(kernel)];
   // Padding is zero, since the parameters are searched for addresses. The heap keeps a launch that is late.
   using Parameters = std::tuple<Expected...>;
   const std::shared_ptr<void> memory(std::calloc(1, sizeof(Parameters)), [](void* kept) {
