@@ -98,14 +98,12 @@ class Kernel:
     Attributes:
         rule: The type of its rule, as in "Adam<0,0>"; "" if it is no step kernel.
         formats: Parameter and gradient, master, states; None if they are looked up at run time.
-        sums: Whether it is for steps that sum the squares of updates.
     """
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
     rule: str = ""
     formats: tuple[str, str, str] | None = None
-    sums: bool = False
 
     def __post_init__(self) -> None:
         if not (found := re.search(r"step_kernelINS_(\d+)", self.name)):
@@ -118,7 +116,6 @@ class Kernel:
         self.rule = rest[start : start + int(length[0])]
         if arguments := re.match(r"I((?:Lb\dE)+)E", rest[start + int(length[0]) :]):
             self.rule += f"<{','.join(re.findall(r'Lb(.)E', arguments[1]))}>"
-        self.sums = "SummingFormats" in rest
         if usual := re.search(r"UsualFormatsILNS\w*?_5DTypeE(\d)ELNS\w*?_6MasterE(\d)ELS\w*?_(\d)EE", rest):
             self.formats = DTYPES[int(usual[1])], MASTERS[int(usual[2])], DTYPES[int(usual[3])]
 

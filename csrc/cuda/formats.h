@@ -23,8 +23,8 @@ struct Formats {
   // At least so many blocks fit on a multiprocessor. That leaves 168 registers per thread, with which no rule spills.
   static constexpr int resident_blocks(int) { return 3; }
 
-  // Whether kernels for these formats sum squares on the way (sums.cuh).
-  static constexpr bool kSums = false;
+  // Whether kernels for these formats sum squares on the way (sums.cuh) if they are asked to.
+  static constexpr bool kMaySum = true;
 
   // Whether a kernel for these formats can step a tensor with `found`.
   static constexpr bool fit(const Formats&, int) { return true; }
@@ -50,6 +50,8 @@ struct UsualFormats : Formats {
   // 80 or 96 registers. A warp that loads one state less has fewer bytes under way, so there have to be more of them.
   static constexpr int resident_blocks(int states) { return states < 2 ? 6 : 5; }
 
+  static constexpr bool kMaySum = false;  // few steps do
+
   FUSEDOPT_FN explicit UsualFormats(const Formats& found) : Formats(found) {}
 
   static bool fit(const Formats& found, int states) {
@@ -68,30 +70,17 @@ struct UsualFormats : Formats {
   static FUSEDOPT_FN constexpr bool is_split() { return kParam == DType::kFloat32 || kState == DType::kFloat32; }
 };
 
-// Any formats, in steps that sum squares. These are few, and what they do more takes registers, so they have kernels of
-// their own.
-struct SummingFormats : Formats {
-  static constexpr bool kSums = true;
-
-  // 255 registers: with 168, some rules spill.
-  static constexpr int resident_blocks(int) { return 2; }
-
-  FUSEDOPT_FN explicit SummingFormats(const Formats& found) : Formats(found) {}
-};
-
-// Formats that have kernels of their own, then any others, and last those for steps that sum squares.
+// Formats that have kernels of their own, and any others last.
 template <class... Each>
 struct FormatsList {};
 
-using DenseFormats =
-    FormatsList<UsualFormats<DType::kFloat32, Master::kNone, DType::kFloat32>,
-                UsualFormats<DType::kBFloat16, Master::kNone, DType::kFloat32>,
-                UsualFormats<DType::kBFloat16, Master::kNone, DType::kBFloat16>,
-                UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kFloat32>,
-                UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kBFloat16>, Formats, SummingFormats>;
-using QuantizedFormats =
-    FormatsList<UsualFormats<DType::kFloat32, Master::kNone, DType::kUInt8>,
-                UsualFormats<DType::kBFloat16, Master::kNone, DType::kUInt8>,
-                UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kUInt8>, Formats, SummingFormats>;
+using DenseFormats = FormatsList<UsualFormats<DType::kFloat32, Master::kNone, DType::kFloat32>,
+                                 UsualFormats<DType::kBFloat16, Master::kNone, DType::kFloat32>,
+                                 UsualFormats<DType::kBFloat16, Master::kNone, DType::kBFloat16>,
+                                 UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kFloat32>,
+                                 UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kBFloat16>, Formats>;
+using QuantizedFormats = FormatsList<UsualFormats<DType::kFloat32, Master::kNone, DType::kUInt8>,
+                                     UsualFormats<DType::kBFloat16, Master::kNone, DType::kUInt8>,
+                                     UsualFormats<DType::kBFloat16, Master::kSplit24, DType::kUInt8>, Formats>;
 
 }  // namespace fusedopt::cuda

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "core/tensors.h"
 #include "cuda/descriptors.h"
@@ -54,6 +55,17 @@ FUSEDOPT_DEVICE Place place_of(int lane, int64_t begin, int count, bool is_align
   place.is_whole = is_aligned & (count == kTile);
   place.is_split = is_split;
   return place;
+}
+
+// Calls use(std::true_type) for a whole tile, use(std::false_type) for others.
+template <class Use>
+FUSEDOPT_DEVICE void with_whole(const Place& place, const Use& use) {
+  if (place.is_whole) {
+    use(std::true_type{});
+  } else {
+    rarely();
+    use(std::false_type{});
+  }
 }
 
 // Eight numbers as they lie in memory. Those of one or two bytes are several to a word and leave the last words free.

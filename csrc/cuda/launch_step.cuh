@@ -64,7 +64,7 @@ std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>) {
   return kernels;
 }
 
-// A launch for each of the formats that tensors have. The last kernel takes any, and it alone sums squares.
+// A launch for each of the formats that tensors have. The last kernel takes any, and it alone can sum squares.
 template <class Rule, bool kQuantized>
 void launch_steps(const Listed& listed, cudaStream_t stream) {
   using Params = StepParams<Rule, kQuantized>;

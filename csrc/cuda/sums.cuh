@@ -33,6 +33,8 @@ FUSEDOPT_DEVICE void exchange(float (&x)[2 * kLane], int lane, int distance) {
 // A lane begins with 16 numbers, eight of each kind. To add over a bit of the lane, two lanes exchange halves of what
 // they have, so that each goes on with half as many numbers: first one of the kinds, then those with one value of a bit
 // of j, which is from then on the bit of the lane that was added over.
+// Updates of a tile that is not stepped are 0, even of weights that are not finite.
+template <bool kIsStepped>
 FUSEDOPT_DEVICE void sum_blocks(const float (&before)[kLane], const float (&after)[kLane], const Place& place,
                                 const BlockSums& sums) {
   float x[2 * kLane];
@@ -40,7 +42,7 @@ FUSEDOPT_DEVICE void sum_blocks(const float (&before)[kLane], const float (&afte
   for (int i = 0; i < kLane; ++i) {
     const int j = i / 2 + i % 2 * 4;  // of runs side by side: bit 2 of j is the last, which is never exchanged
     const float weight = place.is_split ? after[i] : after[j];
-    const float update = weight - (place.is_split ? before[i] : before[j]);
+    const float update = kIsStepped ? weight - (place.is_split ? before[i] : before[j]) : 0.0f;
     x[i] = update * update;
     x[kLane + i] = weight * weight;
   }
@@ -67,12 +69,9 @@ template <class TensorFormats>
 FUSEDOPT_DEVICE void load_weights(const void* param, const void* master, const TensorFormats& formats,
                                   const Place& place, float (&weights)[kLane]) {
   Raw raw, raw_master;
-  if (place.is_whole) {
-    load_param<TensorFormats, true>(param, master, formats, place, raw, raw_master);
-  } else {
-    rarely();
-    load_param<TensorFormats, false>(param, master, formats, place, raw, raw_master);
-  }
+  with_whole(place, [&](auto whole) {
+    load_param<TensorFormats, decltype(whole)::value>(param, master, formats, place, raw, raw_master);
+  });
   decode_param(raw, raw_master, formats, weights);
 }
 
@@ -88,7 +87,7 @@ FUSEDOPT_DEVICE void sum_tile(const void* param, const void* master, const Tenso
   for (int j = 0; j < kLane; ++j) {
     if (!stored.holds(j)) after[j] = before[j];
   }
-  sum_blocks(before, after, place, sums);
+  sum_blocks<true>(before, after, place, sums);
 }
 
 // Of a tile that is not stepped.
@@ -97,7 +96,7 @@ FUSEDOPT_DEVICE void sum_unchanged_tile(const void* param, const void* master, c
                                         const Place& place, const BlockSums& sums) {
   float weights[kLane];
   load_weights(param, master, formats, place, weights);
-  sum_blocks(weights, weights, place, sums);
+  sum_blocks<false>(weights, weights, place, sums);
 }
 
 }  // namespace

@@ -118,12 +118,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
       if (has_codes(k)) load_scales<kWhole>(scales_of(k), place, scales[k]);
     });
   };
-  if (place.is_whole) {
-    load_all(std::true_type{});
-  } else {
-    rarely();
-    load_all(std::false_type{});
-  }
+  with_whole(place, load_all);
   if constexpr (is_factored<Rule>()) load_factors(tensor, place, rows, columns);
 
   Numbers param, grad, states[kSlots];
@@ -202,23 +197,29 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   if (formats.rounds_param()) draw(derived.stream_keys[kParamStream], source, place, random);
   encode_param(param.at, formats, random, raw_param, raw_master);
 
-  if constexpr (TensorFormats::kSums) {
-    sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
-  }
-
-  const auto store_all = [&](auto whole) {
+  const auto store_states = [&](auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     for_each_state<Rule>([&](auto k) {
       store<kWhole>(tensor.states[k], formats.state(k), stored, raw_states[k]);
       if (has_codes(k)) store_scales<kWhole>(scales_of(k), stored, scales[k]);
     });
+  };
+  const auto store_weights = [&](auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
     store_param<TensorFormats, kWhole>(tensor.param, tensor.master, formats, stored, raw_param, raw_master);
   };
-  if (stored.is_whole) {
-    store_all(std::true_type{});
+  if constexpr (TensorFormats::kMaySum) {
+    with_whole(stored, store_states);
+    // Between the two, when states are out of the way and weights are still as they were in memory.
+    if (sums.updates != nullptr) {
+      sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
+    }
+    with_whole(stored, store_weights);
   } else {
-    rarely();
-    store_all(std::false_type{});
+    with_whole(stored, [&](auto whole) {
+      store_states(whole);
+      store_weights(whole);
+    });
   }
 }
 
@@ -227,9 +228,9 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
-  if (derived.skips && !TensorFormats::kSums) return;
-  BlockSums sums{};
-  if constexpr (TensorFormats::kSums) sums = params.sums.from(4 * static_cast<int64_t>(tensor.first_four));
+  const bool takes_sums = TensorFormats::kMaySum && params.sums.updates != nullptr;
+  if (derived.skips && !takes_sums) return;
+  const BlockSums sums = takes_sums ? params.sums.from(4 * static_cast<int64_t>(tensor.first_four)) : BlockSums{};
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
   for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
     const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile), tensor.formats.is_aligned,
                                  formats.is_split());
-    if (TensorFormats::kSums && derived.skips) {
+    if (TensorFormats::kMaySum && derived.skips) {
       sum_unchanged_tile(tensor.param, tensor.master, formats, place, sums.from(first_block));
     } else {
       step_tile(tensor, formats, derived, place, first_block, first_index, sums);
