@@ -71,6 +71,24 @@ def test_every_direction(ranks: Ranks, tmp_path: Path, worlds: tuple[int, ...], 
         ranks(world, _goes_on, folder=str(tmp_path), part=part, flattens=flattens)
 
 
+def _before_steps(rank: int, world: int) -> None:
+    """State that is asked for explicitly, or as torch does, by a step of zeros with a learning rate of 0."""
+    _, ours, theirs = _twins()
+    model, asked, _ = _twins()
+    ours.init_state()
+    theirs.init_state()
+    get_optimizer_state_dict(model, asked)
+    for optimizer in (ours, asked):
+        assert_same_whole(optimizer, theirs)
+        assert all(float(held["step"]) == 0 for held in optimizer.state.values())
+    step_both(ours, theirs, [0], DTYPE)
+    assert_same_whole(ours, theirs)
+
+
+def test_state_before_the_first_step(ranks: Ranks) -> None:
+    ranks(3, _before_steps)
+
+
 def _full_state_dicts(rank: int, world: int, master: str) -> None:
     """A state dict gathered whole goes into the optimizer of one process, and back into shards."""
     model, ours, theirs = _twins(master_weights=master)
