@@ -46,7 +46,9 @@ def assert_all_agree(
 
 @factored_dtypes
 def test_every_path_gives_the_same_bits(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_all_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch)
+    # How matrices are cut into slabs and panels hangs on no format: sanitizers see the largest one in float32.
+    shapes = SHAPES if dtype == "fp32" or not SANITIZED else [shape for shape in SHAPES if shape != (641, 4100)]
+    assert_all_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch, shapes)
 
 
 @pytest.mark.parametrize(

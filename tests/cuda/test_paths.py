@@ -54,7 +54,7 @@ class Compiled:
         self.registers = sass().registers(self.path)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.thorough), "sm_90"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
