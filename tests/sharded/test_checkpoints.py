@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer
+from cases import assert_same_bits
+from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer, whole
 from sharded.ranks import Ranks, RanksFailedError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -170,7 +171,7 @@ def _assert_same_moments(ours: torch.optim.Optimizer, theirs: torch.optim.Optimi
     for param in params_of(theirs):
         assert ours.state[param].keys() == theirs.state[param].keys()
         for key, value in theirs.state[param].items():
-            assert torch.equal(ours.state[param][key], value), key
+            assert_same_bits(whole(ours.state[param][key]), whole(value), key)
 
 
 def test_torchs_checkpoints_both_ways(ranks: Ranks, tmp_path: Path) -> None:
