@@ -53,6 +53,7 @@ struct TorchNames {
   PyObject* data_ptr = nullptr;
   // How far a tensor's sizes lie in its TensorImpl, by the number of dimensions; 0 where they lie elsewhere.
   std::array<ptrdiff_t, 6> sizes_offsets{};
+  bool begins_with_implementation = false;  // what a tensor's Python object has after the fields of every object
 };
 
 // Lives as long as the process: torch's types do, too.
@@ -167,6 +168,17 @@ std::array<ptrdiff_t, 6> learn_sizes_offsets(const std::vector<py::object>& prob
   return offsets;
 }
 
+const void* first_field_of(PyObject* object) {
+  return *reinterpret_cast<void* const*>(reinterpret_cast<const char*>(object) + sizeof(PyObject));
+}
+
+// Objects have at::Tensor there, which is a pointer and no more; in some versions of torch they have something else.
+bool learn_where_implementation_is(const std::vector<py::object>& probes) {
+  return std::all_of(probes.begin(), probes.end(), [](const py::object& probe) {
+    return reinterpret_cast<intptr_t>(first_field_of(probe.ptr())) == probe.attr("_cdata").cast<intptr_t>();
+  });
+}
+
 }  // namespace
 
 Device device_named(const std::string& type, int32_t index) {
@@ -189,6 +201,7 @@ void bind_torch(py::tuple tensor_types, py::dict dtypes, py::object is_neg, py::
   names.exchange = exchange_of(exchange_api);
   names.sizes_offsets = {};
   if (names.exchange != nullptr) names.sizes_offsets = learn_sizes_offsets(probes);
+  names.begins_with_implementation = learn_where_implementation_is(probes);
   bind_versions(probes.at(0), std::move(increment_version));
 }
 
@@ -198,6 +211,10 @@ const void* implementation_of(const TensorView& view) {
   const auto& offsets = torch_names().sizes_offsets;
   const ptrdiff_t offset = view.ndim < static_cast<int>(offsets.size()) ? offsets[view.ndim] : 0;
   return offset == 0 ? nullptr : reinterpret_cast<const char*>(view.shape) - offset;
+}
+
+const void* implementation_of(PyObject* object) {
+  return torch_names().begins_with_implementation ? first_field_of(object) : nullptr;
 }
 
 bool read_tensor(PyObject* object, TensorView& view) {

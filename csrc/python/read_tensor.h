@@ -61,6 +61,9 @@ void* data_pointer(PyObject* object);
 // Where torch keeps all about a tensor (its TensorImpl), of one that was read; null if that cannot be told.
 const void* implementation_of(const TensorView& view);
 
+// The same of a tensor of any class, by its Python object.
+const void* implementation_of(PyObject* object);
+
 // Where a tensor's Python object and its sizes lay when it was read: where, most likely, they lie in the
 // next step. Only ever prefetched.
 struct Place {

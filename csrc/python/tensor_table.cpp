@@ -119,18 +119,20 @@ std::vector<int64_t> TensorTable::collect(int group, const py::list& params, con
 bool TensorTable::take_shard(int group, int64_t position, ParamObjects& objects,
                              const std::optional<py::function>& whole_of, Record& record) {
   PyObject* param = objects.param;
-  GlobalPlace place;
-  if (!record.shard().unwrap(objects, alive_, place)) return false;
+  ShardRecord& shard = record.shard();
+  if (!shard.find(param, objects.grad)) return false;
   std::optional<WholeOfShard> whole;
   std::array<int32_t, 3> channels{};
-  if (whole_of.has_value()) {
-    const py::object answer = (*whole_of)(py::handle(param), py::handle(objects.param));
+  if (whole_of.has_value() && !shard.is_whole()) {
+    const py::object answer = (*whole_of)(py::handle(param), py::handle(local_of(param, alive_)));
     if (answer.is(py::bool_(false))) return false;
     if (!answer.is_none())
       std::tie(whole, channels) = answer.cast<std::pair<std::optional<WholeOfShard>, std::array<int32_t, 3>>>();
   }
-  if (!take(group, position, objects, place, record)) return false;
-  versions_.add(param, nullptr);  // autograd counts those of a DTensor apart from those of what it holds
+  shard.unwrap(objects, alive_);
+  if (!take(group, position, objects, shard.place(), record)) return false;
+  // Autograd counts the versions of a DTensor apart from those of what it holds.
+  versions_.add(param, shard.implementation());
   if (whole.has_value()) set_apart(*whole, channels);
   return true;
 }

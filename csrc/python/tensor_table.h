@@ -45,8 +45,8 @@ class TensorTable {
   // Adds every parameter of a group that has a gradient and that the core can step as it lies in memory:
   // itself, its gradient and its state plain contiguous tensors of one shape, or DTensors of such. Returns the
   // positions of those that have a gradient and do not fit, for the caller to look at more closely. `whole_of`, unless
-  // it is null, is asked of each DTensor and what is held here of it: None if that is all of it, False if it does not
-  // fit, else the arguments `whole` and `channels` of `add`.
+  // it is null, is asked of each DTensor of which ranks have parts, and of what is held here of it: None if nothing is
+  // to be added up with other ranks, False if it does not fit, else the arguments `whole` and `channels` of `add`.
   std::vector<int64_t> collect(int group, const pybind11::list& params, const pybind11::dict& state,
                                const std::optional<pybind11::function>& whole_of);
 
@@ -107,7 +107,7 @@ class TensorTable {
   cpu::UpdateRecord updates_;                 // of the last step that summed them
   bool is_sorted_ = true;                     // the tensors, by group and position
   Versions versions_;                         // the parameters'
-  std::vector<pybind11::object> alive_;       // what they point into and nothing else may hold
+  Alive alive_;                               // what they point into and nothing else may hold
   std::vector<std::vector<Record>> records_;  // of each group, by position
 };
 

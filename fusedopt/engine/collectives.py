@@ -11,13 +11,15 @@ import hashlib
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import sharding
 from .contract import Contract
+
+T = TypeVar("T")
 
 _DISAGREED = -1.0  # in the place of a hash
 
@@ -45,13 +47,15 @@ def _distributed() -> Any | None:
 
 
 def groups_of(mesh: Any, dims: Sequence[int] | None = None) -> list[Any]:
-    """The process groups to go through, one after the other, to reach all of a mesh, or all along some of its dims."""
+    """The process groups to go through, one after the other, to reach all of a mesh, or all along some of its dims.
+
+    Those of a single rank are left out: it would tell itself what it knows.
+    """
     dist: Any = _distributed()
-    if dims is None:
-        if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
-            return [dist.group.WORLD]  # at once
-        dims = range(mesh.ndim)
-    return [mesh.get_group(dim) for dim in dims]
+    long = [dim for dim in (range(mesh.ndim) if dims is None else dims) if mesh.size(dim) > 1]
+    if dims is None and len(long) > 1 and mesh.size() == dist.get_world_size():
+        return [dist.group.WORLD]  # at once
+    return [mesh.get_group(dim) for dim in long]
 
 
 def gathered(row: Tensor, group: Any) -> Tensor:
@@ -153,11 +157,24 @@ class Meshes:
             self._on[mesh] = [self.at(place) for place in self.meshes[mesh]]
         return bytes([param.grad is not None for param in self._on[mesh]])
 
-    def counts_here(self, param: Tensor) -> bool:
-        """Whether this rank is the one of its replicas whose numbers count in a sum over a DTensor's mesh."""
-        coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
-        placements = param.placements  # type: ignore[attr-defined]
-        return all(place == 0 or p.is_shard() or _is_strided(p) for place, p in zip(coordinate, placements))
+    @staticmethod
+    def counts_here(mesh: Any, param: Any) -> bool:
+        """Whether this rank is the one of a parameter's replicas whose numbers count in a sum over a mesh.
+
+        What is no DTensor is the same on all ranks of the mesh.
+        """
+        coordinate = mesh.get_coordinate()
+        if not sharding.is_dtensor(param):
+            return not any(coordinate)
+        return all(place == 0 or p.is_shard() or _is_strided(p) for place, p in zip(coordinate, param.placements))
+
+    def counted(
+        self, mesh: Any, places: Iterable[tuple[int, int]], here: dict[tuple[int, int], T], nothing: T
+    ) -> list[T]:
+        """What this rank adds to sums over a mesh: what it has `here` where that counts, else `nothing`."""
+        return [
+            here[place] if place in here and self.counts_here(mesh, self.at(place)) else nothing for place in places
+        ]
 
     def settings(self, mesh: Any, rules: list[str]) -> dict[str, Any]:
         """What all ranks of a mesh must have in common, by what it is called."""
@@ -280,17 +297,13 @@ class Agreement:
                 share them are to ask for the same.
         """
         found: dict[tuple[int, int], float] = {}
-        for mesh, places in meshes.meshes.items():
+        for mesh in meshes.meshes:
             listed = meshes.listed(mesh)
             asked = bytes(place in sums for place in listed)
             if not any(asked):
                 continue
-            is_first = not any(mesh.get_coordinate())
-            counts = [meshes.counts_here(meshes.at(place)) for place in places] + [is_first] * (
-                len(listed) - len(places)
-            )
             # As long as there are parameters: ranks that ask for others find out, and do not wait for each other.
-            here = tuple(sums.get(place, 0.0) if each else 0.0 for place, each in zip(listed, counts))
+            here = tuple(meshes.counted(mesh, listed, sums, 0.0))
             row = _Row(self._hashes[mesh], float(zlib.crc32(asked)), 0.0, 0.0, here).over(groups_of(mesh))
             self._check(meshes, mesh, row, None, optimizer)
             found |= {place: total for place, total in zip(listed, row.sums) if place in sums}
@@ -341,7 +354,8 @@ class Agreement:
 
 
 def _grads_hash(meshes: Meshes, mesh: Any) -> float:
-    return float(zlib.crc32(meshes.has_grads(mesh)))
+    # Where there is nobody to compare with, thousands of parameters are not asked.
+    return float(zlib.crc32(meshes.has_grads(mesh))) if mesh.size() > 1 else 0.0
 
 
 def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:

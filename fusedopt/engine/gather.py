@@ -275,7 +275,7 @@ class Gathered:
         for group, param, grad in listed:
             grads.append(sharding.local_grad(grad, param))
             mesh = param.device_mesh if sharding.is_dtensor(param) else None  # type: ignore[attr-defined]
-            counts = mesh is None or meshes.counts_here(param)
+            counts = mesh is None or meshes.counts_here(mesh, param)
             places.append((mesh, group["grad_norm_group"]) if counts else None)
         parts = self._chunk_sums(grads)
         if len(parts) == 1:

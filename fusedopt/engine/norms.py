@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -85,7 +84,7 @@ class NormsRecord:
         groups = self._optimizer.param_groups
         meshes = self._optimizer._agreement().meshes(self._optimizer)
         if meshes is not None:
-            self.sums.update(over_ranks(meshes, groups, self.sums))
+            self.sums.update(over_ranks(meshes, self.sums))
         by_group: list[list[tuple[Norms, tuple[float, float]]]] = [[] for _ in groups]
         for (index, position), sums in sorted(self.sums.items()):
             group = groups[index]
@@ -102,18 +101,15 @@ class NormsRecord:
         self.sums = {}
 
 
-def over_ranks(meshes: Meshes, param_groups: list[dict[str, Any]], here: SquareSums) -> SquareSums:
+def over_ranks(meshes: Meshes, here: SquareSums) -> SquareSums:
     """The sums over all shards of the parameters that are on meshes; ranks meet once for each mesh.
 
     Of replicas those of one rank count. What is gathered has the same length on every rank, whatever it holds.
     """
     found: SquareSums = {}
+    taken_here = {place: (1.0, *sums) for place, sums in here.items()}
     for mesh, places in meshes.meshes.items():
-        rows = []
-        for index, position in places:
-            sums = here.get((index, position))
-            counts = sums is not None and meshes.counts_here(param_groups[index]["params"][position])
-            rows.append((1.0, *sums) if counts and sums is not None else (0.0, 0.0, 0.0))
+        rows = meshes.counted(mesh, places, taken_here, (0.0, 0.0, 0.0))
         totals = summed(torch.tensor(rows, dtype=torch.float64, device="cpu"), groups_of(mesh))
         for place, (taken, update, weight) in zip(places, totals.tolist()):
             if taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,9 +25,14 @@ class ShardSums:
     row_dim: int | None
     groups: dict[str, list[Any]]
 
+    @cached_property
+    def channels(self) -> dict[str, tuple[str, ...]]:
+        """The names of the groups that sums go through: torch takes microseconds to tell them."""
+        return {over: tuple(group.group_name for group in groups) for over, groups in self.groups.items()}
+
     def channel(self, over: str) -> tuple[str, ...]:
         """The names of the groups that sums go through."""
-        return tuple(group.group_name for group in self.groups[over])
+        return self.channels[over]
 
     def matrices(self, held: Tensor) -> int:
         """Those in a shard: one for each index of the dimensions before that of the rows."""
@@ -70,7 +76,7 @@ def shard_sums(optimizer: Contract, group: dict[str, Any], param: Any) -> ShardS
 
 def _shard_sums(param: Any, row_dim: int | None) -> ShardSums | None:
     mesh, shape = param.device_mesh, param.shape
-    cuts = {i: p.dim for i, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(i) > 1}
+    cuts = placement.cuts(param._spec)
     if not cuts:
         return None
     rows = [i for i, dim in cuts.items() if dim == row_dim]

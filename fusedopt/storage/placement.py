@@ -52,25 +52,34 @@ def of(param: Any) -> Place:
     return _place_of(param.shape, tuple(mesh.shape), tuple(mesh.get_coordinate()), param.placements)
 
 
-# Of the specs that DTensors carry, by their ids, with the spec itself: one that has its id later is another.
-_of_specs: dict[int, tuple[Any, Place | None]] = {}
+def cuts(spec: Any) -> dict[int, int]:
+    """The dimensions that ranks have parts of, by the dimensions of the mesh: none over those of a single rank."""
+    return {i: p.dim for i, p in enumerate(spec.placements) if not p.is_replicate() and spec.mesh.size(i) > 1}
 
 
-def of_spec(spec: Any) -> Place | None:
-    """The place of what is held here of DTensors of a spec, remembered for it; None if it is not a regular one."""
+# What `of_spec` found, by the ids of specs, with the spec itself: one that has its id later is another.
+_of_specs: dict[int, tuple[Any, tuple[int, int, int, bool] | None]] = {}
+
+
+def of_spec(spec: Any) -> tuple[int, int, int, bool] | None:
+    """What the core is told of DTensors of a spec, remembered for it; None if their place is not a regular one.
+
+    Returns:
+        The numbers of the `Place` of what is held here, and whether every rank has all of it.
+    """
     found = _of_specs.get(id(spec))
     if found is not None and found[0] is spec:
         return found[1]
-    place = None
+    told = None
     if all(p.is_replicate() or hasattr(p, "_split_tensor") for p in spec.placements):
         mesh = spec.mesh
         place = _place_of(spec.shape, tuple(mesh.shape), tuple(mesh.get_coordinate()), spec.placements)
-    if place is not None and place.indices is not None:
-        place = None
+        if place.indices is None:
+            told = (place.first_index, place.segment, place.segment_stride, not cuts(spec))
     if len(_of_specs) >= 1 << 16:
         _of_specs.clear()
-    _of_specs[id(spec)] = (spec, place)
-    return place
+    _of_specs[id(spec)] = (spec, told)
+    return told
 
 
 def is_even(param: Any) -> bool:

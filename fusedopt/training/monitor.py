@@ -270,7 +270,7 @@ class Monitor:
         squares = torch.stack([n.to(norms[0].device) for n in norms]).cpu().double() ** 2
         sums = dict(zip(places, squares.tolist()))
         if any(map(is_dtensor, params)):  # of which there is more on other ranks
-            whole = over_ranks(Meshes(groups), groups, {place: (square, 0.0) for place, square in sums.items()})
+            whole = over_ranks(Meshes(groups), {place: (square, 0.0) for place, square in sums.items()})
             sums.update({place: square for place, (square, _) in whole.items()})
         norm = math.sqrt(sum(sums.values()))
         if self._scale and getattr(self.optimizer, "_step_supports_amp_scaling", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import fusedopt
 from fusedopt.backends import eager
 from fusedopt.engine import collectives
+from fusedopt.engine import optimizer as optimizer_module
+from fusedopt.engine.shard_sums import shard_sums
 
 # Fewer rows than ranks, one element, nothing, several matrices, slabs of rows in each shard, many panels of columns.
 SHAPES = ((67, 71), (2, 300), (31,), (1,), (5, 0), (7, 6, 64), (2100, 5), (4, 16500))
@@ -174,6 +177,55 @@ def test_ranks_meet_once_in_a_round_for_all_parameters(ranks: Ranks) -> None:
     by_rows, by_columns = ranks(2, _counted)[0]
     assert by_rows == [5, (4 + 1 + 1) + (2 + 1 + 1) + (2 + 1 + 1), 3]
     assert by_columns == [5, 6 + 5 + 4, 3, 3]
+
+
+def _asked(rank: int, world: int, placement: Any) -> tuple[int, int]:
+    """How often a step asks where the rest of a parameter is, and how often ranks meet."""
+    optimizer = fusedopt.Adafactor(_params(full_params(SHAPES), init_device_mesh("cpu", (world,)), [placement]))
+    set_grads(optimizer, 0)
+    optimizer.step()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asked, met = mock.Mock(side_effect=shard_sums), mock.Mock(side_effect=collectives.gathered)
+        monkeypatch.setattr(optimizer_module, "shard_sums", asked)
+        monkeypatch.setattr(collectives, "gathered", met)
+        set_grads(optimizer, 1)
+        optimizer.step()
+    return asked.call_count, met.call_count
+
+
+def test_nothing_is_asked_of_parameters_that_are_all_here(ranks: Ranks) -> None:
+    """In Python it would be asked of each, of which there may be thousands."""
+    assert ranks(1, _asked, placement=Shard(0)) == [(0, 0)]
+    assert ranks(2, _asked, placement=Replicate()) == [(0, 1)] * 2  # they compare whether all have gradients
+    assert ranks(2, _asked, placement=Shard(0)) == [(len(SHAPES), 3)] * 2
+
+
+def _cut_later(rank: int, world: int) -> None:
+    """Replicas that are cut into shards between two steps, and whole again later: sums go over ranks meanwhile."""
+    mesh = init_device_mesh("cpu", (world,))
+    (full,) = full_params([(31,)])
+    options = {"clip_threshold": 0.1}
+    ours, plain = (
+        fusedopt.Adafactor([nn.Parameter(placed(full.clone(), mesh, [Replicate()]))], backend=backend, **options)
+        for backend in ("cpu", "eager")
+    )
+    alone = fusedopt.Adafactor([nn.Parameter(full.clone())], **options)
+    for step, placement in enumerate([Replicate(), Shard(0), Replicate()]):
+        for optimizer in (ours, plain):
+            (param,) = params_of(optimizer)
+            held = optimizer.state[param]
+            held.update({k: placed(whole(v), mesh, [placement]) for k, v in held.items() if isinstance(v, DTensor)})
+            torch.utils.swap_tensors(param, nn.Parameter(placed(whole(param), mesh, [placement])))
+        for optimizer in (ours, plain, alone):
+            set_grads(optimizer, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same_whole(ours, plain)
+    _assert_near(ours, alone)
+
+
+def test_replicas_may_be_cut_later(ranks: Ranks) -> None:
+    ranks(2, _cut_later)
 
 
 def _differ_in_backend(rank: int, world: int) -> None:

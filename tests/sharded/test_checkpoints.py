@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer
+from cases import assert_same_bits
+from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer, whole
 from sharded.ranks import Ranks, RanksFailedError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -69,6 +70,24 @@ def test_a_run_is_resharded_and_goes_on(ranks: Ranks, tmp_path: Path, flattens: 
 def test_every_direction(ranks: Ranks, tmp_path: Path, worlds: tuple[int, ...], flattens: bool) -> None:
     for part, world in enumerate(worlds):
         ranks(world, _goes_on, folder=str(tmp_path), part=part, flattens=flattens)
+
+
+def _before_steps(rank: int, world: int) -> None:
+    """State that is asked for explicitly, or as torch does, by a step of zeros with a learning rate of 0."""
+    _, ours, theirs = _twins()
+    model, asked, _ = _twins()
+    ours.init_state()
+    theirs.init_state()
+    get_optimizer_state_dict(model, asked)
+    for optimizer in (ours, asked):
+        assert_same_whole(optimizer, theirs)
+        assert all(float(held["step"]) == 0 for held in optimizer.state.values())
+    step_both(ours, theirs, [0], DTYPE)
+    assert_same_whole(ours, theirs)
+
+
+def test_state_before_the_first_step(ranks: Ranks) -> None:
+    ranks(3, _before_steps)
 
 
 def _full_state_dicts(rank: int, world: int, master: str) -> None:
@@ -152,7 +171,7 @@ def _assert_same_moments(ours: torch.optim.Optimizer, theirs: torch.optim.Optimi
     for param in params_of(theirs):
         assert ours.state[param].keys() == theirs.state[param].keys()
         for key, value in theirs.state[param].items():
-            assert torch.equal(ours.state[param][key], value), key
+            assert_same_bits(whole(ours.state[param][key]), whole(value), key)
 
 
 def test_torchs_checkpoints_both_ways(ranks: Ranks, tmp_path: Path) -> None:
