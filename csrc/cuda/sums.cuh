@@ -11,7 +11,7 @@ namespace {
 // half of its own; to what it keeps it adds what it is given. The lane with that bit in its number keeps the upper
 // half.
 template <int kCount>
-FUSEDOPT_DEVICE void exchange(float (&x)[2 * kLane], int lane, int distance) {
+FUSEDOPT_DEVICE void exchange(float (&x)[kLane], int lane, int distance) {
   constexpr int kHalf = kCount / 2;
   const bool keeps_upper = (lane & distance) != 0;
 #pragma unroll
@@ -21,7 +21,7 @@ FUSEDOPT_DEVICE void exchange(float (&x)[2 * kLane], int lane, int distance) {
   }
 }
 
-// Squares the updates and the weights of a tile, and stores the sums of its blocks.
+// Stores the sums of a tile's blocks.
 //
 // An element's number in its block has six bits. Halves are added over the highest bit first, then over the next, and
 // so on; a bit is one of the lane's number, or of the element's in its lane:
@@ -30,38 +30,27 @@ FUSEDOPT_DEVICE void exchange(float (&x)[2 * kLane], int lane, int distance) {
 //   runs apart           lane 3  lane 2  lane 1  lane 0  j 1    j 0    j 2 and lane 4: which block
 //   runs side by side    lane 2  lane 1  lane 0  j 2     j 1    j 0    lane 4 and lane 3: which block
 //
-// A lane begins with 16 numbers, eight of each kind. To add over a bit of the lane, two lanes exchange halves of what
-// they have, so that each goes on with half as many numbers: first one of the kinds, then those with one value of a bit
-// of j, which is from then on the bit of the lane that was added over.
-// Updates of a tile that is not stepped are 0, even of weights that are not finite.
-template <bool kIsStepped>
-FUSEDOPT_DEVICE void sum_blocks(const float (&before)[kLane], const float (&after)[kLane], const Place& place,
-                                const BlockSums& sums) {
-  float x[2 * kLane];
-#pragma unroll
-  for (int i = 0; i < kLane; ++i) {
-    const int j = i / 2 + i % 2 * 4;  // of runs side by side: bit 2 of j is the last, which is never exchanged
-    const float weight = place.is_split ? after[i] : after[j];
-    const float update = kIsStepped ? weight - (place.is_split ? before[i] : before[j]) : 0.0f;
-    x[i] = update * update;
-    x[kLane + i] = weight * weight;
-  }
+// To add over a bit of the lane, two lanes exchange halves of what they have, so that each goes on with half as many
+// numbers, those with one value of a bit of j. That bit is from then on the bit of the lane that was added over.
+FUSEDOPT_DEVICE void store_block_sums(float (&x)[kLane], const Place& place, float* sums) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int distance = place.is_split ? 8 : 4;
-  exchange<16>(x, lane, distance);
-  exchange<8>(x, lane, distance / 2);
-  exchange<4>(x, lane, distance / 4);
-  if (place.is_split) {
-    exchange<2>(x, lane, 1);
-  } else {
-    x[0] = x[0] + x[1];
-  }
+  exchange<8>(x, lane, distance);
+  exchange<4>(x, lane, distance / 2);
+  exchange<2>(x, lane, distance / 4);
   float sum = x[0];
-  sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-  sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-  const int block = place.is_split ? lane / 16 + lane / 4 % 2 * 2 : lane / 8;
-  float* of_kind = (lane & distance) != 0 ? sums.weights : sums.updates;
-  if (lane % 4 == 0 && block * kBlock < place.count) of_kind[block] = sum;
+  sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, place.is_split ? 1 : 4);
+  sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, place.is_split ? 4 : 2);
+  sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, place.is_split ? 2 : 1);
+  const int block = place.is_split ? lane / 16 + lane / 8 % 2 * 2 : lane / 8;
+  if (lane % 8 == 0 && block * kBlock < place.count) sums[block] = sum;
+}
+
+FUSEDOPT_DEVICE void sum_squares(const float (&numbers)[kLane], const Place& place, float* sums) {
+  float squares[kLane];
+#pragma unroll
+  for (int j = 0; j < kLane; ++j) squares[j] = numbers[j] * numbers[j];
+  store_block_sums(squares, place, sums);
 }
 
 // Weights as they are in memory. Past the end of the tile, they are 0.
@@ -80,14 +69,16 @@ FUSEDOPT_DEVICE void load_weights(const void* param, const void* master, const T
 template <class TensorFormats>
 FUSEDOPT_DEVICE void sum_tile(const void* param, const void* master, const TensorFormats& formats, const Place& place,
                               const Place& stored, const Raw& raw_param, const Raw& raw_master, const BlockSums& sums) {
-  float before[kLane], after[kLane];
-  load_weights(param, master, formats, place, before);
-  decode_param(raw_param, raw_master, formats, after);
+  float weights[kLane], updates[kLane];
+  load_weights(param, master, formats, place, updates);
+  decode_param(raw_param, raw_master, formats, weights);
 #pragma unroll
   for (int j = 0; j < kLane; ++j) {
-    if (!stored.holds(j)) after[j] = before[j];
+    if (!stored.holds(j)) weights[j] = updates[j];
+    updates[j] = weights[j] - updates[j];
   }
-  sum_blocks<true>(before, after, place, sums);
+  sum_squares(updates, place, sums.updates);
+  sum_squares(weights, place, sums.weights);
 }
 
 // Of a tile that is not stepped.
@@ -96,7 +87,9 @@ FUSEDOPT_DEVICE void sum_unchanged_tile(const void* param, const void* master, c
                                         const Place& place, const BlockSums& sums) {
   float weights[kLane];
   load_weights(param, master, formats, place, weights);
-  sum_blocks<false>(weights, weights, place, sums);
+  sum_squares(weights, place, sums.weights);
+  const float none[kLane] = {};
+  sum_squares(none, place, sums.updates);
 }
 
 }  // namespace

@@ -95,12 +95,11 @@ FUSEDOPT_DEVICE uint32_t spoilt_of(const float (&x)[kLane], const Place& place) 
   return spoilt;
 }
 
-// `first_block`: of the tile. `first_index`: of the tensor's first element, as seen from the tile's row. `sums`: of the
-// tensor.
+// `first_block`: of the tile. `first_index`: of the tensor's first element, as seen from the tile's row.
 template <class Rule, bool kQuantized, class TensorFormats>
 FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, const TensorFormats& formats,
                                const Derived<Rule>& derived, const Place& place, int64_t first_block,
-                               int64_t first_index, const BlockSums& sums) {
+                               int64_t first_index, const BlockSums& all_sums) {
   constexpr int kSlots = DeviceTensor<Rule, kQuantized>::kSlots;
   const auto has_codes = [&](int k) { return kQuantized && formats.state(k) == DType::kUInt8; };
   const auto scales_of = [&](int k) { return tensor.scales[kQuantized ? k : 0] + first_block; };
@@ -211,8 +210,9 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
   if constexpr (TensorFormats::kMaySum) {
     with_whole(stored, store_states);
     // Between the two, when states are out of the way and weights are still as they were in memory.
-    if (sums.updates != nullptr) {
-      sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master, sums.from(first_block));
+    if (all_sums.updates != nullptr) {
+      sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master,
+               all_sums.from(4 * static_cast<int64_t>(tensor.first_four) + first_block));
     }
     with_whole(stored, store_weights);
   } else {
@@ -228,9 +228,7 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
-  const bool takes_sums = TensorFormats::kMaySum && params.sums.updates != nullptr;
-  if (derived.skips && !takes_sums) return;
-  const BlockSums sums = takes_sums ? params.sums.from(4 * static_cast<int64_t>(tensor.first_four)) : BlockSums{};
+  if (derived.skips && !TensorFormats::kMaySum) return;
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
@@ -240,27 +238,38 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
   int64_t begin = row * tensor.row + row_tile * kTile, left = tensor.row - row_tile * kTile;
   int64_t first_block = row * row_blocks + row_tile * (kTile / kBlock), first_index = tensor.first_index;
   if constexpr (kQuantized) first_index += row * tensor.row_gap;
+  const auto for_each_tile = [&](const auto& use) {
 #pragma unroll 1
-  for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
-    const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile), tensor.formats.is_aligned,
-                                 formats.is_split());
-    if (TensorFormats::kMaySum && derived.skips) {
-      sum_unchanged_tile(tensor.param, tensor.master, formats, place, sums.from(first_block));
-    } else {
-      step_tile(tensor, formats, derived, place, first_block, first_index, sums);
-    }
-    begin += kWarps * kTile;
-    left -= kWarps * kTile;
-    first_block += kWarps * (kTile / kBlock);
-    if constexpr (kQuantized) {
-      while (left <= 0) {  // in a later row, whose blocks begin anew
-        begin += tensor.row - row_tiles * kTile;
-        left += row_tiles * kTile;
-        first_block += row_blocks - row_tiles * (kTile / kBlock);
-        first_index += tensor.row_gap;
+    for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
+      const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile),
+                                   tensor.formats.is_aligned, formats.is_split());
+      use(place, first_block, first_index);
+      begin += kWarps * kTile;
+      left -= kWarps * kTile;
+      first_block += kWarps * (kTile / kBlock);
+      if constexpr (kQuantized) {
+        while (left <= 0) {  // in a later row, whose blocks begin anew
+          begin += tensor.row - row_tiles * kTile;
+          left += row_tiles * kTile;
+          first_block += row_blocks - row_tiles * (kTile / kBlock);
+          first_index += tensor.row_gap;
+        }
       }
     }
+  };
+  if constexpr (TensorFormats::kMaySum) {
+    if (derived.skips) {  // in a loop of its own: in that of steps it would take registers
+      if (params.sums.updates == nullptr) return;
+      for_each_tile([&](const Place& place, int64_t block, int64_t) {
+        sum_unchanged_tile(tensor.param, tensor.master, formats, place,
+                           params.sums.from(4 * static_cast<int64_t>(tensor.first_four) + block));
+      });
+      return;
+    }
   }
+  for_each_tile([&](const Place& place, int64_t block, int64_t index) {
+    step_tile(tensor, formats, derived, place, block, index, params.sums);
+  });
 }
 
 }  // namespace

@@ -57,6 +57,7 @@ class Scene(NamedTuple):
     max_grad_norm: float | None = None
     grad_scale: float | None = None
     found_inf: float = 0.0
+    takes_norms: bool = False  # of updates and weights
     is_captured: bool = False  # where graphs can be: captured once, for all that follow, and replayed
 
 
@@ -64,7 +65,7 @@ SCENES = (
     Scene("a first step"),
     Scene("a second step"),
     Scene("a clipped step", max_grad_norm=0.5),
-    Scene("a step with a gradient scale", grad_scale=64.0),
+    Scene("a step with a gradient scale, whose norms are taken", grad_scale=64.0, takes_norms=True),
     Scene("a step that found_inf forbids", grad_scale=64.0, found_inf=1.0),
     Scene("a captured step", max_grad_norm=0.5, grad_scale=64.0, is_captured=True),
     Scene("a captured step once more", max_grad_norm=0.5, grad_scale=64.0, is_captured=True),
@@ -251,6 +252,7 @@ def _run(subject: Subject, name: str, shapes: Sequence[tuple[int, ...]], target:
 def _set(optimizer: FusedOptimizer, scene: Scene, device: torch.device) -> None:
     for group in optimizer.param_groups:
         group["max_grad_norm"] = scene.max_grad_norm
+    optimizer.record_norms(scene.takes_norms)
     scaling: dict[str, Tensor | None] = {"grad_scale": None, "found_inf": None}
     if scene.grad_scale is not None:
         scaling["grad_scale"] = torch.full((), scene.grad_scale, dtype=torch.float32, device=device)
@@ -267,6 +269,9 @@ def _written(optimizer: FusedOptimizer, params: Sequence[Tensor], scene: Scene) 
             found[f"{key} of {of}"] = value.detach().cpu().clone()
     if scene.max_grad_norm is not None and optimizer.last_grad_norm is not None:
         found["the gradient norm"] = optimizer.last_grad_norm.detach().cpu().clone()
+    if scene.takes_norms:
+        norms = [(each.update, each.weight) for each in optimizer.norms_report().parameters]
+        found["the norms of updates and weights"] = torch.tensor(norms, dtype=torch.float64, device="cpu")
     return found
 
 

@@ -107,6 +107,8 @@ def compare(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_columns_draw_what_the_whole_draws(backend: str, name: str, isa: str) -> None:
     compare(backend, name)
+    if backend != "eager":
+        compare_sums(backend, name)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -121,26 +123,7 @@ def test_on_cuda(name: str) -> None:
 @pytest.mark.parametrize("name", PLACES)
 def test_on_triton(name: str) -> None:
     compare("triton", name)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("name", PLACES)
-def test_blocks_whose_squares_are_summed_do_not_cross_segments(name: str) -> None:
-    kwargs, columns = PLACES[name]
-    (param,) = make_params([(9, 320)], torch.bfloat16)
-    optimizer = CASES[0].ours([param], seed=5, min_quantized_numel=1, **kwargs)
-    set_grads([param], 0)
-    optimizer.step()
-    found: list[SquareSums] = []
-    for backend in ("triton", "eager"):
-        session = backends.BACKENDS[backend].session()
-        session.begin([optimizer.group_step(optimizer.param_groups[0])], [None])
-        assert session.add(entry_of(optimizer, columns))
-        found.append({})
-        session.step([1.0], square_sums=found[-1])
-    assert found[0] == found[1]
-    assert min(found[0][0, 0]) > 0
+    compare_sums("triton", name)
 
 
 def test_where_nothing_is_regular_the_reference_steps() -> None:

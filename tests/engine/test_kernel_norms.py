@@ -14,7 +14,7 @@ from scaling import Unread
 import fusedopt
 
 EIGHT_BIT = {"state_dtype": "8bit", "min_quantized_numel": 1}
-DEVICES = {"triton": "interpreted"}
+DEVICES = {"cuda": "emulated", "triton": "interpreted"}
 
 
 @pytest.fixture(params=DEVICES)

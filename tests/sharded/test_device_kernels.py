@@ -32,12 +32,14 @@ KWARGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _stepped(rank: int, world: int, backend: str, layout: str, name: str) -> None:
-    kwargs = dict(KWARGS[name])
+def _stepped(
+    rank: int, world: int, backend: str, layout: str, name: str, shapes: tuple[tuple[int, ...], ...] = SHAPES
+) -> None:
+    kwargs = dict(KWARGS.get(name, {}))
     dtype = kwargs.pop("dtype", torch.float32)
     sizes, placements = PLACEMENTS[layout]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("rows", "columns")[: len(sizes)])
-    full = full_params(SHAPES, dtype)
+    full = full_params(shapes, dtype)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delattr(eager, "step_param")  # nothing is left to plain torch
         if backend == "cuda":
@@ -87,3 +89,9 @@ def test_shards_have_the_bits_of_the_whole(ranks: Ranks, backend: str, layout: s
         pytest.skip("Triton's kernels are not interpreted here")
     world = torch.Size(PLACEMENTS[layout][0]).numel()
     ranks(world, _stepped, backend=backend, layout=layout, name=name)
+
+
+@pytest.mark.skipif(not FOLDER, reason="needs the kernels for the CPU, which `make test` builds")
+def test_norms_of_many_rows_whose_columns_are_no_whole_blocks(ranks: Ranks) -> None:
+    """A block of each row's own makes one chunk more of their sums than the elements in one row would."""
+    ranks(2, _stepped, backend="cuda", layout="columns", name="float32", shapes=((2049, 130),))
