@@ -24,7 +24,7 @@ from torch import Tensor
 from fusedopt import _core, backends
 from fusedopt.backends.base import SpreadOf
 from fusedopt.backends.cuda import CudaSession
-from fusedopt.backends.device import Scalars
+from fusedopt.backends.device import Scalars, pointer
 from fusedopt.offload import disk, runtime
 from fusedopt.storage.allocation import Request
 
@@ -148,19 +148,24 @@ class QueuedSession(CudaSession):
     ) -> list[int]:
         return [i for i, param in enumerate(params) if param.grad is not None]
 
-    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> None:
-        assert not scalars.sums_updates, "streams sum what they moved in plain torch"
+    def launch(self, device: torch.device, stream: int, table: _core.TensorTable, scalars: Scalars) -> Tensor | None:
         queued, module = self._backend.runtime, self._kernels()
         batch = table.batch(grad_multipliers=scalars.grad_multipliers)
-        size = module.workspace_bytes(batch=batch, clips=False, sums_updates=False)
+        updates = scalars.sums_updates
+        size = module.workspace_bytes(batch=batch, clips=False, sums_updates=updates)
         workspace = torch.empty(size, dtype=torch.uint8)
-        queued.alive.append(workspace)
+        chunks = module.count_update_sums(batch=batch) if updates else 0
+        sums = torch.empty((2, chunks), dtype=torch.float64) if updates else None
+        queued.alive += [workspace, sums]
         lrs = [(0, False)] * len(self._groups or scalars.lrs)
         call = partial(
             module.step, batch=batch, lrs=lrs, grad_scale=0, found_inf=0, max_grad_norm=None, skip_step_above=None,
-            grad_norm=0, sums_updates=False, update_sums=0, workspace=workspace.data_ptr(), stream=stream,
+            grad_norm=0, sums_updates=updates, update_sums=pointer(sums), workspace=workspace.data_ptr(), stream=stream,
         )  # fmt: skip
         queued.do(call)
+        if sums is not None:
+            queued.queues.synchronize()  # they are read at once
+        return sums
 
     def launch_square_sums(self, device: torch.device, stream: int, table: _core.TensorTable) -> Tensor:
         sums = super().launch_square_sums(device, stream, table)

@@ -171,7 +171,10 @@ def _wrong_norm(arguments: dict[str, Any]) -> dict[str, Any]:
 
 CORRUPTIONS: dict[str, Any] = {
     "a clipped step: .* of .* elements of parameter 0": _wrong_norm,
-    "a step with a gradient scale, .*: .* of .* elements of parameter 0": lambda arguments: {**arguments, "grad_scale": 0},
+    "a step with a gradient scale, .*: .* elements of parameter 0": lambda arguments: {
+        **arguments,
+        "grad_scale": 0,
+    },
     "a step that found_inf forbids: .* elements of parameter 0": lambda arguments: {**arguments, "found_inf": 0},
     "a first step: RuntimeError: an illegal memory access": None,
 }
