@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +249,15 @@ def run_tests(folder: Path, share: str) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "bench.gpu_tests", str(folder / "test_gpu_file.py")]
     with (folder / "log").open("w") as log:
-        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # As gpu_check does: a shell has its background processes, such as these tests, ignore interrupts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def outcomes_in(folder: Path) -> dict[str, str]:
@@ -264,11 +271,7 @@ def test_tests_leave_their_outcomes(tmp_path: Path) -> None:
     while not (name.exists() and "test_hangs" in name.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
     time.sleep(0.3)  # from its name to its first line
-    for _ in range(3):  # one that falls into a destructor is ignored by Python
-        running.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            running.wait(timeout=15)
-            break
+    running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == pytest.ExitCode.INTERRUPTED
     assert outcomes_in(tmp_path) == {
         "test_passes": "passed",
