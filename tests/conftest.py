@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -15,6 +16,17 @@ import torch
 # Before anybody imports triton: where there is no GPU, its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Frameworks import torchvision where it is installed. On PyPI it is built for CUDA: beside a torch for the CPU it does
+# not load, as its operators are missing. Frameworks use none of them here, so they are declared.
+try:
+    importlib.import_module("torchvision")
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for _operator in ("nms", "qnms"):
+        _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from conversions import mesh as mesh  # fixtures
 from emulated import emulated as emulated
