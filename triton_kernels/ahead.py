@@ -102,8 +102,9 @@ class Job:
 
 
 def jobs(names: Sequence[str] | None = None, formats: Sequence[str] | None = None, *, norms: bool = False) -> list[Job]:
-    """Everything that a step of these rules (None: of all rules) in these formats launches; `norms`: and what one does
-    that records norms.
+    """Everything that a step of these rules (None: of all rules) in these formats launches.
+
+    `norms` adds what a step launches that records norms.
     """
     chosen = [checks.one_of("rule", name, rules.RULES) for name in names] if names else list(rules.RULES)
     found = [

@@ -73,7 +73,8 @@ class Reporting(Contract):
 
     def _recorded(self) -> dict[str, Any]:
         """What steps are told to count and measure, as keyword arguments."""
-        if is_captured():
+        # Most steps record nothing, and are not to ask a device.
+        if (self._health is None and self._norms is None) or is_captured():
             return {"counts_health": False, "square_sums": None}
         sums = None if self._norms is None else self._norms.sums
         return {"counts_health": self._health is not None, "square_sums": sums}
