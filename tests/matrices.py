@@ -68,20 +68,28 @@ def _last_of(rows: list[Any], key: Callable[..., Any]) -> dict[Any, Any]:
     return found
 
 
-def _by_memory(rows: list[Any]) -> list[Any]:
-    """Sanitizers look at memory, of which rules see nothing: of rows with as many and such states, one is left."""
-    if not SANITIZED:
-        return rows
-    found = _last_of(rows, lambda optimizer, group: tuple(bool(s.unquantized) for s in optimizer.states(group)))
-    kept = {row.id for row in found.values()}
+def _one_of(rows: list[Any], key: Callable[..., Any]) -> list[Any]:
+    """Of rows whose optimizers have the same key all but the last are marked thorough."""
+    kept = {row.id for row in _last_of(rows, key).values()}
     return [row if row.id in kept else row._replace(marks=[pytest.mark.thorough]) for row in rows]
+
+
+def _by_rule(rows: list[Any]) -> list[Any]:
+    """The same compiled loop with other numbers is one row."""
+    return _one_of(rows, lambda optimizer, group: optimizer.rule(group))
+
+
+def _by_memory(rows: list[Any]) -> list[Any]:
+    """Weights are decoded before a rule, and encoded after it: rules with as many and such states are one row."""
+    return _one_of(rows, lambda optimizer, group: tuple(bool(s.unquantized) for s in optimizer.states(group)))
 
 
 # Of each optimizer the variant with most states.
 _MOST_STATES = [pytest.param(case, {**case.kwargs, **case.variants[-1]}, id=case.name) for case in CASES]
 
 rules_and_formats = pytest.mark.parametrize(
-    ("case", "kwargs", "dtype", "state_format"), product(_by_memory(each_variant()), DTYPES, FORMATS)
+    ("case", "kwargs", "dtype", "state_format"),
+    product((_by_memory if SANITIZED else _by_rule)(each_variant()), DTYPES, FORMATS),
 )
 compiled_rules_and_formats = pytest.mark.parametrize(
     ("case", "kwargs", "dtype", "state_format"), product(each_rule(), DTYPES, FORMATS)

@@ -19,6 +19,7 @@ from fusedopt import Adafactor
 from fusedopt.backends import triton as backend
 from fusedopt.engine.norms import NormsRecord
 
+FACTORED = ["adafactor_momentum_matrix", "adafactor_momentum_vector"]
 FORMATS = ["float32/float32", "bfloat16/8bit/split24"]  # of both kinds; what lies between is made of the same
 KERNELS = [
     kernel
@@ -29,7 +30,7 @@ KERNELS = [
 
 
 def compile_all(target: str, first: str, every: str) -> dict[str, list[str]]:
-    """Every rule's kernels, or every second from one on: label to what was made of it."""
+    """Every rule's kernels, or some, from one on: label to what was made of it."""
     with ahead.on(ahead.parse_target(target)):
         jobs = list(enumerate(ahead.jobs(None, FORMATS)))[int(first) :: int(every)]
         return {f"{i} {job.label}": sorted(job.compile().asm) for i, job in jobs}
@@ -44,16 +45,20 @@ def norms(target: str) -> dict[str, list[str]]:
 
 
 def instructions(target: str) -> dict[str, dict[str, int]]:
-    """How often each instruction of memory or of floating point occurs in PTX: of AdamW's step, all of Adafactor's."""
+    """How often each instruction of memory or of floating point occurs in PTX: of AdamW's step, all of Adafactor's.
+
+    As far as training takes them, too, they are compiled once.
+    """
     jobs = []
-    for formats in ("float32/float32", "bfloat16/bfloat16", "bfloat16/8bit/split24"):
+    for formats in ("float32/float32", "bfloat16/bfloat16", "bfloat16/8bit"):
         for word in ahead.words_of("adamw", formats):
             constants = launch.Launch("adamw", word, 0, 1, 1).step_constants()
             for block_sums in (None, torch.float32) if formats == "bfloat16/bfloat16" else (None,):
                 arguments = (torch.int64, torch.int32, block_sums, 2)
                 label = f"{formats} {word:#x}{' norms' if block_sums else ''}"
                 jobs.append(ahead.Job(label, step.step_kernel, arguments, constants))
-    jobs += ahead.jobs(["adafactor_matrix", "adafactor_vector"], ["float32/float32"])
+    jobs += ahead.jobs(FACTORED, ["bfloat16/8bit"])
+    jobs += [job for job in ahead.jobs(["adafactor_matrix"], ["float32/float32"]) if "sum_kernel" in job.label]
     found: dict[str, dict[str, int]] = {}
     with ahead.on(ahead.parse_target(target)):
         for job in jobs:
@@ -68,7 +73,7 @@ def scaled_roots(target: str) -> dict[str, list[int]]:
     """In the intermediate code of AdamW's step: square roots, and products with 2^96 (as a float32, or a double)."""
     found = {}
     with ahead.on(ahead.parse_target(target)):
-        for job in ahead.jobs(["adamw"], FORMATS):
+        for job in ahead.jobs(["adamw"], FORMATS[1:]):
             code = job.compile().asm["llir"]
             roots = re.findall(r"call [^@]*@llvm\.(?:amdgcn\.)?(?:rsq|sqrt)\.(?:v\d+)?f32", code)
             found[job.label] = [len(roots), len(re.findall(r"f0x6F800000|0x45F0000000000000", code))]
@@ -94,7 +99,7 @@ def compiled_in_training(target: str) -> list[list[int]]:
             _compiled_by(CASES[0].ours, ["adamw"], {}, takes_norms=True),
             _compiled_by(
                 Adafactor,
-                ["adafactor_momentum_matrix", "adafactor_momentum_vector"],
+                FACTORED,
                 {"beta1": 0.9, "lr": 1e-2, "relative_step": False},
             ),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -29,12 +30,13 @@ from matrices import masters_of_all, rules_and_formats
 from fusedopt import _core
 
 # A difference of bits does not go away again; so few steps show what many do: late ones are a test of their own.
-STEPS = 2 if SANITIZED else 4
+STEPS = 2 if SANITIZED else 3
 
 
 def offset_params(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    """Each shape once at an aligned address and once one element behind it."""
-    offset = [shifted(param) for param in make_params(shapes, dtype, seed=1)]
+    """Each shape once at an aligned address and, unless it is longer than a chunk, once one element behind it."""
+    short = [shape for shape in shapes if math.prod(shape) < 65536]
+    offset = [shifted(param) for param in make_params(short, dtype, seed=1)]
     assert all(param.data_ptr() % 32 != 0 or param.numel() == 0 for param in offset)
     return make_params(shapes, dtype) + offset
 
@@ -68,9 +70,7 @@ def test_masters_and_rounded_parameters_have_the_same_bits_everywhere(
     kwargs = {**kwargs, **FORMATS[state_format], "rounding": rounding, "master_weights": master}
     shapes = [(n,) for n in ODD_SIZES[:-1]] + [(7, 257), (4, 64), (2, 40_000)]
     assert_paths_agree(
-        lambda backend: train(
-            case.ours(offset_params(DTYPES[dtype], shapes), **kwargs, backend=backend), min(STEPS, 3)
-        ),
+        lambda backend: train(case.ours(offset_params(DTYPES[dtype], shapes), **kwargs, backend=backend), STEPS),
         monkeypatch,
     )
 

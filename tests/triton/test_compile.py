@@ -17,9 +17,10 @@ TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-# All kernels take a minute for each target, and are the same for all targets. So here every fourth one is compiled, for
-# one of them: from the first on, every sixteenth.
-SHARES = [("cuda:90", "cubin", 0), ("hip:gfx942", "hsaco", 4), ("cuda:80", "cubin", 8), ("cuda:100", "cubin", 12)]
+# All kernels take a minute for each target, and are the same for all targets. So here every twelfth one is compiled for
+# AMD; for NVIDIA, those are that training takes.
+EVERY = "12"
+TARGETS = [("cuda:80", "cubin"), ("cuda:90", "cubin"), ("cuda:100", "cubin"), ("hip:gfx942", "hsaco")]
 
 
 def run(cache: Path, *tasks: str) -> list[Any]:
@@ -35,17 +36,21 @@ def run(cache: Path, *tasks: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all tasks but the slow ones find, by task. They share a process, and what they compile."""
-    shares = [f"all {target} {first} 16" for target, _, first in SHARES]
-    tasks = ["training cuda:90", *shares, "scaled_roots hip:gfx942", "norms hip:gfx942", "instructions cuda:90"]
+    tasks = [
+        "training cuda:90",
+        f"all hip:gfx942 0 {EVERY}",
+        "scaled_roots hip:gfx942",
+        "norms hip:gfx942",
+        "instructions cuda:90",
+    ]
     return dict(zip(tasks, run(tmp_path_factory.mktemp("triton"), *tasks)))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("target", "made", "first"), SHARES)
-def test_kernels_compile(found: dict[str, Any], target: str, made: str, first: int) -> None:
-    kernels = found[f"all {target} {first} 16"]
-    assert len(kernels) >= 80 // 16
-    assert all(made in stages for stages in kernels.values())
+def test_kernels_compile_for_amd(found: dict[str, Any]) -> None:
+    kernels = found[f"all hip:gfx942 0 {EVERY}"]
+    assert len(kernels) >= 80 // int(EVERY)
+    assert all("hsaco" in stages for stages in kernels.values())
 
 
 @pytest.mark.long
@@ -57,7 +62,7 @@ def test_steps_that_take_norms_compile(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "made"), [(target, made) for target, made, _ in SHARES])
+@pytest.mark.parametrize(("target", "made"), TARGETS)
 def test_every_kernel_compiles(tmp_path: Path, target: str, made: str) -> None:
     (kernels,) = run(tmp_path, f"all {target} 0 1")
     assert len(kernels) >= 80
@@ -82,7 +87,7 @@ def test_whole_tiles_are_moved_in_vectors_and_nothing_is_contracted(found: dict[
             assert "ftz" not in name, (formats, name)
             assert "approx" not in name, (formats, name)
             assert "full" not in name, (formats, name)
-        if "sum_kernel" in formats and "unit" not in formats:
+        if formats.startswith("adafactor_matrix") and "unit" not in formats:  # sums of float32 gradients
             assert counts["ld.global.v2.b32"] % 4 == 0  # a thread has two elements, and four loads on their way
         if not formats.startswith(("float32", "bfloat16")):
             continue
@@ -107,14 +112,25 @@ def test_a_schedule_compiles_nothing(found: dict[str, Any]) -> None:
 
 
 def test_targets_and_formats_are_checked() -> None:
+    """In one process, in which Triton does not interpret."""
     pytest.importorskip("typer")
-
-    def fails(*arguments: str) -> str:
-        command = [str(Path(sys.executable).parent / "fusedopt"), "compile-kernels", *arguments]
-        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-        assert done.returncode == 1
-        return done.stderr
-
-    assert "target 'cuda' is not known; write cuda:" in fails("--target", "cuda", "--norms")
-    assert "formats 'bf16' are not PARAMETERS/STATES" in fails("--target", "cuda:90", "--formats", "bf16")
-    assert "rule" in fails("--target", "cuda:90", "--rules", "adamx")
+    commands = {
+        "target 'cuda' is not known; write cuda:": ["--target", "cuda", "--norms"],
+        "formats 'bf16' are not PARAMETERS/STATES": ["--target", "cuda:90", "--formats", "bf16"],
+        "rule": ["--target", "cuda:90", "--rules", "adamx"],
+    }
+    code = """
+import json, sys
+from fusedopt.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = ["compile-kernels", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps(end.code))
+"""
+    run = [sys.executable, "-P", "-c", code, json.dumps(list(commands.values()))]
+    done = subprocess.run(run, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for message, said in zip(commands, done.stdout.splitlines(), strict=True):
+        assert message in json.loads(said)
