@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import io
 import os
@@ -32,16 +31,9 @@ def peer(module: str) -> Any:
     return pytest.importorskip(module, exc_type=Exception)  # torchao raises an AttributeError
 
 
-def _peers(package: str, name: str) -> type[torch.optim.Optimizer]:
-    """A class to compare with; where its package is not installed, making one skips the test that does."""
-    try:
-        return getattr(importlib.import_module(package), name)
-    except ModuleNotFoundError:
-
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            pytest.skip(f"needs {package}")
-
-        return type(name, (torch.optim.Optimizer,), {"__init__": init, "__module__": package})
+def _peers(package: str, name: str) -> Callable[[], type[torch.optim.Optimizer]]:
+    """Gives a class to compare with. Some packages take seconds to import; where one is missing, a test is skipped."""
+    return lambda: getattr(peer(package), name)
 
 
 # torch's Adam has this argument since 2.7.
@@ -55,7 +47,7 @@ class Case:
     Attributes:
         name: Of the row.
         ours: Our class.
-        theirs: The class to compare with.
+        compared: The class to compare with, or what gives it.
         kwargs: Of both.
         variants: Further arguments of both, each tested.
         theirs_kwargs: Turns arguments of ours into theirs where they differ.
@@ -66,7 +58,7 @@ class Case:
 
     name: str
     ours: type[fusedopt.FusedOptimizer]
-    theirs: type[torch.optim.Optimizer]
+    compared: type[torch.optim.Optimizer] | Callable[[], type[torch.optim.Optimizer]]
     kwargs: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ({},)
     theirs_kwargs: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -77,7 +69,12 @@ class Case:
     @property
     def is_torchs(self) -> bool:
         """Whether theirs is torch's, to be replaced without a second thought."""
-        return self.theirs.__module__.startswith("torch.optim")
+        return isinstance(self.compared, type)
+
+    @property
+    def theirs(self) -> type[torch.optim.Optimizer]:
+        """The class to compare with."""
+        return self.compared if isinstance(self.compared, type) else self.compared()
 
     def build_theirs(self, params: Any, kwargs: dict[str, Any], **more: Any) -> torch.optim.Optimizer:
         return self.theirs(params, **self.theirs_kwargs(kwargs), **more)
@@ -91,14 +88,20 @@ def _ademamix_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "t_alpha_beta3": length}
 
 
-def _in_training(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The schedulefree package's class, in the mode in which steps are taken."""
+def _in_training(name: str) -> Callable[[], type[torch.optim.Optimizer]]:
+    """Gives the schedulefree package's class, in the mode in which steps are taken."""
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, *args, **kwargs)
-        self.train()
+    @functools.cache
+    def made() -> type[torch.optim.Optimizer]:
+        cls = _peers("schedulefree", name)()
 
-    return type(cls.__name__, (cls,), {"__init__": init})
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            cls.__init__(self, *args, **kwargs)
+            self.train()
+
+        return type(cls.__name__, (cls,), {"__init__": init})
+
+    return made
 
 
 _SCHEDULE_FREE: dict[str, tuple[dict[str, Any], ...]] = {
@@ -192,7 +195,7 @@ CASES = [
         Case(
             name,
             getattr(fusedopt, name),
-            _in_training(_peers("schedulefree", name)),
+            _in_training(name),
             kwargs,
             ({}, *variants),
             least={"momentum": 0.01} if "SGD" in name else {"betas": (0.01, 0.61)},

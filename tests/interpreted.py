@@ -64,11 +64,11 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
 
 
-@pytest.fixture(scope="session")
-def _quick() -> Iterator[None]:
-    """Functions that kernels call patch the language anew with every call, which takes longer than most of them.
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """What the interpreter does anew with every operation it does once.
 
-    For ours the kernel has done so. What Triton's own patch stays patched, so once is enough for each of their modules.
+    Functions that kernels call patch the language with every call, which takes longer than most of them. For ours the
+    kernel has done so. What Triton's own patch stays patched, so once is enough for each of their modules.
     """
     from triton.runtime import interpreter
 
@@ -83,11 +83,16 @@ def _quick() -> Iterator[None]:
             done.add(module)
         return patched(self, *args, **kwargs)
 
+    patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    patch.setattr(interpreter.interpreter_builder, "options", options)
+    _remember_types(patch)
+
+
+@pytest.fixture(scope="session")
+def _quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-        patch.setattr(interpreter.interpreter_builder, "options", options)
-        _remember_types(patch)
+        hasten(patch)
         yield
 
 

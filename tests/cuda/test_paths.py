@@ -1,7 +1,7 @@
 """The way that warps take through the step kernels of the usual formats, told from their machine code.
 
-Two rules stand for all: what loads, decodes, encodes and stores knows no rule. One file with these is compiled for the
-architectures looked at, since the installed module may be built for others.
+Two rules stand for all: what loads, decodes, encodes and stores knows no rule. For an architecture that the installed
+module is not built for, one file with these is compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from machine_code import ROOT, dump, sass
+from machine_code import ROOT, USUAL, dump, installed, is_for, kernels_of, sass
 
 BF16 = "bfloat16"
 # Parameter and gradient, master, states; how many accesses a lane makes to load a tile, and to store it.
@@ -37,32 +37,37 @@ ACCESSES = {
         (BF16, "split24", "8bit"): (5, 4),
     },
 }
-RULES = {"Adam<0,0>": "AdamW", "Lion": "Lion"}
-USUAL = [(rule, *formats) for rule, accesses in ACCESSES.items() for formats in accesses]
+FOUND = [(rule, *formats) for rule, accesses in ACCESSES.items() for formats in accesses]
 
 
 class Compiled:
     """The usual kernels for one architecture."""
 
-    def __init__(self, architecture: str, folder: Path) -> None:
-        flags = ["-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", f"-arch={architecture}"]
-        source, self.path = Path(__file__).with_name("usual_kernels.cu"), folder / f"{architecture}.cubin"
-        command = ["nvcc", *flags, "-I", str(ROOT / "csrc"), "-cubin", str(source), "-o", str(self.path)]
-        subprocess.run(command, check=True)
-        kernels = [kernel for kernel in sass().parse(dump(self.path, "-sass")) if kernel.formats is not None]
-        self.kernels = {(RULES[kernel.rule], *kernel.formats): kernel for kernel in kernels}
-        self.registers = sass().registers(self.path)
+    def __init__(self, architecture: str, path: Path) -> None:
+        usual = [kernel for kernel in kernels_of(path, architecture, 4) if kernel.rule in USUAL and kernel.formats]
+        self.kernels = {(USUAL[kernel.rule], *kernel.formats): kernel for kernel in usual}
+        self.registers = sass().registers(path, "-arch", architecture)
+
+
+def compiled_for(architecture: str, folder: Path) -> Path:
+    flags = ["-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", f"-arch={architecture}"]
+    source, path = Path(__file__).with_name("usual_kernels.cu"), folder / f"{architecture}.cubin"
+    command = ["nvcc", *flags, "-I", str(ROOT / "csrc"), "-cubin", str(source), "-o", str(path)]
+    subprocess.run(command, check=True)
+    return path
 
 
 @pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.thorough), "sm_90"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    return Compiled(request.param, tmp_path_factory.mktemp("usual"))
+    is_installed = is_for(installed(), request.param)
+    path = installed() if is_installed else compiled_for(request.param, tmp_path_factory.mktemp("usual"))
+    return Compiled(request.param, path)
 
 
 def test_usual_formats_have_kernels(compiled: Compiled) -> None:
-    assert sorted(compiled.kernels) == sorted(USUAL)
+    assert sorted(compiled.kernels) == sorted(FOUND)
 
 
 def test_all_loads_of_a_tile_come_before_the_first_use(compiled: Compiled) -> None:

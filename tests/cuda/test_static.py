@@ -5,43 +5,34 @@ The code is that of the installed module, compiled as everybody's is, so there i
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
-from machine_code import dump, sass
+from machine_code import dump, installed, is_for, kernels_of, named
 
-import fusedopt
 from fusedopt import _core
 
 ARCHITECTURE = "sm_90"
 
 
-@functools.cache
-def module() -> Path:
-    """The installed kernels."""
-    (folder,) = fusedopt.__path__
-    found = list(Path(folder).glob("_cuda*.so"))
-    if not found:
-        pytest.skip("this build of fusedopt has no CUDA kernels; they are built where nvcc is")
-    return found[0]
-
-
-@functools.cache
-def kernels() -> list[Any]:
-    if f".{ARCHITECTURE}." not in dump(module(), "--list-elf"):
+def found(look: Any, *arguments: int) -> Any:
+    """What a function of machine_code.py finds in the installed kernels."""
+    if not is_for(installed(), ARCHITECTURE):
         pytest.skip(f"the kernels were not built for {ARCHITECTURE}")
-    return sass().parse(dump(module(), "-sass", "-arch", ARCHITECTURE))
+    return look(installed(), ARCHITECTURE, *arguments)
 
 
-def steps() -> list[Any]:
-    return [kernel for kernel in kernels() if kernel.rule]
+# Machine code is read for seconds, so of kernels that differ in their rules every fourth one is looked at.
+some = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])
+
+
+def steps(every: int) -> list[Any]:
+    return [kernel for kernel in found(kernels_of, every) if kernel.rule]
 
 
 def opcodes(kernel: Any) -> Counter[str]:
@@ -49,36 +40,38 @@ def opcodes(kernel: Any) -> Counter[str]:
 
 
 def test_kernels_of_every_rule() -> None:
-    rules = len(_core.rules())
-    general = Counter(kernel.rule for kernel in steps() if kernel.formats is None)
+    rules, kernels = len(_core.rules()), found(named)
+    general = Counter(kernel.rule for kernel in kernels if kernel.rule and kernel.formats is None)
     assert len(general) == rules
     assert set(general.values()) == {2}  # of whole tensors, and row by row
-    usual = Counter(kernel.rule for kernel in steps() if kernel.formats is not None)
+    usual = Counter(kernel.rule for kernel in kernels if kernel.formats is not None)
     assert set(usual) == set(general)
     assert min(usual.values()) >= 1
     assert usual["Adam<0,0>"] == usual["Lion"] == 8
-    assert sum("prepare_kernel" in kernel.name for kernel in kernels()) == rules
+    assert sum("prepare_kernel" in kernel.name for kernel in kernels) == rules
 
 
 def test_registers_only() -> None:
     """Arrays of a lane are registers: none is indexed by what the compiler does not know, none is spilled."""
     usage = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump(module(), "--dump-resource-usage")
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump(installed(), "--dump-resource-usage")
     )
-    assert len(usage) >= len(kernels())
+    kernels = found(named)
+    assert len(usage) >= len(kernels)
     assert [name for name, _, stack, local in usage if (stack, local) != ("0", "0")] == []
     # Three blocks of 128 threads on a multiprocessor, which has 64 Ki registers; of usual formats, five.
-    most = {kernel.name: 168 if kernel.formats is None else 96 for kernel in kernels()}
+    most = {kernel.name: 168 if kernel.formats is None else 96 for kernel in kernels}
     assert [(name, registers) for name, registers, *_ in usage if int(registers) > most.get(name, 168)] == []
 
 
-def test_kernels_access_memory_by_16_bytes() -> None:
+@some
+def test_kernels_access_memory_by_16_bytes(every: int) -> None:
     """As many vectors stored as there are buffers: float32 takes two, 16 bits one; the compiler merges none away."""
     fewest = min(len(held) for held in _core.rules().values())
-    for kernel in steps():
-        found = opcodes(kernel)
-        loads = sum(count for code, count in found.items() if re.fullmatch(r"LDG\.E\.128(\.\w+)*", code))
-        stores = sum(count for code, count in found.items() if re.fullmatch(r"STG\.E\.128(\.\w+)*", code))
+    for kernel in steps(every):
+        codes = opcodes(kernel)
+        loads = sum(count for code, count in codes.items() if re.fullmatch(r"LDG\.E\.128(\.\w+)*", code))
+        stores = sum(count for code, count in codes.items() if re.fullmatch(r"STG\.E\.128(\.\w+)*", code))
         formats = kernel.formats
         if formats is None:
             assert loads >= 3 * (2 + fewest), (kernel.name, loads)
@@ -87,13 +80,14 @@ def test_kernels_access_memory_by_16_bytes() -> None:
             each = 2 if formats[0] == "float32" else 1
             assert loads >= each * (2 + fewest), (kernel.name, loads)
             assert stores >= each * (1 + fewest), (kernel.name, stores)
-    (norm,) = [kernel for kernel in kernels() if "square_sum_kernel" in kernel.name]
+    (norm,) = [kernel for kernel in found(kernels_of, every) if "square_sum_kernel" in kernel.name]
     assert opcodes(norm)["LDG.E.128"] >= 8  # under way at once
 
 
-def test_step_kernels_neither_call_pow_nor_compute_in_double() -> None:
+@some
+def test_step_kernels_neither_call_pow_nor_compute_in_double(every: int) -> None:
     """What needs double is derived once a tensor, by prepare_kernel."""
-    for kernel in steps():
+    for kernel in steps(every):
         assert not [code for code in opcodes(kernel) if re.match(r"D(ADD|MUL|FMA|SETP)\b", code)], kernel.name
 
 
@@ -105,10 +99,10 @@ def test_nothing_is_contracted() -> None:
     asks for, with estimates of roots and inverses, to round roots and quotients correctly (csrc/cuda/numbers.cuh).
     """
     operations = ("add", "sub", "mul", "div", "rcp", "sqrt")
-    entries = re.split(r"\.entry\s+(\w+)", dump(module(), "-ptx"))[1:]
-    assert len(entries) == 2 * len(kernels())
+    entries = re.split(r"\.entry\s+(\w+)", dump(installed(), "-ptx"))[1:]
+    assert len(entries) == 2 * len(found(named))
     for name, text in zip(entries[::2], entries[1::2]):
-        found = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)\.[a-z0-9.]*f(?:32|64)\b", text))
+        operators = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)\.[a-z0-9.]*f(?:32|64)\b", text))
         allowed = {f"{operation}.rn.f{bits}" for operation in operations for bits in (32, 64)}
         if "prepare_kernel" in name:
             allowed |= {"fma.rn.f64", "rcp.approx.ftz.f64"}
@@ -117,17 +111,17 @@ def test_nothing_is_contracted() -> None:
             allowed |= {"sqrt.approx.ftz.f32", "add.rm.f32"}  # codes are proposed and cut to integers (codes.cuh)
         if re.search(r"sum_kernel|slab_kernel|vector_kernel", name):
             allowed |= {"fma.rn.f64"}
-        assert found <= allowed, (name, found - allowed)
+        assert operators <= allowed, (name, operators - allowed)
 
 
 def test_module_exports_what_python_calls_and_needs_no_cuda() -> None:
     """Of CUDA a machine needs the driver only, and that only once kernels are called."""
     if shutil.which("nm") is None or shutil.which("ldd") is None:
         pytest.skip("needs nm and ldd")
-    command = ["nm", "-D", "--defined-only", str(module())]
+    command = ["nm", "-D", "--defined-only", str(installed())]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
     assert [line.split()[-1] for line in symbols if line] == ["PyInit__cuda"]
-    linked = subprocess.run(["ldd", str(module())], check=True, capture_output=True, text=True).stdout
+    linked = subprocess.run(["ldd", str(installed())], check=True, capture_output=True, text=True).stdout
     assert "cuda" not in linked
     assert "torch" not in linked
     assert importlib.util.find_spec("fusedopt._cuda") is not None

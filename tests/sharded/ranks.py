@@ -20,6 +20,7 @@ from typing import Any
 # Imported once, in the process that all others are forked from: importing torch takes longer than most tests.
 _PRELOADED = [
     "torch",
+    "torch._dynamo",  # as the first optimizer does
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",

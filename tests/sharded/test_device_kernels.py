@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import assert_same_bits
 from emulated import FOLDER, EmulatedBackend
+from interpreted import hasten
 from sharded.models import EIGHT_BIT, full_params, placed, step_both, whole
 from sharded.ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,6 +45,8 @@ def _stepped(
         monkeypatch.delattr(eager, "step_param")  # nothing is left to plain torch
         if backend == "cuda":
             monkeypatch.setitem(backends.BACKENDS, "cuda", EmulatedBackend())
+        else:
+            hasten(monkeypatch)
         params = [torch.nn.Parameter(placed(p, mesh, [_for(p, each) for each in placements])) for p in full]
         ours = fusedopt.AdamW(params, lr=1e-2, seed=3, backend=backend, **kwargs)
         theirs = fusedopt.AdamW([torch.nn.Parameter(p.clone()) for p in full], lr=1e-2, seed=3, backend="cpu", **kwargs)
