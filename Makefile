@@ -35,13 +35,17 @@ help:
 	@echo "make docs      build the documentation's site in out/site"
 	@echo "make sanitize  run the core's tests under AddressSanitizer and UBSan"
 
-# torch first and pinned: nothing installed later may bring another.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and pinned: nothing installed later may bring another.
+$(VENV)/.torch: constraints.txt | $(VENV)/.made
 	$(PIP) torch numpy
 	@touch $@
 
-# What one of the package's extras requires. Apart from the package, because make -j compiles that meanwhile.
+# What one of the package's extras requires. Apart from the package, because make -j compiles that meanwhile, in an
+# environment that pip makes for it.
 EXTRAS := demo test bench docs dev
 $(EXTRAS:%=$(VENV)/.requirements-%): $(VENV)/.requirements-%: tools/requirements.py pyproject.toml constraints.txt | $(VENV)/.torch
 	$(BIN)/python $< $* > $@.txt
@@ -49,7 +53,7 @@ $(EXTRAS:%=$(VENV)/.requirements-%): $(VENV)/.requirements-%: tools/requirements
 	@touch $@
 
 WHEEL := $(VENV)/wheel/.built
-$(WHEEL): $(SOURCES) | $(VENV)/.torch
+$(WHEEL): $(SOURCES) | $(VENV)/.made
 	rm -rf $(@D)
 	$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(@D) .
 	@touch $@

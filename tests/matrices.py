@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FORMATS, MASTERS, SANITIZED, each_variant
+from cases import CASES, DTYPES, FORMATS, MASTERS, SANITIZED, Case, each_variant
 
 
 @functools.cache
@@ -82,6 +82,14 @@ def _by_rule(rows: list[Any]) -> list[Any]:
 def _by_memory(rows: list[Any]) -> list[Any]:
     """Weights are decoded before a rule, and encoded after it: rules with as many and such states are one row."""
     return _one_of(rows, lambda optimizer, group: tuple(bool(s.unquantized) for s in optimizer.states(group)))
+
+
+def of_memory(cases: list[Case]) -> list[Case]:
+    """Sanitizers look at memory, of which rules see nothing: under them, one of the cases that are one row."""
+    if not SANITIZED:
+        return cases
+    rows = _by_memory([pytest.param(case, case.kwargs, id=case.name) for case in cases])
+    return [row.values[0] for row in rows if not row.marks]
 
 
 # Of each optimizer the variant with most states.

@@ -1,6 +1,7 @@
 """Installations as users make them, each in a new environment: from the source distribution, a wheel, and editable.
 
 They compile the core twice, so `make test` leaves them to `make install-check`. What must be there is listed by git.
+From the source distribution it is built in isolation, with tools that pip fetches; elsewhere with those at hand.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ print(fusedopt.__file__, fusedopt.triton_kernels.__file__, sep="\\n")
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """The output of a command that nothing set for these tests reaches; it must succeed."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FUSEDOPT_", "MAKE"))}
+    own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"  # cmake and ninja
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -87,7 +89,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, tree, cwd=out)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, tree, cwd=out)
     (made,) = out.glob("fusedopt-*.tar.gz")
     return made
 
@@ -186,7 +188,7 @@ def test_install_wheel(wheel: Path, cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_install_editable(tree: Path, cache: Path, tmp_path: Path) -> None:
     environment = new_environment(tmp_path)
-    pip(environment, cache, "install", "--editable", tree)
+    pip(environment, cache, "install", "--no-build-isolation", "--editable", tree)
     found = (tree / "fusedopt" / "__init__.py", tree / "triton_kernels" / "__init__.py")
     assert files_after_a_step(environment) == found
     for path in found:

@@ -25,7 +25,7 @@ from cases import (
     shifted,
     train,
 )
-from matrices import masters_of_all, rules_and_formats
+from matrices import masters_of_all, of_memory, rules_and_formats
 
 from fusedopt import _core
 
@@ -82,7 +82,9 @@ def test_at_least_two_instruction_sets_were_compared() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("case", [case for case in CASES if not case.ours.takes_sums], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", of_memory([case for case in CASES if not case.ours.takes_sums]), ids=lambda case: case.name
+)
 def test_tensors_split_anywhere(case: Case, rounding: str, isa: str) -> None:
     """A tensor stepped in pieces, each told where it begins, equals the tensor stepped whole."""
     numel = 3 * 65536 + 17
@@ -228,7 +230,7 @@ def test_stepping_leaves_the_callers_flush_mode_alone() -> None:
 
 
 @pytest.mark.parametrize("steps", [1000, 123_456, 2**24 - 3])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", of_memory(CASES), ids=lambda case: case.name)
 def test_late_steps(case: Case, steps: int) -> None:
     """Powers of beta and random bits far into a run."""
 
