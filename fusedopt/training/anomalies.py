@@ -99,8 +99,7 @@ class Limits:
                 if not -1 <= checks.number(each.name, value) < 0:
                     raise ValueError(f"oscillation={value!r} is no negative autocorrelation; pass a number in [-1, 0)")
             elif isinstance(each.default, int):
-                if checks.whole(each.name, value) < 1:
-                    raise ValueError(f"{each.name}={value!r} counts nothing; pass a whole number above 0")
+                checks.count(each.name, value)
             else:
                 checks.positive(each.name, value)
         if self.least < self.recent:

@@ -106,15 +106,15 @@ class Monitor:
         self.optimizer, self._scaler = unwrapped(optimizer), scaler
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
-        self._every, self._norms_every = _count("every", every), None
+        self._every, self._norms_every = checks.count("every", every), None
         if norms_every is not None:
-            self._norms_every = _count("norms_every", norms_every)
+            self._norms_every = checks.count("norms_every", norms_every)
         if on_anomaly is not None and not callable(on_anomaly):
             checks.one_of("on_anomaly", on_anomaly, ("warn",))
         self._on_anomaly, self._save = on_anomaly, save
         self._stop_on = tuple(checks.one_of("stop_on", kind, KINDS) for kind in _listed("stop_on", stop_on))
         self._detector = Detector(limits)
-        self.last_step = 0 if start is None else _count("start", start) - 1
+        self.last_step = 0 if start is None else checks.count("start", start) - 1
         if path is not None and Path(path).exists():
             self._go_on_from(path, start)
         if start is None and self._norms_every is not None:
@@ -329,12 +329,6 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _count(name: str, value: Any) -> int:
-    if checks.whole(name, value) < 1:
-        raise ValueError(f"{name}={value!r} counts nothing; pass a whole number above 0")
-    return int(value)
 
 
 def _listed(name: str, value: Iterable[str]) -> list[str]:
