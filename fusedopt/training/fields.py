@@ -106,6 +106,16 @@ def fill(values: dict[str, Any]) -> None:
         values[name] = None if values[name] is None else float(values[name])
 
 
+def check_decay(values: dict[str, Any]) -> None:
+    """Raises a ValueError for fields that divide parameters into groups where there is to be one."""
+    for name in ("no_decay", "layer_decay"):
+        if values["decay"] == "all" and values[name]:
+            raise ValueError(
+                f"{name}={values[name]!r} divides parameters into groups, and decay='all' makes one of them; set decay "
+                f"to 'matrices', or leave {name} out"
+            )
+
+
 def given(schedule: Any) -> Any:
     """A schedule without parameters that are None, which is their default wherever they may be."""
     if isinstance(schedule, dict):

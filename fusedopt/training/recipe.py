@@ -48,7 +48,8 @@ class Recipe:
         betas: Decay of the moments per step, for optimizers that have them.
         eps: Added to denominators, for optimizers that have it.
         weight_decay: Of parameters that decay.
-        decay: "matrices" spares biases and norms, as `param_groups` tells them; "all" spares nothing.
+        decay: "matrices" spares biases and norms, as `param_groups` tells them; "all" spares nothing, and takes
+            neither `no_decay` nor `layer_decay`.
         no_decay: Parts of names of further parameters that do not decay.
         layer_decay: What the learning rate is multiplied by for each layer towards the input; None for one rate.
         options: Further arguments of the optimizer's class, such as {"state_dtype": "8bit"}.
@@ -129,6 +130,7 @@ class Recipe:
         values["warmup"] = length("warmup", values["warmup"])
         values["schedule"] = fields.given(files.plain(values["schedule"]))
         fields.check_schedule(values["schedule"], values["warmup"])
+        fields.check_decay(values)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -225,7 +227,7 @@ class Recipe:
                 f"lr=None takes the learning rate from the step's number, and schedule {self.schedule['name']!r} has "
                 "nothing to multiply; use the schedule 'constant', or give an lr"
             )
-        optimizer = create_optimizer(self.optimizer, self.groups(model), **self.optimizer_arguments)
+        optimizer = self.build_optimizer(model)
         scheduler: LRScheduler
         if self.lr is None:
             scheduler = get_adafactor_schedule(optimizer)  # which reports, and sets nothing
@@ -238,6 +240,20 @@ class Recipe:
                 raise ValueError("release_gradients=True needs a newer fusedopt; set it to false")
             fusedopt.release_gradients(optimizer, clip=None if self.max_grad_norm is None else "previous")
         return optimizer, scheduler
+
+    def build_optimizer(self, model: nn.Module) -> FusedOptimizer:
+        """The optimizer alone, which keeps its gradients, of a model that need not be as the recipe says.
+
+        Args:
+            model: Its parameters that require gradients are stepped.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        return create_optimizer(self.optimizer, self.groups(model), **self.optimizer_arguments)
 
     def schedule_value(self, total_steps: int) -> Any:
         """The schedule, or the rule with its warmup, with every length in steps."""

@@ -63,6 +63,15 @@ def model() -> nn.Module:
 # ---- files -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("field", [{"no_decay": ("embed",)}, {"layer_decay": 0.5}])
+def test_what_needs_groups_is_refused_where_everything_decays(field: dict[str, Any]) -> None:
+    (name,) = field
+    with pytest.raises(ValueError, match=f"^{name}=.* set decay to 'matrices', or leave {name} out"):
+        Recipe(decay="all", **field)
+    with pytest.raises(ValueError, match=name):
+        Recipe(**field).replaced(decay="all")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_recipe_goes_through_a_file(name: str, suffix: str, tmp_path: Path) -> None:
