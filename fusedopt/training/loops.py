@@ -21,7 +21,7 @@ import torch
 from .. import checks
 from .evaluate import Metric
 from .recipe import Recipe
-from .records import RunFile
+from .records import RunFile, check_run, run_header
 
 # Called with (recipe, seed, budget), and with folder=... if it takes that: see `follow`.
 Loop = Callable[..., Any]
@@ -98,6 +98,11 @@ def takes_folder(train: Loop) -> bool:
         return False
 
 
+def checkpoints(train: Loop, path: Path) -> Path | None:
+    """The folder beside a run file where a loop keeps checkpoints; None if it keeps none."""
+    return path.with_suffix("") if takes_folder(train) else None
+
+
 def follow(
     train: Loop,
     recipe: Recipe,
@@ -106,6 +111,7 @@ def follow(
     path: Path,
     *,
     until: int | None = None,
+    header: Mapping[str, Any] | None = None,
     scored: Sequence[Metric] = (Metric("loss"),),
     on_record: Callable[[dict[str, Any]], None] | None = None,
     stops_at: Callable[[int, Callable[[str], float]], bool] | None = None,
@@ -125,6 +131,7 @@ def follow(
         budget: Steps of the whole training, by which a schedule is laid out.
         path: The run file; a folder for checkpoints lies beside it.
         until: The step to stop at; the budget by default.
+        header: The first line of the run file; none by default.
         scored: The metrics that must be there at the end.
         on_record: Called with each record.
         stops_at: Called with each step and a function from a metric's name to its value so far; ends the training by
@@ -138,16 +145,16 @@ def follow(
     """
     until = budget if until is None else until
     extra: dict[str, Any] = {}
-    if takes_folder(train):
-        extra["folder"] = path.with_suffix("")
-        extra["folder"].mkdir(parents=True, exist_ok=True)
+    if (folder := checkpoints(train, path)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        extra["folder"] = folder
     meter, records = _Memory(), _Records(until)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     status, reason = "finished", ""
     iterator: Iterator[Any] = iter(())
-    with RunFile(path, append=bool(extra)) as file:
+    with RunFile(path, append=bool(extra), header=header) as file:
         begun = time.perf_counter()
         own = 0.0  # seconds that are not the loop's
         first, first_at = 0, begun
@@ -157,6 +164,9 @@ def follow(
                 try:
                     item = next(iterator)
                 except StopIteration as stop:
+                    if number == 0 and extra:  # its checkpoint is of the last step: all was trained before
+                        file.begin(budget + 1)
+                        records.go_on(file.kept)
                     records.end(stop.value)
                     break
                 now = time.perf_counter()
@@ -222,11 +232,13 @@ def run(
 ) -> Outcome:
     """Trains once, and writes a run file.
 
+    A loop that takes `folder` goes on from its checkpoint; any other begins anew, and its file with it.
+
     Args:
         recipe: What is trained.
         train: Called with (recipe, seed, budget); yields (step, loss), or mappings with more, up to step `budget`.
         budget: Steps.
-        path: The run file: JSON lines, an object for each step.
+        path: The run file: JSON lines, a header with the recipe and then an object for each step.
         seed: The recipe's by default.
         watch: Called with `Progress` after each step.
 
@@ -234,7 +246,8 @@ def run(
         What came of it: its status, and all metrics.
 
     Raises:
-        ValueError: The loop yields what cannot be read, or ends early.
+        ValueError: The loop yields what cannot be read, or ends early, or the file is there and not of a `run` with
+            this recipe and seed.
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
@@ -248,7 +261,12 @@ def run(
             watch(Progress(record["step"], budget, "training", record.get("loss")))
 
     chosen = recipe.seed if seed is None else checks.uint32("seed", seed)
-    return follow(train, recipe, chosen, budget, Path(path), scored=(), on_record=tell)
+    recipe, path = recipe.replaced(seed=chosen), Path(path)
+    name = loop_name(train)
+    check_run(path, checkpoints(train, path), recipe, name)
+    return follow(
+        train, recipe, chosen, budget, path, header=run_header(recipe, name), scored=(), on_record=tell
+    )  # fmt: skip
 
 
 def _iterator(made: Any, budget: int) -> Iterator[Any]:
