@@ -107,8 +107,8 @@ class Limits:
 
 
 def number(value: Any) -> float | None:
-    """A recorded number as a float; None if it was not recorded."""
-    return None if value is None or isinstance(value, (list, dict, bool)) else float(value)
+    """A recorded number as a float; None if it was not recorded, or is something else, such as a text."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 class Detector:

@@ -210,8 +210,7 @@ def _released(optimizer: FusedOptimizer, shards: int) -> int:
 
 def _place_of_states(recipe: Recipe) -> str:
     """Where states are: "device", "host", "disk", or "stepped there", on the host. "auto" is decided on a device."""
-    cls = CLASSES[recipe.optimizer]
-    options = {**cls.implied(recipe.optimizer, {"lr": recipe.lr}), **recipe.options}
+    options = recipe.resolved_options
     if options.get("step_device") is not None:
         return "stepped there"
     where = str(options.get("state_device"))

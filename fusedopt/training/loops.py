@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .. import checks
+from .anomalies import number
 from .evaluate import Metric
 from .recipe import Recipe
 from .records import RunFile, check_run, run_header
@@ -120,9 +121,10 @@ def follow(
 
     The loop is called with (recipe, seed, budget), everything random seeded before, and yields for its steps, counted
     from 1 to `budget`, (step, loss) or a mapping with "step", "loss" and whatever else it measures, such as "lr",
-    "grad_norm" or "eval_loss". What it returns at the end, a mapping, wins over means of what it yielded. It may be
-    closed early. If it takes `folder`, it gets one of its own, where it may keep a checkpoint, and go on from it when
-    it is called again: the first step that it yields then says where it goes on.
+    "grad_norm" or "eval_loss"; what is no number, such as a text, is only written. What it returns at the end, a
+    mapping of numbers, wins over means of what it yielded. It may be closed early. If it takes `folder`, it gets one of
+    its own, where it may keep a checkpoint, and go on from it when it is called again: the first step that it yields
+    then says where it goes on.
 
     Args:
         train: The loop.
@@ -287,6 +289,9 @@ def read_record(item: Any, last: int | None) -> dict[str, Any]:
         record = {"step": item[0], "loss": _number(item[1])}
     else:
         raise ValueError(f"the loop yielded {item!r}; yield (step, loss), or a mapping with 'step' and 'loss'")
+    loss = record.get("loss", 0.0)
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        raise ValueError(f"the loop yielded {item!r}, whose loss is no number; leave it out where there is none")
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, (int, float)) or step != int(step) or step < 0:
         raise ValueError(f"the loop yielded {item!r}, whose step is no whole number; count steps from 1")
@@ -320,12 +325,13 @@ class _Records:
         self._gap = step - (self.last or 0)
         self.last = step
         for name, value in record.items():
-            if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._series.setdefault(name, []).append((step, float(value)))
+            if name not in ("step", "seconds") and (measured := number(value)) is not None:
+                self._series.setdefault(name, []).append((step, measured))
 
     def end(self, value: Any) -> None:
         if isinstance(value, Mapping):
-            self._final = {str(key): float(_number(item)) for key, item in value.items()}
+            found = {str(key): number(_number(item)) for key, item in value.items()}
+            self._final = {key: item for key, item in found.items() if item is not None}
 
     def check_end(self) -> None:
         """Raises a ValueError if the loop left off early. One that counts from 0 ends one step before."""

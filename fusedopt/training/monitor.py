@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 _WORST = 5  # parameters whose norms are recorded
 # What lines of the file have already, and names by which a reader tells them apart.
-_OWN = frozenset(
-    "step time loss lr lrs scale skipped grad_norm dead tokens tokens_per_second seconds_per_step update_norm weight_norm "
-    "update_ratio groups worst anomalies version ended started optimizer torch recipe fingerprint".split()
-)
+_OWN = {
+    "step", "time", "loss", "lr", "lrs", "scale", "skipped", "grad_norm", "dead", "tokens", "tokens_per_second",
+    "seconds_per_step", "update_norm", "weight_norm", "update_ratio", "groups", "worst", "anomalies",
+    "version", "ended", "started", "optimizer", "torch", "recipe", "fingerprint",
+}  # fmt: skip
 
 
 class TrainingWarning(UserWarning):

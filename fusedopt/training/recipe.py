@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..engine.optimizer import FusedOptimizer
+from ..engine.optimizer import CLASSES, FusedOptimizer
 from ..groups import param_groups
 from ..optimizers.names import create_optimizer, refusal
 from ..schedules import Schedule, get_adafactor_schedule, get_scheduler, scheduler_names
@@ -126,6 +126,7 @@ class Recipe:
             raise ValueError(reason)
         arguments.check_release(values["optimizer"])
         fields.fill(values)
+        values["options"] = fields.plain_options(values["options"])
         fields.check_options(values["optimizer"], values["options"])
         values["warmup"] = length("warmup", values["warmup"])
         values["schedule"] = fields.given(files.plain(values["schedule"]))
@@ -193,6 +194,11 @@ class Recipe:
         """The arguments of the optimizer's class."""
         own = {name: getattr(self, name) for name in fields.OWN_FIELDS if getattr(self, name) is not None}
         return {"seed": self.seed, **self.options, **own, "max_grad_norm": self.max_grad_norm}
+
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """The options, with those that the optimizer's name stands for."""
+        return {**CLASSES[self.optimizer].implied(self.optimizer, {"lr": self.lr}), **self.options}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The param groups of a model."""

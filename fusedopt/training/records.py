@@ -24,6 +24,7 @@ try:
 except ImportError:  # no POSIX: two processes in one folder are not noticed there
     fcntl = None  # type: ignore[assignment]
 
+
 def write_json(path: Path, values: Any) -> None:
     """Writes a file at once: after a kill or a power cut there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def _of_recipe(
     settings = _settings_of(recipe, steps)
     found = [*_counts(recipe), *check_values(settings), *check_recipe_schedule(recipe, steps), *_together(recipe)]
     if not any(finding.severity == "error" for finding in found):
-        found += _construction(recipe)
+        found += check_construction(recipe)
     yield from found
     if model is None:
         if recipe.lora_rank is None:
@@ -232,7 +232,7 @@ def _together(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("note", "release_gradients", True, "this fusedopt cannot release gradients", "update fusedopt")
 
 
-def _construction(recipe: Recipe) -> Iterator[Finding]:
+def check_construction(recipe: Recipe) -> Iterator[Finding]:
     """What the optimizer's own checks say: they know more of its options than anyone else."""
     param = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
     arguments = recipe.optimizer_arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def plain(recipe: Recipe, seed: int, budget: int) -> Any:
 def saving(recipe: Recipe, seed: int, budget: int, folder: Path) -> Any:
     """Its learning rate is in the checkpoint, as an optimizer's is."""
     file = folder / "checkpoint.json"
-    step, lr = json.loads(file.read_text()) if file.exists() else (0, recipe.lr)
-    for step in range(step + 1, budget + 1):
+    done, lr = json.loads(file.read_text()) if file.exists() else (0, recipe.lr)
+    for step in range(done + 1, budget + 1):
         file.write_text(json.dumps([step, lr]))
         yield {"step": step, "loss": 1.0 / step, "lr": lr}
     return {"accuracy": 0.5}
@@ -56,7 +57,7 @@ def test_checkpoints_go_on_with_their_own_recipe(tmp_path: Path) -> None:
     assert [record["step"] for record in training.read_run(path).records] == list(range(1, 9))
     assert training.read_run(path).header["recipe"] == Recipe(lr=1e-3).to_dict()
     path.unlink()
-    with pytest.raises(ValueError, match=r"run has checkpoints, and .*run.jsonl, which says of what, is missing.*remove the folder"):
+    with pytest.raises(ValueError, match=r"run has checkpoints, and .*run.jsonl, which says of what, is missing"):
         run(Recipe(lr=5e-3), saving, 8, path)
     shutil.rmtree(tmp_path / "run")
     assert run(Recipe(lr=5e-3), saving, 8, path).metrics["lr"] == 5e-3
@@ -83,7 +84,7 @@ def test_a_file_that_run_has_not_written_is_left_alone(tmp_path: Path) -> None:
     with training.Monitor(path, optimizer) as monitor:
         monitor.step(1.0)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="`run` has not written it.*pass another path, or remove the file"):
+    with pytest.raises(ValueError, match=r"`run` has not written it.*pass another path, or remove the file"):
         run(Recipe(lr=1e-3), plain, 4, path)
     assert path.read_bytes() == before
     path.write_text("something else\n")
@@ -103,6 +104,47 @@ def test_its_anomalies_and_its_recipe_are_found_in_its_file(tmp_path: Path) -> N
     recorded = training.read_run(path)
     assert [each.kind for each in recorded.anomalies] == ["non_finite"]
     assert [each.trouble for each in training.diagnose(recorded)] == ["unstable"]
+
+
+def test_a_text_beside_the_numbers_is_written_and_not_measured(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+
+    def talks(recipe: Recipe, seed: int, budget: int) -> Any:
+        yield from ({"step": step, "loss": 1.0 / step, "phase": "warmup"} for step in range(1, budget + 1))
+        return {"accuracy": 0.5, "note": "fine"}
+
+    found = run(Recipe(), talks, 5, path)
+    assert found.metrics["accuracy"] == 0.5
+    assert not {"phase", "note"} & set(found.metrics)
+    recorded = training.read_run(path)
+    assert recorded.records[0]["phase"] == "warmup"
+    assert recorded.anomalies == []
+    assert "phase" not in recorded.names()
+    with pytest.raises(ValueError, match="whose loss is no number"):
+        run(Recipe(), lambda recipe, seed, budget: iter([(1, "low")]), 1, tmp_path / "other.jsonl")
+    pytest.importorskip("matplotlib")
+    assert "phase" not in training.report(path).markdown()
+
+
+def test_a_run_whose_loss_is_never_finite_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.jsonl"
+    loop = lambda recipe, seed, budget: iter({"step": 1, "loss": float("nan"), "lr": 0.1} for _ in range(1))  # noqa: E731
+    assert run(Recipe(), loop, 5, path).status == "diverged"
+    text = training.report(path).markdown()
+    assert "the loss was never finite, in none of 1 records" in text
+    assert "| loss | - | - | - | - |" in text
+    assert "the loss is nan" in text
+
+
+def test_a_search_in_which_nothing_finished_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("optuna")
+    broken = lambda recipe, seed, budget: iter([(1, float("nan"))])  # noqa: E731
+    space = {"lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+    found = training.search(space, broken, budget=3, trials=2, sampler="random", folder=tmp_path)
+    assert found.best is None
+    assert "diverged" in training.report(found).markdown()
 
 
 @pytest.mark.parametrize("way", ["run", "compare", "search"])
@@ -133,3 +175,28 @@ def test_what_was_cut_off_after_the_last_checkpoint_is_finished(way: str, tmp_pa
         whole()
     metrics = whole()
     assert (metrics["loss"], metrics["accuracy"], metrics["lr"]) == (0.2, 0.5, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("body", "is_traceback"),
+    [
+        ("a, b = 1, 2, 3", True),  # of the loop itself
+        ("int('x')", True),
+        ("json.loads('x')", True),  # of a library that the loop calls
+        ("recipe.replaced(lr='x')", False),  # a sentence of ours
+        ("yield 'x'", False),
+    ],
+)
+def test_a_bug_in_a_loop_keeps_its_traceback(
+    body: str, is_traceback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from fusedopt.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "a_loop", raising=False)
+    Path("a_loop.py").write_text(f"import json\ndef train(recipe, seed, budget):\n    {body}\n    yield 1, 1.0\n")
+    Recipe(lr=1e-3).save("recipe.yaml")
+    result = testing.CliRunner().invoke(app, ["train", "recipe.yaml", "--train", "a_loop:train", "--budget", "1"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit) != is_traceback
