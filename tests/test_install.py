@@ -13,7 +13,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,13 +73,14 @@ def tracked() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the sources."""
-    folder = tmp_path_factory.mktemp("tree")
-    for name in tracked():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+def tree() -> Iterator[Path]:
+    """A clean copy of the sources: where pip puts those that it builds, so that ccache knows their relative paths."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for name in tracked():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +127,13 @@ def new_environment(folder: Path) -> Path:
     return environment
 
 
-def pip(environment: Path, cache: Path, *arguments: str | Path) -> None:
+def pip(environment: Path, cache: Path, *arguments: str | Path, **variables: str) -> None:
     # CUDA kernels would take several times as long, and have tests of their own.
     run(
         *(sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "--cache-dir", cache, *arguments),
         cwd=environment,
         FUSEDOPT_CMAKE_ARGS="-DFUSEDOPT_CUDA=OFF",
+        **variables,
     )
 
 
@@ -188,7 +192,8 @@ def test_install_wheel(wheel: Path, cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_install_editable(tree: Path, cache: Path, tmp_path: Path) -> None:
     environment = new_environment(tmp_path)
-    pip(environment, cache, "install", "--no-build-isolation", "--editable", tree)
+    folder = str(tree / "build" / "editable")
+    pip(environment, cache, "install", "--no-build-isolation", "--editable", tree, FUSEDOPT_BUILD_DIR=folder)
     found = (tree / "fusedopt" / "__init__.py", tree / "triton_kernels" / "__init__.py")
     assert files_after_a_step(environment) == found
     for path in found:
