@@ -238,6 +238,8 @@ def _overfitting(run: Run, recipe: Recipe) -> Diagnosis | None:
         return None
     best = min(range(len(losses)), key=losses.__getitem__)
     trained = run.series("loss")[1]
+    if not trained:
+        return None  # whether it learns by heart or not at all cannot be told
     begin, end = median(trained[: max(1, len(trained) // 4)]), median(trained[-max(1, len(trained) // 4) :])
     if best >= len(losses) - 2 or losses[-1] < 1.05 * losses[best] or end >= begin:
         return None

@@ -158,6 +158,10 @@ def test_overfitting() -> None:
     assert changes(found) == [{"steps": 3}, {"weight_decay": 0.1}, {"lr": 1.5e-3}]
     assert diagnose(run_of(loss=falling, eval_loss=sorted(rising, reverse=True)), RECIPE) == []
     assert diagnose(run_of(loss=falling[::-1], eval_loss=rising), RECIPE) == []  # that is something else
+    evaluated = run_of(eval_loss=rising)
+    for record in evaluated.records:
+        del record["loss"]
+    assert diagnose(evaluated, RECIPE) == []  # nor can that be told
 
 
 @pytest.mark.parametrize("name", [name for name in optimizer_names() if name in CLASSES])
