@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import site
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -31,10 +32,16 @@ def _is_of_a_user(error: BaseException) -> bool:
     ours = Path(__file__).parents[1]
     paths = sysconfig.get_paths()
     installed = [ours, *(Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    installed += [Path(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if not files or files[-1].is_relative_to(ours):
         return False
-    return any(not any(file.is_relative_to(path) for path in installed) for file in files if file.is_file())
+    return any(not _is_installed(file, installed) for file in files if file.is_file())
+
+
+def _is_installed(file: Path, folders: list[Path]) -> bool:
+    is_in_packages = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)  # also of other folders on the path
+    return is_in_packages or any(file.is_relative_to(folder) for folder in folders)
 
 
 def print_json(value: Any) -> None:

@@ -127,26 +127,25 @@ def given(schedule: Any) -> Any:
 
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options as files can keep them, dtypes and devices by their names. Raises a TypeError for what cannot be kept."""
-    named = {key: _named(value) for key, value in options.items()}
-    for key, value in named.items():
-        if not _is_plain(value):
-            raise TypeError(
-                f"options.{key}={value!r} is a {type(value).__name__}, which no file can keep; pass a number, a text, "
-                "or a list or mapping of these"
-            )
-    return named
+    return {key: _kept(f"options.{key}", value) for key, value in options.items()}
 
 
-def _named(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
-
-
-def _is_plain(value: Any) -> bool:
+def _kept(name: str, value: Any) -> Any:
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has the key {key!r}, a {type(key).__name__}; pass texts as keys")
+        return {key: _kept(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+        return type(value)([_kept(f"{name}[{i}]", item) for i, item in enumerate(value)])
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{name}={value!r} is a {type(value).__name__}, which no file can keep; pass a number, a text, or a list or "
+        "mapping of these"
+    )
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from .. import checks
-from .anomalies import number
 from .evaluate import Metric
 from .recipe import Recipe
 from .records import RunFile, check_run, run_header
@@ -167,18 +166,21 @@ def follow(
                     item = next(iterator)
                 except StopIteration as stop:
                     if number == 0 and extra:  # its checkpoint is of the last step: all was trained before
-                        file.begin(budget + 1)
-                        records.go_on(file.kept)
-                    records.end(stop.value)
+                        records.go_on(file.begin(budget + 1))
+                    if not records.diverged:
+                        records.end(stop.value)
                     break
                 now = time.perf_counter()
                 record = read_record(item, records.last)
                 if record["step"] > budget:  # an endless loop, asked for what it returns
+                    if number == 0 and extra:
+                        records.go_on(file.begin(budget + 1))
                     break
-                file.begin(record["step"])
                 if number == 0:
-                    records.go_on(file.kept)
+                    records.go_on(file.begin(record["step"]))
                     first, first_at = record["step"], now
+                    if records.diverged:  # as before: its checkpoint is of the step in which it did
+                        break
                 seconds = records.before + now - begun - own
                 record.setdefault("seconds", seconds)
                 file.write(record)
@@ -187,13 +189,14 @@ def follow(
                     on_record(record)
                 stops = stops_at is not None and stops_at(record["step"], records.value)
                 own += time.perf_counter() - now
-                if not math.isfinite(record.get("loss", 0.0)):
-                    status, reason = "diverged", f"the loss is {record['loss']} at step {record['step']}"
+                if records.diverged:
                     break
                 if stops:
                     status, reason = "stopped early", f"it was not among the best at step {record['step']}"
                 if stops or budget > until <= record["step"]:
                     break
+            if records.diverged:
+                status, reason = "diverged", records.diverged
         except (MemoryError, torch.OutOfMemoryError) as error:
             status, reason = "out of memory", str(error).partition("\n")[0] or type(error).__name__
         finally:
@@ -249,7 +252,7 @@ def run(
 
     Raises:
         ValueError: The loop yields what cannot be read, or ends early, or the file is there and not of a `run` with
-            this recipe and seed.
+            this recipe and seed, or the checkpoint that it would go on from may be beyond the budget.
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
@@ -265,7 +268,7 @@ def run(
     chosen = recipe.seed if seed is None else checks.uint32("seed", seed)
     recipe, path = recipe.replaced(seed=chosen), Path(path)
     name = loop_name(train)
-    check_run(path, checkpoints(train, path), recipe, name)
+    check_run(path, checkpoints(train, path), recipe, name, budget)
     return follow(
         train, recipe, chosen, budget, path, header=run_header(recipe, name), scored=(), on_record=tell
     )  # fmt: skip
@@ -302,7 +305,14 @@ def read_record(item: Any, last: int | None) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+    return checks.plain(value.item() if hasattr(value, "item") else value)
+
+
+def _measured(value: Any) -> float | None:
+    """A number as `float` takes it, True as 1; None for texts and everything else."""
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a tensor of many is a RuntimeError
+        return None if isinstance(value, (str, bytes, bytearray)) else float(value)
+    return None
 
 
 class _Records:
@@ -311,6 +321,7 @@ class _Records:
     def __init__(self, until: int) -> None:
         self.until, self._gap = until, 1
         self.last: int | None = None
+        self.diverged = ""  # why, if it did
         self.begin, self.before = 0, 0.0  # step and seconds of what was trained before this call
         self._series: dict[str, list[tuple[int, float]]] = {}
         self._final: dict[str, float] = {}
@@ -324,13 +335,15 @@ class _Records:
         step = record["step"]
         self._gap = step - (self.last or 0)
         self.last = step
+        loss = _measured(record.get("loss", 0.0))
+        self.diverged = "" if loss is None or math.isfinite(loss) else f"the loss is {loss} at step {step}"
         for name, value in record.items():
-            if name not in ("step", "seconds") and (measured := number(value)) is not None:
+            if name not in ("step", "seconds") and (measured := _measured(value)) is not None:
                 self._series.setdefault(name, []).append((step, measured))
 
     def end(self, value: Any) -> None:
         if isinstance(value, Mapping):
-            found = {str(key): number(_number(item)) for key, item in value.items()}
+            found = {str(key): _measured(item) for key, item in value.items()}
             self._final = {key: item for key, item in found.items() if item is not None}
 
     def check_end(self) -> None:

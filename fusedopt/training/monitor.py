@@ -6,12 +6,14 @@ import math
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .. import checks
 from ..engine.collectives import Meshes, largest
@@ -20,18 +22,12 @@ from ..engine.optimizer import FusedOptimizer
 from ..engine.sharding import is_dtensor, local_grad
 from ..integrations.watching import unwrapped
 from .anomalies import KINDS, Anomaly, Detector, Limits
-from .monitor_runs import VERSION, Lines, Reader, replay
+from .monitor_runs import VERSION, Lines, Reader, check_names, replay
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 _WORST = 5  # parameters whose norms are recorded
-# What lines of the file have already, and names by which a reader tells them apart.
-_OWN = {
-    "step", "time", "loss", "lr", "lrs", "scale", "skipped", "grad_norm", "dead", "tokens", "tokens_per_second",
-    "seconds_per_step", "update_norm", "weight_norm", "update_ratio", "groups", "worst", "anomalies",
-    "version", "ended", "started", "optimizer", "torch", "recipe", "fingerprint",
-}  # fmt: skip
 
 
 class TrainingWarning(UserWarning):
@@ -135,7 +131,7 @@ class Monitor:
         self._scale = None if scaler is None else float(scaler.get_scale())
         self._seen: dict[str, Any] | None = None  # what a scaled step's gradients say, until it is recorded
         self._captured_scale: Tensor | None = None
-        self._hook = None if scaler is None else self.optimizer.register_step_pre_hook(self._before_step)
+        self._hook = None if scaler is None else _before_steps(self)
         if self._lines is not None:
             self._lines.write(self._header(recipe))
 
@@ -184,7 +180,7 @@ class Monitor:
             ValueError: The file uses such a name itself.
             StopTraining: One of them is of a kind in ``stop_on``.
         """
-        _check_names(more)
+        check_names(more, has_scale=self._scaler is not None)
         self.last_step += 1
         self._steps += 1
         self._tokens += tokens or 0
@@ -268,6 +264,7 @@ class Monitor:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Looks at gradients that the step is to divide by a scale, before it does or scaler.update() changes that."""
+        self._seen = None  # of a step that is not recorded, such as one to warm up before a capture
         scale = getattr(optimizer, "grad_scale", None)  # None if scaler.unscale_ has divided them already
         if not isinstance(scale, Tensor):
             self._captured_scale = None
@@ -358,12 +355,19 @@ class Monitor:
         self.close()
 
 
-def _check_names(more: Iterable[str]) -> None:
-    for name in more:
-        if name in _OWN:
-            raise ValueError(
-                f"{name}= is a name that the file of a run uses itself; record it under another, such as my_{name}="
-            )
+def _before_steps(monitor: Monitor) -> RemovableHandle:
+    """Calls a monitor before each step of its optimizer, as long as somebody else holds it."""
+    held = weakref.ref(monitor)
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        alive = held()
+        if alive is not None:
+            alive._before_step(optimizer)
+        elif handle.id == next(reversed(handle.hooks_dict_ref() or {}), None):
+            handle.remove()  # only the last: torch is going through them
+
+    handle: RemovableHandle = monitor.optimizer.register_step_pre_hook(before_step)
+    return handle
 
 
 def _listed(name: str, value: Iterable[str]) -> list[str]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .anomalies import Anomaly, Detector, number
 
 VERSION = 1
+# What lines of the file have already and nobody else may write: names by which a reader tells lines apart, structures
+# and what is taken together with them, and what is written after everything else.
+_OWN = {
+    "step", "time", "anomalies", "version", "ended", "lrs", "skipped", "groups", "worst", "dead", "update_norm",
+    "weight_norm", "update_ratio", "tokens_per_second", "seconds_per_step",
+}  # fmt: skip
 
 # JSON has no words for them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -26,6 +32,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def check_names(more: Iterable[str], *, has_scale: bool) -> None:
+    """Raises a ValueError for a name that a record has a value for already; with a scaler, "scale" is one."""
+    for name in more:
+        if name in _OWN or (has_scale and name == "scale"):
+            raise ValueError(
+                f"{name}= is a name that the file of a run uses itself; record it under another, such as my_{name}="
+            )
 
 
 def _numbers(value: Any) -> Any:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +53,8 @@ class RunFile:
     Args:
         path: The file.
         append: Whether records that are there already stay, up to the first step that is written.
-        header: The file's first line, if it is to have one. With `append` it is written before the first step.
+        header: The file's first line, if it is to have one. With `append` it is written before the first step, after
+            the records of a file that has none.
     """
 
     def __init__(self, path: Path, *, append: bool = False, header: Mapping[str, Any] | None = None) -> None:
@@ -67,10 +69,11 @@ class RunFile:
         assert self._file is not None
         self._file.write(record)
 
-    def begin(self, step: int) -> None:
-        """Makes the file, with those records of before that come before a step."""
+    def begin(self, step: int) -> list[dict[str, Any]]:
+        """Makes the file, with those records of before that come before a step, and returns these."""
         if self._file is None:
             self._open(step)
+        return self.kept
 
     def _open(self, step: int) -> None:
         # Of steps that are taken twice, a reader takes the later: what was written before may stay in the file.
@@ -89,7 +92,8 @@ class RunFile:
 
     def __enter__(self) -> RunFile:
         # A loop may write checkpoints, and be killed, before it yields its first step.
-        if self.append and not self.path.exists():
+        # What is there without a header is an empty file, or one of a version that wrote none.
+        if self.append and self._header is not None and not (self.path.exists() and read_run(self.path).header):
             self._write_header()
         return self
 
@@ -171,7 +175,7 @@ def run_header(recipe: Recipe, loop: str | None) -> dict[str, Any]:
     return {"version": VERSION, "started": time.time(), **values}
 
 
-def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None) -> None:
+def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None, budget: int) -> None:
     """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else.
 
     Args:
@@ -179,23 +183,50 @@ def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None)
         folder: That of the checkpoints, if the loop keeps any.
         recipe: What is to be trained.
         loop: The loop's name.
+        budget: Steps. What was trained beyond them is no training of so many.
     """
     if path.exists() and path.stat().st_size:
-        header = read_run(path).header
-        if "loop" not in header:
+        try:
+            found = read_run(path)
+        except ValueError as error:
+            told = str(error).rpartition("; ")[0]
+            raise ValueError(f"{path} is there already, and no run file ({told}); pass another path") from error
+        beside = "" if folder is None else f" and {folder}"
+        if "loop" in found.header:
+            remedy = f"continue it with the same, pass another path, or remove {path}{beside}"
+            before = {**_recipe_of(path, found.header), "loop": found.header["loop"]}
+            _check_same(path, before, {**_without_labels(recipe.to_dict()), "loop": loop}, remedy)
+        elif found.header or not found.records or not all("seconds" in record for record in found.records):
             raise ValueError(
                 f"{path} is there already, and `run` has not written it, so it does not say what was trained; pass "
-                "another path, or remove the file"
+                f"another path, or remove {path}{beside}"
             )
-        beside = "" if folder is None else f" and {folder}"
-        remedy = f"continue it with the same, pass another path, or remove {path}{beside}"
-        now = {key: value for key, value in recipe.to_dict().items() if key not in LABELS}
-        _check_same(path, {**header["recipe"], "loop": header["loop"]}, {**now, "loop": loop}, remedy)
+        else:
+            told = "has no header, as the version before wrote it, and is taken to be of this recipe and loop"
+            warnings.warn(f"{path} {told}", stacklevel=3)
+        if folder is not None and found.records and found.records[-1]["step"] > budget:
+            step = found.records[-1]["step"]
+            raise ValueError(
+                f"{path} was trained to step {step} already, and budget={budget!r}; pass budget={step} or more, or "
+                "another path"
+            )
     elif folder is not None and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} has checkpoints, and {path}, which says of what, is missing; pass another path, or remove the "
             "folder"
         )
+
+
+def _without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in LABELS}
+
+
+def _recipe_of(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    # A version that had fewer fields trained with the defaults of the others.
+    try:
+        return _without_labels(Recipe.from_dict(_without_labels(header["recipe"])).to_dict())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a recipe that cannot be read here ({error}); pass another path") from error
 
 
 def _short(value: Any) -> str:

@@ -235,7 +235,7 @@ def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
             is_verdict=True,
         )
     elif "loss" in numbers:
-        told = f"Step {steps[-1]:,}: the loss was never finite, in none of {len(records):,} records."
+        told = f"Step {steps[-1]:,}: the loss was finite in none of {len(records):,} records."
         yield Text(told, is_verdict=True)
     yield Heading("Results")
     rows = [["", "first", "last", "lowest", "highest"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def test_the_norm_of_a_captured_step_is_without_its_scale(tmp_path: Path, monkey
     assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([math.sqrt(10) / 2])
 
 
-@pytest.mark.parametrize("name", ["step", "version", "ended", "groups", "time", "anomalies", "lr", "scale"])
+@pytest.mark.parametrize("name", ["step", "version", "ended", "groups", "time", "anomalies", "update_norm"])
 def test_names_that_the_file_uses_itself_are_refused(name: str, tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "run.jsonl", optimizer_of())
     with pytest.raises(ValueError, match=f"^{name}= is a name that the file of a run uses itself; record it under"):
@@ -140,9 +142,49 @@ def test_all_that_is_written_is_refused_as_a_name(tmp_path: Path) -> None:
     with pytest.warns(TrainingWarning):
         monitor.step(math.nan, tokens=1)
     run = read_run(tmp_path / "run.jsonl")
-    for name in {*run.header, *run.records[0]} - {"loss", "tokens", "grad_norm"}:  # these are arguments
+    for name in {*run.records[0], "version"} - {"loss", "tokens", "grad_norm", "lr"}:  # all but lr are arguments
         with pytest.raises(ValueError, match=name):
             monitor.step(1.0, **{name: 1})
+
+
+def test_names_that_do_no_harm_are_recorded(tmp_path: Path) -> None:
+    names = ("lr", "scale", "optimizer", "torch", "started", "recipe", "fingerprint")
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer_of(), recipe=preset("lora"))
+    for _ in range(2):
+        monitor.step(1.0, **dict.fromkeys(names, 3.0))
+    run = read_run(tmp_path / "run.jsonl")
+    assert [run.series(name) for name in names] == [([1, 2], [3.0, 3.0])] * len(names)
+    assert run.header["optimizer"] == "AdamW"
+    assert run.anomalies == []
+
+
+def test_a_monitor_that_nobody_holds_leaves_its_optimizer(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD(optimizer_of().param_groups[0]["params"], lr=0.1)
+    for _ in range(2):  # a cell of a notebook that is run again
+        monitor = Monitor(None, optimizer, scaler=torch.amp.GradScaler("cpu"))
+    monitor.itself = monitor  # type: ignore[attr-defined]  (a cycle, as `save` may make one)
+    gone = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert gone() is None
+    optimizer.step()
+    optimizer.step()  # one leaves in a step
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_a_warmup_saw_is_not_taken_for_a_captured_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = optimizer_of()
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer, scaler=torch.amp.GradScaler("cpu"), norms_every=1)
+    optimizer.grad_scale = torch.tensor(2.0)
+    monitor._before_step(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monitor._before_step(optimizer)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad.fill_(3.0)
+    monitor.step(1.0)
+    assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([3 * math.sqrt(10) / 2])
 
 
 def test_every_tenth_step(tmp_path: Path) -> None:

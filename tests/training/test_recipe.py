@@ -71,6 +71,15 @@ def test_options_are_kept_by_their_names(tmp_path: Path) -> None:
     assert hash(recipe)
     with pytest.raises(TypeError, match=r"options.rounding=.* is a object, which no file can keep; pass a number"):
         Recipe(options={"rounding": object()})
+    inner = Recipe(options={"state_dtype": {"exp_avg": torch.bfloat16}})
+    assert inner == Recipe(options={"state_dtype": {"exp_avg": "bfloat16"}})
+    assert Recipe.from_text(inner.to_text()) == inner
+    assert Recipe(options={"state_dtype": [torch.float16, (torch.float32,)]}).options["state_dtype"] == [
+        "float16",
+        ("float32",),
+    ]
+    with pytest.raises(TypeError, match=r"^options.state_dtype.exp_avg\[1\]=<object.* is a object, which no file"):
+        Recipe(options={"state_dtype": {"exp_avg": ["8bit", object()]}})
 
 
 @pytest.mark.parametrize("field", [{"no_decay": ("embed",)}, {"layer_decay": 0.5}])

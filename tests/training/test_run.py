@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import site
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +66,7 @@ def test_checkpoints_go_on_with_their_own_recipe(tmp_path: Path) -> None:
     assert run(Recipe(lr=5e-3), saving, 8, path).metrics["lr"] == 5e-3
 
 
-def test_a_loop_that_is_killed_before_its_first_record_goes_on(tmp_path: Path) -> None:
+def test_buggy_loop_that_is_killed_before_its_first_record_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
 
     def early(recipe: Recipe, seed: int, budget: int, folder: Path) -> Any:
@@ -84,11 +87,11 @@ def test_a_file_that_run_has_not_written_is_left_alone(tmp_path: Path) -> None:
     with training.Monitor(path, optimizer) as monitor:
         monitor.step(1.0)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"`run` has not written it.*pass another path, or remove the file"):
+    with pytest.raises(ValueError, match=r"`run` has not written it.*pass another path, or remove .*run.jsonl"):
         run(Recipe(lr=1e-3), plain, 4, path)
     assert path.read_bytes() == before
     path.write_text("something else\n")
-    with pytest.raises(ValueError, match="is no record of a run"):
+    with pytest.raises(ValueError, match=r"no run file \(line 1 of .* is no record of a run: .*\); pass another path"):
         run(Recipe(lr=1e-3), plain, 4, path)
     path.write_bytes(b"")
     assert run(Recipe(lr=1e-3), plain, 4, path).step == 4
@@ -132,7 +135,7 @@ def test_a_run_whose_loss_is_never_finite_is_reported(tmp_path: Path) -> None:
     loop = lambda recipe, seed, budget: iter({"step": 1, "loss": float("nan"), "lr": 0.1} for _ in range(1))  # noqa: E731
     assert run(Recipe(), loop, 5, path).status == "diverged"
     text = training.report(path).markdown()
-    assert "the loss was never finite, in none of 1 records" in text
+    assert "the loss was finite in none of 1 records" in text
     assert "| loss | - | - | - | - |" in text
     assert "the loss is nan" in text
 
@@ -187,16 +190,127 @@ def test_what_was_cut_off_after_the_last_checkpoint_is_finished(way: str, tmp_pa
         ("yield 'x'", False),
     ],
 )
-def test_a_bug_in_a_loop_keeps_its_traceback(
+def test_a_bug_in_buggy_loop_keeps_its_traceback(
     body: str, is_traceback: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testing = pytest.importorskip("typer.testing")
     from fusedopt.cli.app import app
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "a_loop", raising=False)
-    Path("a_loop.py").write_text(f"import json\ndef train(recipe, seed, budget):\n    {body}\n    yield 1, 1.0\n")
+    monkeypatch.delitem(sys.modules, "buggy_loop", raising=False)
+    Path("buggy_loop.py").write_text(f"import json\ndef train(recipe, seed, budget):\n    {body}\n    yield 1, 1.0\n")
     Recipe(lr=1e-3).save("recipe.yaml")
-    result = testing.CliRunner().invoke(app, ["train", "recipe.yaml", "--train", "a_loop:train", "--budget", "1"])
+    result = testing.CliRunner().invoke(app, ["train", "recipe.yaml", "--train", "buggy_loop:train", "--budget", "1"])
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit) != is_traceback
+
+
+def test_what_diverged_at_its_last_step_stays_diverged(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+
+    def breaks(recipe: Recipe, seed: int, budget: int, folder: Path) -> Any:
+        for record in saving(recipe, seed, budget, folder):
+            yield {**record, "loss": float("nan")} if record["step"] == 4 else record
+        return {"accuracy": 0.5}
+
+    first, again, longer = (run(Recipe(lr=1e-3), breaks, budget, path) for budget in (4, 4, 6))
+    assert (first.status, first.reason) == ("diverged", "the loss is nan at step 4")
+    for found in (again, longer):
+        assert (found.status, found.step, found.reason) == (first.status, 4, first.reason)
+        assert "accuracy" not in found.metrics
+    assert [record["step"] for record in training.read_run(path).records] == [1, 2, 3, 4]
+
+
+def test_a_model_that_was_trained_longer_is_not_taken_for_a_shorter_training(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(Recipe(lr=1e-3), saving, 6, path)
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"was trained to step 6 already, and budget=3; pass budget=6 or more, or another"
+    ):
+        run(Recipe(lr=1e-3), saving, 3, path)
+    assert path.read_bytes() == before
+    run(Recipe(), plain, 6, tmp_path / "anew.jsonl")  # without checkpoints it begins anew
+    assert run(Recipe(), plain, 3, tmp_path / "anew.jsonl").step == 3
+
+
+def test_an_endless_loop_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    endless = lambda recipe, seed, budget, folder: saving(recipe, seed, 10**6, folder)  # noqa: E731
+    outcomes = [run(Recipe(lr=1e-3), endless, 4, tmp_path / "run.jsonl") for _ in range(2)]
+    assert [(found.status, found.step, found.metrics["loss"]) for found in outcomes] == [("finished", 4, 0.25)] * 2
+
+
+@pytest.mark.parametrize("loop", [plain, saving])
+def test_files_without_a_header_are_continued(loop: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(Recipe(lr=1e-3), loop, 3, path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))  # as the version before wrote it
+    with pytest.warns(UserWarning, match=r"run.jsonl has no header.* taken to be of this recipe and loop"):
+        assert run(Recipe(lr=1e-3), loop, 5, path).step == 5
+    assert [record["step"] for record in training.read_run(path).records] == [1, 2, 3, 4, 5]
+    assert training.read_run(path).header["recipe"] == Recipe(lr=1e-3).to_dict()
+    with pytest.raises(ValueError, match="was begun with another lr"):
+        run(Recipe(lr=5e-3), loop, 5, path)
+    path.write_text('{"step": 1, "loss": 1.0}\n')  # of something else
+    with pytest.raises(ValueError, match=r"`run` has not written it.*or remove .*run.jsonl"):
+        run(Recipe(lr=1e-3), loop, 5, path)
+
+
+def test_an_empty_file_gets_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.touch()
+    for budget in (3, 5):
+        assert run(Recipe(lr=1e-3), saving, budget, path).step == budget
+    assert "loop" in json.loads(path.read_text().splitlines()[0])
+
+
+def test_a_file_of_a_version_with_fewer_fields_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(Recipe(lr=1e-3), saving, 3, path)
+    first, *rest = path.read_text().splitlines()
+    header = json.loads(first)
+    del header["recipe"]["lora_rank"]
+    path.write_text("\n".join([json.dumps(header), *rest, ""]))
+    assert run(Recipe(lr=1e-3), saving, 5, path).step == 5
+    header["recipe"]["of_a_later_version"] = 1
+    path.write_text("\n".join([json.dumps(header), *rest, ""]))
+    with pytest.raises(ValueError, match=r"cannot be read here \(of_a_later_version=1 .*pass another path"):
+        run(Recipe(lr=1e-3), saving, 5, path)
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), np.float32(1), Fraction(1)])
+def test_what_float_takes_is_measured(value: Any, tmp_path: Path) -> None:
+    def judges(recipe: Recipe, seed: int, budget: int) -> Any:
+        yield {"step": 1, "loss": 1.0, "passed": value}
+        return {"solved": value, "note": "1", "nothing": None}
+
+    metrics = run(Recipe(), judges, 1, tmp_path / "run.jsonl").metrics
+    assert (metrics["passed"], metrics["solved"]) == (1.0, 1.0)
+    assert not {"note", "nothing"} & set(metrics)
+
+
+def test_what_float_does_not_take_is_left_out(tmp_path: Path) -> None:
+    def counts(recipe: Recipe, seed: int, budget: int) -> Any:
+        yield 1, 1.0
+        return {"many": torch.ones(2), "several": np.ones(2), "list": [1.0]}
+
+    assert not {"many", "several", "list"} & set(run(Recipe(), counts, 1, tmp_path / "run.jsonl").metrics)
+
+
+@pytest.mark.parametrize("folder", ["lib/python3/dist-packages", "venv/lib/site-packages", "of_a_user"])
+def test_errors_of_libraries_are_sentences_wherever_they_are(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("typer")
+    from fusedopt.cli import sentences
+
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "of_a_user"))
+    file = tmp_path / folder / "a_library.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def read(): raise OSError('no such thing')\n")
+    names: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    with pytest.raises(OSError, match="no such thing") as raised:
+        names["read"]()
+    raised.value.__traceback__ = raised.value.__traceback__.tb_next  # type: ignore[union-attr]  (without this file)
+    assert not sentences._is_of_a_user(raised.value)
