@@ -22,13 +22,8 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-from .plain import base, is_plain_memory, nothing
+from .plain import base, dense, is_plain_memory, nothing
 from .sessions import streamer_of
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """A gradient with a number for every element; a sparse one may have several, which are added."""
-    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
 def _chunks_of(grad: Tensor) -> int:
@@ -238,7 +233,7 @@ class Gathered:
     @staticmethod
     def _numbers(grad: Tensor, param: Tensor) -> Tensor:
         """The gradient with a number for every element, in a dtype that goes with the parameter's."""
-        grad = _dense(grad.detach())
+        grad = dense(grad.detach())
         return grad if keeps_own_precision(param) or grad.dtype in DTYPES.values() else grad.float()
 
     def _chunk_sums(self, grads: list[Tensor]) -> list[Tensor]:
@@ -255,7 +250,7 @@ class Gathered:
                 sums |= session.sums_by_place()
             return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
         # List order runs across backends: the reference takes them all.
-        return [square_sums(_dense(grad)).cpu() for grad in grads]
+        return [square_sums(dense(grad)).cpu() for grad in grads]
 
     def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
         """The sums of squares by chunk of each gradient; all of them are here."""

@@ -17,6 +17,16 @@ def is_plain_memory(tensor: Tensor) -> bool:
     return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
 
 
+def dense(grad: Tensor) -> Tensor:
+    """A gradient with a number for every element; a sparse one may have several, which are added."""
+    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+
+
+def numbers(grad: Tensor) -> Tensor:
+    """The numbers that a gradient has: all of a dense one; of a sparse one those that it holds, one for an element."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
 def nothing() -> Tensor:
     """No sums."""
     return torch.zeros(0, dtype=torch.float64, device="cpu")
