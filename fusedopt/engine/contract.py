@@ -276,7 +276,7 @@ class Contract(Optimizer):
         """What steps are told to count and measure, as keyword arguments."""
         raise NotImplementedError
 
-    def _count_step(self, counts: Health) -> None:
+    def _count_step(self, counts: Health, is_taken: bool = True) -> None:
         """Notes what a whole step counted and measured."""
         raise NotImplementedError
 

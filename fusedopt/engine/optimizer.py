@@ -247,7 +247,7 @@ class FusedOptimizer(Partial):
             counts, norm = self._step_some(None, scaling, ranks=ranks)
         if norm is not None:
             self.last_grad_norm = norm
-        self._count_step(counts)
+        self._count_step(counts, self._is_taken)
         if self._is_taken:
             self.after_step()
 

@@ -58,14 +58,16 @@ class Partial(Reporting):
     def state(self, value: Any) -> None:
         self.__dict__["state"] = value
 
-    def _count_step(self, counts: Health) -> None:
-        """Notes what a whole step counted."""
+    def _count_step(self, counts: Health, is_taken: bool = True) -> None:
+        """Notes what a whole step counted; of one that was left out there are no norms."""
         if "_host_side" in self.__dict__:
             counts |= self._host_side.join()
         self._streamer().settle()
         if self._health is not None:
             self._health.add(counts)
-        if self._norms is not None and not is_captured():
+        if not is_taken:
+            self._forget_recorded()
+        elif self._norms is not None and not is_captured():
             self._norms.end()
 
     def _before_some(self) -> None:
