@@ -73,6 +73,7 @@ class Contract(Optimizer):
     why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
+    last_grad_scale: Tensor | None = None  # what the last step divided gradients by, which still have that factor
     _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 

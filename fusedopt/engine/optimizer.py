@@ -87,7 +87,7 @@ class FusedOptimizer(Partial):
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
-            clipping; None until a step with max_grad_norm or skip_step_above was taken.
+            clipping; None if it took none, without max_grad_norm and skip_step_above.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -233,6 +233,7 @@ class FusedOptimizer(Partial):
             return
         self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.last_grad_scale = None if grad_scale is None else grad_scale.clone()  # GradScaler changes it in place
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
         if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
@@ -245,7 +246,7 @@ class FusedOptimizer(Partial):
             counts, norm = self._step_in_windows(scaling)
         else:
             counts, norm = self._step_some(None, scaling, ranks=ranks)
-        if norm is not None:
+        if norm is not None or scaling.max_grad_norm is None:
             self.last_grad_norm = norm
         self._count_step(counts, self._is_taken)
         if self._is_taken:

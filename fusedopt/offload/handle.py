@@ -313,7 +313,7 @@ class Release:
             self._clipping.end_measuring()
         self._flush()
         norm = self._clipping.end()
-        if norm is not None:
+        if norm is not None or self._clipping.way is None:
             self._optimizer.last_grad_norm = norm
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()
