@@ -60,7 +60,8 @@ class Contract(Optimizer):
     # Whether rules take sums over a whole parameter: steps of shards then meet other ranks.
     takes_sums: ClassVar[bool] = False
 
-    # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
+    # Whether torch makes states in the first step that needs them and not before it: each listing of a parameter then
+    # begins anew, and steps are counted from when a state was made.
     begins_in_first_step: ClassVar[bool] = False
 
     # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
