@@ -130,8 +130,8 @@ format: $(VENV)/.dev
 SANITIZED := $(VENV)/sanitized
 $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 	rm -rf $(SANITIZED)
-	FUSEDOPT_CMAKE_ARGS='-DFUSEDOPT_SANITIZE=ON -DFUSEDOPT_CUDA=OFF' FUSEDOPT_BUILD_DIR=build/sanitize \
-		$(PIP) --no-deps --target $(SANITIZED) .
+	PATH="$(abspath $(BIN)):$$PATH" FUSEDOPT_CMAKE_ARGS='-DFUSEDOPT_SANITIZE=ON -DFUSEDOPT_CUDA=OFF' \
+		FUSEDOPT_BUILD_DIR=build/sanitize $(PIP) --no-build-isolation --no-deps --target $(SANITIZED) .
 	@touch $@
 
 SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \

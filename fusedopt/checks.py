@@ -86,6 +86,14 @@ def whole(name: str, value: Any) -> int:
     return result
 
 
+def count(name: str, value: Any) -> int:
+    """A whole number >= 1."""
+    result = _integer(name, value)
+    if result < 1:
+        raise ValueError(f"{name}={value!r} counts nothing; pass a whole number above 0")
+    return result
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):

@@ -99,8 +99,7 @@ class Limits:
                 if not -1 <= checks.number(each.name, value) < 0:
                     raise ValueError(f"oscillation={value!r} is no negative autocorrelation; pass a number in [-1, 0)")
             elif isinstance(each.default, int):
-                if checks.whole(each.name, value) < 1:
-                    raise ValueError(f"{each.name}={value!r} counts nothing; pass a whole number above 0")
+                checks.count(each.name, value)
             else:
                 checks.positive(each.name, value)
         if self.least < self.recent:
@@ -108,8 +107,8 @@ class Limits:
 
 
 def number(value: Any) -> float | None:
-    """A recorded number as a float; None if it was not recorded."""
-    return None if value is None or isinstance(value, (list, dict, bool)) else float(value)
+    """A recorded number as a float; None if it was not recorded, or is something else, such as a text."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 class Detector:

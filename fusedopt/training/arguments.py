@@ -113,6 +113,11 @@ def to_training_arguments(recipe: Any, output_dir: str | None, overrides: dict[s
     return args
 
 
+def was_recipe(args: Any) -> bool:
+    """Whether arguments are from `to_training_arguments`, and so say what they have no field for."""
+    return hasattr(args, _BESIDE)
+
+
 def recipe_fields(args: Any) -> dict[str, Any]:
     """The fields of the recipe that TrainingArguments stand for.
 

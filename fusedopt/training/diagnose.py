@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from ..schedules import scheduler_names
 from .changes import NOTHING, Diff
 from .diagnose_memory import OutOfMemory, parse_out_of_memory
 from .diagnose_profile import Profile
 from .monitor_runs import Run
 from .recipe import Recipe
+from .validate import check_construction
 
 TROUBLES = ("unstable", "out of memory", "slow convergence", "overfitting", "slow steps")
 
@@ -111,8 +113,15 @@ def _change(recipe: Recipe, what: str, **fields: Any) -> Remedy:
     return Remedy(what, recipe.diff(recipe.replaced(**fields)))
 
 
-def _option(recipe: Recipe, what: str, **options: Any) -> Remedy:
-    return _change(recipe, what, options={**recipe.options, **options})
+def _option(recipe: Recipe, what: str, **options: Any) -> Iterator[Remedy]:
+    """Other options, unless the optimizer refuses them."""
+    if not any(check_construction(recipe.replaced(options={**recipe.options, **options}))):
+        yield _change(recipe, what, options={**recipe.options, **options})
+
+
+def _keeps_float32(recipe: Recipe) -> bool:
+    """Whether states are as large as they can be."""
+    return recipe.resolved_options.get("state_dtype", "float32") == "float32"
 
 
 def _rounded(value: float) -> float:
@@ -141,17 +150,18 @@ def _stabilizers(run: Run, recipe: Recipe, kinds: set[str], first: int) -> Itera
         yield _change(recipe, f"a third of the learning rate: {why}", lr=_rounded(recipe.lr / 3))
     if recipe.max_grad_norm is None:
         yield _change(recipe, "clip gradients", max_grad_norm=1.0)
-    if kinds & {"exploding_gradients", "loss_spike"} and recipe.options.get("skip_step_above") is None:
+    if kinds & {"exploding_gradients", "loss_spike"} and recipe.resolved_options.get("skip_step_above") is None:
         norms = [value for value in run.series("grad_norm")[1] if value == value and value != float("inf")]
         if norms:
             limit = _rounded(10 * median(norms))
-            yield _option(recipe, "leave out steps with ten times the usual gradient norm", skip_step_above=limit)
+            yield from _option(recipe, "leave out steps with ten times the usual gradient norm", skip_step_above=limit)
     steps = recipe.steps
     if (
         steps is not None
         and first <= 0.1 * steps
         and recipe.warmup < 0.05
-        and recipe.schedule.get("name") != "constant"
+        and recipe.schedule["name"] in scheduler_names()  # others have a warmup of their own
+        and recipe.schedule["name"] != "constant"
     ):
         yield _change(recipe, "warm up for a twentieth of the training: it broke early", warmup=0.05)
     if "loss_spike" in kinds and recipe.betas is not None and len(recipe.betas) == 2 and recipe.betas[1] > 0.98:
@@ -171,20 +181,24 @@ def _savers(found: OutOfMemory, recipe: Recipe) -> Iterator[Remedy]:
     if found.elsewhere is not None and found.total and found.elsewhere > 0.1 * found.total:
         yield Remedy("end the other programs on the device: they hold a good part of it")
     batch, parts = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    if batch > 1:
-        small = batch // 2
+    small = batch // 2
+    if small and not recipe.release_gradients:
         yield _change(
             recipe, "half the micro-batch, with twice the accumulation: the same batch",
             per_device_train_batch_size=small, gradient_accumulation_steps=-(-batch * parts // small),
         )  # fmt: skip
     if not recipe.gradient_checkpointing:
         yield _change(recipe, "compute activations again in the backward pass", gradient_checkpointing=True)
-    if recipe.options.get("state_dtype", "float32") == "float32":
-        yield _option(recipe, "keep states in 8 bits: 2 bytes a parameter instead of 8 with AdamW", state_dtype="8bit")
+    if _keeps_float32(recipe):
+        what = "keep states in 8 bits: 2 bytes a parameter instead of 8 with AdamW"
+        yield from _option(recipe, what, state_dtype="8bit")
     if recipe.precision == "float32":
         yield _change(recipe, "compute in bfloat16: half the activations", precision="bfloat16")
     if not recipe.release_gradients and parts == 1 and recipe.loss_scaling is None:
         yield _change(recipe, "step in the backward pass and free gradients as they come", release_gradients=True)
+    if small and recipe.release_gradients:
+        what = "half the batch, which changes the training: released gradients are not accumulated"
+        yield _change(recipe, what, per_device_train_batch_size=small)
 
 
 # ---- convergence -------------------------------------------------------------------------------------
@@ -206,10 +220,10 @@ def _movers(recipe: Recipe, kinds: set[str]) -> Iterator[Remedy]:
             "look at the layers before those that get no gradient: a ReLU of which all is below 0, or a detach()"
         )
     if "stuck_weights" in kinds and recipe.weights_dtype != "float32":
-        if recipe.options.get("master_weights") is None:
-            yield _option(recipe, "keep beside weights what 16 bits round away", master_weights="kahan")
-        if recipe.options.get("rounding") is None:
-            yield _option(recipe, "round weights stochastically: right on average", rounding="stochastic")
+        if recipe.resolved_options.get("master_weights") is None:
+            yield from _option(recipe, "keep beside weights what 16 bits round away", master_weights="kahan")
+        if recipe.resolved_options.get("rounding") is None:
+            yield from _option(recipe, "round weights stochastically: right on average", rounding="stochastic")
     if recipe.lr is not None and kinds & {"plateau", "stuck_weights", "vanishing_gradients"}:
         yield _change(recipe, "three times the learning rate", lr=_rounded(recipe.lr * 3))
     if "plateau" in kinds and recipe.schedule.get("name") == "constant":
@@ -224,6 +238,8 @@ def _overfitting(run: Run, recipe: Recipe) -> Diagnosis | None:
         return None
     best = min(range(len(losses)), key=losses.__getitem__)
     trained = run.series("loss")[1]
+    if not trained:
+        return None  # whether it learns by heart or not at all cannot be told
     begin, end = median(trained[: max(1, len(trained) // 4)]), median(trained[-max(1, len(trained) // 4) :])
     if best >= len(losses) - 2 or losses[-1] < 1.05 * losses[best] or end >= begin:
         return None
@@ -261,8 +277,9 @@ def _accelerators(profile: Profile, recipe: Recipe) -> Iterator[Remedy]:
                 recipe, "fewer steps of the optimizer: accumulate over four micro-batches",
                 gradient_accumulation_steps=4, release_gradients=False,
             )  # fmt: skip
-        if recipe.options.get("state_dtype", "float32") == "float32":
-            yield _option(recipe, "states in 8 bits: less memory is read and written in a step", state_dtype="8bit")
+        if _keeps_float32(recipe):
+            what = "states in 8 bits: less memory is read and written in a step"
+            yield from _option(recipe, what, state_dtype="8bit")
     if shares["forward"] + shares["backward"] > 0.5:
         if recipe.precision == "float32":
             yield _change(recipe, "compute in bfloat16", precision="bfloat16")

@@ -104,9 +104,10 @@ def estimate(
     Raises:
         ValueError: A number is out of range, or the recipe does not fit the model.
     """
-    devices = checks.whole("devices", devices)
-    if devices < 1:
-        raise ValueError("devices=0 train nothing; pass 1 or more")
+    devices = checks.count("devices", devices)
+    length = recipe.sequence_length if sequence_length is None else sequence_length
+    if length is not None:
+        checks.count("sequence_length", length)
     distribution = checks.one_of("distribution", distribution or "fsdp", DISTRIBUTIONS)
     distribution = distribution if devices > 1 else None
     shape: Shape | None
@@ -134,7 +135,6 @@ def estimate(
         elsewhere["pinned copies"] = weights_and_gradients // 3 * 2
         moved = transferred = weights_and_gradients
     device |= _made_by_torch(model, recipe, distribution, device["gradients"])
-    length = recipe.sequence_length if sequence_length is None else sequence_length
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -210,8 +210,7 @@ def _released(optimizer: FusedOptimizer, shards: int) -> int:
 
 def _place_of_states(recipe: Recipe) -> str:
     """Where states are: "device", "host", "disk", or "stepped there", on the host. "auto" is decided on a device."""
-    cls = CLASSES[recipe.optimizer]
-    options = {**cls.implied(recipe.optimizer, {"lr": recipe.lr}), **recipe.options}
+    options = recipe.resolved_options
     if options.get("step_device") is not None:
         return "stepped there"
     where = str(options.get("state_device"))

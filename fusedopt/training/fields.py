@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
+import torch
+
 from .. import checks
 from ..engine.optimizer import CLASSES
 from ..schedules import Schedule, scheduler_names
@@ -106,11 +108,45 @@ def fill(values: dict[str, Any]) -> None:
         values[name] = None if values[name] is None else float(values[name])
 
 
+def check_decay(values: dict[str, Any]) -> None:
+    """Raises a ValueError for fields that divide parameters into groups where there is to be one."""
+    for name in ("no_decay", "layer_decay"):
+        if values["decay"] == "all" and values[name]:
+            raise ValueError(
+                f"{name}={values[name]!r} divides parameters into groups, and decay='all' makes one of them; set decay "
+                f"to 'matrices', or leave {name} out"
+            )
+
+
 def given(schedule: Any) -> Any:
     """A schedule without parameters that are None, which is their default wherever they may be."""
     if isinstance(schedule, dict):
         return {key: given(value) for key, value in schedule.items() if value is not None}
     return [given(part) for part in schedule] if isinstance(schedule, list) else schedule
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as files can keep them, dtypes and devices by their names. Raises a TypeError for what cannot be kept."""
+    named = {key: _named(value) for key, value in options.items()}
+    for key, value in named.items():
+        if not _is_plain(value):
+            raise TypeError(
+                f"options.{key}={value!r} is a {type(value).__name__}, which no file can keep; pass a number, a text, "
+                "or a list or mapping of these"
+            )
+    return named
+
+
+def _named(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from .. import checks
+from .anomalies import number
 from .evaluate import Metric
 from .recipe import Recipe
-from .records import RunFile
+from .records import RunFile, check_run, run_header
 
 # Called with (recipe, seed, budget), and with folder=... if it takes that: see `follow`.
 Loop = Callable[..., Any]
@@ -98,6 +99,11 @@ def takes_folder(train: Loop) -> bool:
         return False
 
 
+def checkpoints(train: Loop, path: Path) -> Path | None:
+    """The folder beside a run file where a loop keeps checkpoints; None if it keeps none."""
+    return path.with_suffix("") if takes_folder(train) else None
+
+
 def follow(
     train: Loop,
     recipe: Recipe,
@@ -106,6 +112,7 @@ def follow(
     path: Path,
     *,
     until: int | None = None,
+    header: Mapping[str, Any] | None = None,
     scored: Sequence[Metric] = (Metric("loss"),),
     on_record: Callable[[dict[str, Any]], None] | None = None,
     stops_at: Callable[[int, Callable[[str], float]], bool] | None = None,
@@ -114,9 +121,10 @@ def follow(
 
     The loop is called with (recipe, seed, budget), everything random seeded before, and yields for its steps, counted
     from 1 to `budget`, (step, loss) or a mapping with "step", "loss" and whatever else it measures, such as "lr",
-    "grad_norm" or "eval_loss". What it returns at the end, a mapping, wins over means of what it yielded. It may be
-    closed early. If it takes `folder`, it gets one of its own, where it may keep a checkpoint, and go on from it when
-    it is called again: the first step that it yields then says where it goes on.
+    "grad_norm" or "eval_loss"; what is no number, such as a text, is only written. What it returns at the end, a
+    mapping of numbers, wins over means of what it yielded. It may be closed early. If it takes `folder`, it gets one of
+    its own, where it may keep a checkpoint, and go on from it when it is called again: the first step that it yields
+    then says where it goes on.
 
     Args:
         train: The loop.
@@ -125,6 +133,7 @@ def follow(
         budget: Steps of the whole training, by which a schedule is laid out.
         path: The run file; a folder for checkpoints lies beside it.
         until: The step to stop at; the budget by default.
+        header: The first line of the run file; none by default.
         scored: The metrics that must be there at the end.
         on_record: Called with each record.
         stops_at: Called with each step and a function from a metric's name to its value so far; ends the training by
@@ -138,16 +147,16 @@ def follow(
     """
     until = budget if until is None else until
     extra: dict[str, Any] = {}
-    if takes_folder(train):
-        extra["folder"] = path.with_suffix("")
-        extra["folder"].mkdir(parents=True, exist_ok=True)
+    if (folder := checkpoints(train, path)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        extra["folder"] = folder
     meter, records = _Memory(), _Records(until)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     status, reason = "finished", ""
     iterator: Iterator[Any] = iter(())
-    with RunFile(path, append=bool(extra)) as file:
+    with RunFile(path, append=bool(extra), header=header) as file:
         begun = time.perf_counter()
         own = 0.0  # seconds that are not the loop's
         first, first_at = 0, begun
@@ -157,6 +166,9 @@ def follow(
                 try:
                     item = next(iterator)
                 except StopIteration as stop:
+                    if number == 0 and extra:  # its checkpoint is of the last step: all was trained before
+                        file.begin(budget + 1)
+                        records.go_on(file.kept)
                     records.end(stop.value)
                     break
                 now = time.perf_counter()
@@ -222,11 +234,13 @@ def run(
 ) -> Outcome:
     """Trains once, and writes a run file.
 
+    A loop that takes `folder` goes on from its checkpoint; any other begins anew, and its file with it.
+
     Args:
         recipe: What is trained.
         train: Called with (recipe, seed, budget); yields (step, loss), or mappings with more, up to step `budget`.
         budget: Steps.
-        path: The run file: JSON lines, an object for each step.
+        path: The run file: JSON lines, a header with the recipe and then an object for each step.
         seed: The recipe's by default.
         watch: Called with `Progress` after each step.
 
@@ -234,7 +248,8 @@ def run(
         What came of it: its status, and all metrics.
 
     Raises:
-        ValueError: The loop yields what cannot be read, or ends early.
+        ValueError: The loop yields what cannot be read, or ends early, or the file is there and not of a `run` with
+            this recipe and seed.
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
@@ -248,7 +263,12 @@ def run(
             watch(Progress(record["step"], budget, "training", record.get("loss")))
 
     chosen = recipe.seed if seed is None else checks.uint32("seed", seed)
-    return follow(train, recipe, chosen, budget, Path(path), scored=(), on_record=tell)
+    recipe, path = recipe.replaced(seed=chosen), Path(path)
+    name = loop_name(train)
+    check_run(path, checkpoints(train, path), recipe, name)
+    return follow(
+        train, recipe, chosen, budget, path, header=run_header(recipe, name), scored=(), on_record=tell
+    )  # fmt: skip
 
 
 def _iterator(made: Any, budget: int) -> Iterator[Any]:
@@ -269,6 +289,9 @@ def read_record(item: Any, last: int | None) -> dict[str, Any]:
         record = {"step": item[0], "loss": _number(item[1])}
     else:
         raise ValueError(f"the loop yielded {item!r}; yield (step, loss), or a mapping with 'step' and 'loss'")
+    loss = record.get("loss", 0.0)
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        raise ValueError(f"the loop yielded {item!r}, whose loss is no number; leave it out where there is none")
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, (int, float)) or step != int(step) or step < 0:
         raise ValueError(f"the loop yielded {item!r}, whose step is no whole number; count steps from 1")
@@ -302,12 +325,13 @@ class _Records:
         self._gap = step - (self.last or 0)
         self.last = step
         for name, value in record.items():
-            if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._series.setdefault(name, []).append((step, float(value)))
+            if name not in ("step", "seconds") and (measured := number(value)) is not None:
+                self._series.setdefault(name, []).append((step, measured))
 
     def end(self, value: Any) -> None:
         if isinstance(value, Mapping):
-            self._final = {str(key): float(_number(item)) for key, item in value.items()}
+            found = {str(key): number(_number(item)) for key, item in value.items()}
+            self._final = {key: item for key, item in found.items() if item is not None}
 
     def check_end(self) -> None:
         """Raises a ValueError if the loop left off early. One that counts from 0 ends one step before."""

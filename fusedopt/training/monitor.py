@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 _WORST = 5  # parameters whose norms are recorded
+# What lines of the file have already, and names by which a reader tells them apart.
+_OWN = {
+    "step", "time", "loss", "lr", "lrs", "scale", "skipped", "grad_norm", "dead", "tokens", "tokens_per_second",
+    "seconds_per_step", "update_norm", "weight_norm", "update_ratio", "groups", "worst", "anomalies",
+    "version", "ended", "started", "optimizer", "torch", "recipe", "fingerprint",
+}  # fmt: skip
 
 
 class TrainingWarning(UserWarning):
@@ -106,15 +112,15 @@ class Monitor:
         self.optimizer, self._scaler = unwrapped(optimizer), scaler
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
-        self._every, self._norms_every = _count("every", every), None
+        self._every, self._norms_every = checks.count("every", every), None
         if norms_every is not None:
-            self._norms_every = _count("norms_every", norms_every)
+            self._norms_every = checks.count("norms_every", norms_every)
         if on_anomaly is not None and not callable(on_anomaly):
             checks.one_of("on_anomaly", on_anomaly, ("warn",))
         self._on_anomaly, self._save = on_anomaly, save
         self._stop_on = tuple(checks.one_of("stop_on", kind, KINDS) for kind in _listed("stop_on", stop_on))
         self._detector = Detector(limits)
-        self.last_step = 0 if start is None else _count("start", start) - 1
+        self.last_step = 0 if start is None else checks.count("start", start) - 1
         if path is not None and Path(path).exists():
             self._go_on_from(path, start)
         if start is None and self._norms_every is not None:
@@ -127,6 +133,9 @@ class Monitor:
         self._asks = False
         self._ask_for_norms()
         self._scale = None if scaler is None else float(scaler.get_scale())
+        self._seen: dict[str, Any] | None = None  # what a scaled step's gradients say, until it is recorded
+        self._captured_scale: Tensor | None = None
+        self._hook = None if scaler is None else self.optimizer.register_step_pre_hook(self._before_step)
         if self._lines is not None:
             self._lines.write(self._header(recipe))
 
@@ -166,14 +175,16 @@ class Monitor:
             loss: The loss, a number or a tensor of one.
             grad_norm: The norm of the gradients, where something else has found it, such as clip_grad_norm_.
             tokens: Tokens, or whatever is counted, in this step.
-            **more: Further numbers to record.
+            **more: Further numbers to record, under names that the file does not use itself.
 
         Returns:
             The anomalies that begin with this step.
 
         Raises:
+            ValueError: The file uses such a name itself.
             StopTraining: One of them is of a kind in ``stop_on``.
         """
+        _check_names(more)
         self.last_step += 1
         self._steps += 1
         self._tokens += tokens or 0
@@ -185,7 +196,8 @@ class Monitor:
         record: dict[str, Any] = {"step": self.last_step, "time": time.time(), "loss": float(loss), **self._lr()}
         record.update(self._scaling())
         if looks:
-            record.update(self._gradients(record))
+            record.update(self._gradients(self._captured_scale) if self._seen is None else self._seen)
+            self._seen = None
         norm = grad_norm if grad_norm is not None else getattr(self.optimizer, "last_grad_norm", None)
         if norm is not None:
             record["grad_norm"] = float(norm)
@@ -254,8 +266,20 @@ class Monitor:
         before, self._scale = self._scale, float(self._scaler.get_scale())
         return {"scale": self._scale, **({"skipped": True} if before is not None and self._scale < before else {})}
 
-    def _gradients(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What the gradients say that are still there: their norm, and whose are 0."""
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Looks at gradients that the step is to divide by a scale, before it does or scaler.update() changes that."""
+        scale = getattr(optimizer, "grad_scale", None)  # None if scaler.unscale_ has divided them already
+        if not isinstance(scale, Tensor):
+            self._captured_scale = None
+        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Replays come without this call. Ours leave gradients as they are; torch's divide them in place.
+            self._captured_scale = scale if isinstance(optimizer, FusedOptimizer) else None
+        elif self._looks_at(self.last_step + 1):
+            self._seen = self._gradients(scale)
+
+    @torch.no_grad()
+    def _gradients(self, scale: Tensor | None) -> dict[str, Any]:
+        """What the gradients say that are still there, so many times too large: their norm, and whose are 0."""
         groups = self.optimizer.param_groups
         places = [
             (g, i)
@@ -273,8 +297,8 @@ class Monitor:
             whole = over_ranks(Meshes(groups), {place: (square, 0.0) for place, square in sums.items()})
             sums.update({place: square for place, (square, _) in whole.items()})
         norm = math.sqrt(sum(sums.values()))
-        if self._scale and getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            norm /= self._scale
+        if scale is not None:
+            norm /= float(scale)
         dead = [_name(groups[g], i, g) for (g, i), square in sums.items() if square == 0.0]
         if len(dead) == len(places):
             dead = []  # there was no gradient at all: nothing that one layer could tell of
@@ -316,6 +340,9 @@ class Monitor:
 
     def close(self) -> None:
         """Notes that the training has ended; without it, whoever watches the file waits for more."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         if self._lines is not None:
             self._lines.write({"ended": time.time()})
             self._lines.close()
@@ -331,10 +358,12 @@ class Monitor:
         self.close()
 
 
-def _count(name: str, value: Any) -> int:
-    if checks.whole(name, value) < 1:
-        raise ValueError(f"{name}={value!r} counts nothing; pass a whole number above 0")
-    return int(value)
+def _check_names(more: Iterable[str]) -> None:
+    for name in more:
+        if name in _OWN:
+            raise ValueError(
+                f"{name}= is a name that the file of a run uses itself; record it under another, such as my_{name}="
+            )
 
 
 def _listed(name: str, value: Iterable[str]) -> list[str]:

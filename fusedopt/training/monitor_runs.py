@@ -126,7 +126,7 @@ class Run:
     @property
     def anomalies(self) -> list[Anomaly]:
         """All that were found while it ran; of a file that no Monitor has written, what its records show."""
-        if not self.header and not any("anomalies" in record for record in self.records):
+        if "optimizer" not in self.header and not any("anomalies" in record for record in self.records):
             detector = Detector()
             return [found for record in self.records for found in detector.add(record)]
         return [

@@ -16,14 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from .loops import Loop, Progress, Watch, check_loop, follow
-from .monitor_runs import read_run
 from .recipe import Recipe
 from .records import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIRST = 0.05  # of the steps, at the lowest rates: where the loss is before it moves
+_FIRST = 0.05  # of the losses, at the lowest rates: where the loss is before it moves
 _NOISES = 6.0  # deviations that are no divergence yet
 
 
@@ -32,9 +31,9 @@ class RangeTest:
     """What a range test found.
 
     Attributes:
-        lrs: The learning rate of each step.
-        losses: The loss of each step.
-        smoothed: Its exponential mean, as long as a tenth of the steps.
+        lrs: The learning rate of each step that the loop has yielded.
+        losses: The loss of each of them.
+        smoothed: Its exponential mean, as long as a tenth of the test.
         steepest: The rate at which the smoothed loss falls fastest per decade: to begin with. None if it never fell.
         lowest: The rate at which it is lowest. Nearly too high.
         diverged: The rate at which the test stopped because of divergence; None if it reached the end.
@@ -134,11 +133,21 @@ def range_test(
     if checks.whole("steps", steps) < 20:
         raise ValueError(f"steps={steps!r} are too few to see anything; pass at least 20")
     losses: list[float] = []
+    taken: list[int] = []  # steps that were taken before the one of each loss
+
+    first = 1
+
+    def rate(before: int) -> float:
+        return low * (high / low) ** (before / (steps - 1))
 
     def tell(record: dict[str, Any]) -> None:
+        nonlocal first
         if "loss" not in record:
             raise ValueError("the loop yields no 'loss', which a range test looks at; yield (step, loss)")
-        expected = low * (high / low) ** ((len(losses)) / (steps - 1))
+        if not taken:  # a loop may count its steps from 0
+            first = min(1, record["step"])
+        taken.append(record["step"] - first)
+        expected = rate(taken[-1])
         if not math.isclose(record.get("lr", expected), expected, rel_tol=1e-6):
             raise ValueError(
                 f"the loop trains with lr={record['lr']!r} at step {record['step']}, not {expected:.3g}; step the "
@@ -146,26 +155,33 @@ def range_test(
             )
         losses.append(record["loss"])
         if watch is not None:
-            watch(Progress(len(losses), steps, "range test", record["loss"]))
+            watch(Progress(taken[-1] + 1, steps, "range test", record["loss"]))
 
     ramp = _ramp(recipe, low, high, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.jsonl"
         chosen = recipe.seed if seed is None else checks.uint32("seed", seed)
         found = follow(
-            train, ramp, chosen, steps, path, on_record=tell, stops_at=lambda *_: _has_diverged(losses, steps)
+            train, ramp, chosen, steps, path, on_record=tell,
+            stops_at=lambda *_: _has_diverged(losses, _expected(taken, steps)),
         )  # fmt: skip
-        losses = [record["loss"] for record in read_run(path).records]
-    rates = [low * (high / low) ** (i / (steps - 1)) for i in range(len(losses))]
-    smoothed = smooth(losses, steps)
+    rates = list(map(rate, taken))
+    smoothed = smooth(losses, _expected(taken, steps))
     steepest, lowest = _read(rates, smoothed)
     diverged = rates[-1] if found.status in ("diverged", "stopped early") else None
     return RangeTest(tuple(rates), tuple(losses), tuple(smoothed), steepest, lowest, diverged, recipe)
 
 
-def smooth(losses: Sequence[float], steps: int) -> list[float]:
-    """The exponential mean of losses, as long as a tenth of the steps, without the bias of its beginning."""
-    beta = 1 - 10 / max(20, steps)
+def _expected(taken: Sequence[int], steps: int) -> int:
+    """How many losses a loop yields in so many steps, by those that it has yielded."""
+    if len(taken) < 2:
+        return steps
+    return round(steps * (len(taken) - 1) / (taken[-1] - taken[0]))
+
+
+def smooth(losses: Sequence[float], count: int) -> list[float]:
+    """The exponential mean of losses, as long as a tenth of their whole count, without the bias of its beginning."""
+    beta = 1 - 10 / max(20, count)
     mean, weight, result = 0.0, 0.0, []
     for loss in losses:
         mean, weight = beta * mean + (1 - beta) * loss, beta * weight + (1 - beta)
@@ -173,11 +189,11 @@ def smooth(losses: Sequence[float], steps: int) -> list[float]:
     return result
 
 
-def _has_diverged(losses: Sequence[float], steps: int) -> bool:
-    first = losses[: max(3, int(_FIRST * steps))]
+def _has_diverged(losses: Sequence[float], count: int) -> bool:
+    first = losses[: max(3, int(_FIRST * count))]
     if len(losses) <= len(first):
         return False
-    smoothed = smooth(losses, steps)
+    smoothed = smooth(losses, count)
     start = statistics.fmean(first)
     allowed = max(start - min(smoothed), _NOISES * statistics.stdev(first), 1e-3 * abs(start))
     return smoothed[-1] - start > allowed

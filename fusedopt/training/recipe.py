@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..engine.optimizer import FusedOptimizer
+from ..engine.optimizer import CLASSES, FusedOptimizer
 from ..groups import param_groups
 from ..optimizers.names import create_optimizer, refusal
 from ..schedules import Schedule, get_adafactor_schedule, get_scheduler, scheduler_names
@@ -48,7 +48,8 @@ class Recipe:
         betas: Decay of the moments per step, for optimizers that have them.
         eps: Added to denominators, for optimizers that have it.
         weight_decay: Of parameters that decay.
-        decay: "matrices" spares biases and norms, as `param_groups` tells them; "all" spares nothing.
+        decay: "matrices" spares biases and norms, as `param_groups` tells them; "all" spares nothing, and takes
+            neither `no_decay` nor `layer_decay`.
         no_decay: Parts of names of further parameters that do not decay.
         layer_decay: What the learning rate is multiplied by for each layer towards the input; None for one rate.
         options: Further arguments of the optimizer's class, such as {"state_dtype": "8bit"}.
@@ -125,10 +126,12 @@ class Recipe:
             raise ValueError(reason)
         arguments.check_release(values["optimizer"])
         fields.fill(values)
+        values["options"] = fields.plain_options(values["options"])
         fields.check_options(values["optimizer"], values["options"])
         values["warmup"] = length("warmup", values["warmup"])
         values["schedule"] = fields.given(files.plain(values["schedule"]))
         fields.check_schedule(values["schedule"], values["warmup"])
+        fields.check_decay(values)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -192,6 +195,11 @@ class Recipe:
         own = {name: getattr(self, name) for name in fields.OWN_FIELDS if getattr(self, name) is not None}
         return {"seed": self.seed, **self.options, **own, "max_grad_norm": self.max_grad_norm}
 
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """The options, with those that the optimizer's name stands for."""
+        return {**CLASSES[self.optimizer].implied(self.optimizer, {"lr": self.lr}), **self.options}
+
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The param groups of a model."""
         if self.decay == "all":
@@ -225,7 +233,7 @@ class Recipe:
                 f"lr=None takes the learning rate from the step's number, and schedule {self.schedule['name']!r} has "
                 "nothing to multiply; use the schedule 'constant', or give an lr"
             )
-        optimizer = create_optimizer(self.optimizer, self.groups(model), **self.optimizer_arguments)
+        optimizer = self.build_optimizer(model)
         scheduler: LRScheduler
         if self.lr is None:
             scheduler = get_adafactor_schedule(optimizer)  # which reports, and sets nothing
@@ -238,6 +246,20 @@ class Recipe:
                 raise ValueError("release_gradients=True needs a newer fusedopt; set it to false")
             fusedopt.release_gradients(optimizer, clip=None if self.max_grad_norm is None else "previous")
         return optimizer, scheduler
+
+    def build_optimizer(self, model: nn.Module) -> FusedOptimizer:
+        """The optimizer alone, which keeps its gradients, of a model that need not be as the recipe says.
+
+        Args:
+            model: Its parameters that require gradients are stepped.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        return create_optimizer(self.optimizer, self.groups(model), **self.optimizer_arguments)
 
     def schedule_value(self, total_steps: int) -> Any:
         """The schedule, or the rule with its warmup, with every length in steps."""

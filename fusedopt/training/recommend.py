@@ -33,7 +33,8 @@ class Recommendation:
     Attributes:
         recipe: The recipe.
         estimate: Its memory on a device.
-        spare: Bytes that are left on a device, beside the reserve; below 0 if it does not fit.
+        spare: Bytes that are left on a device, beside the reserve; below 0 if it does not fit. Where `estimate` knows
+            no activations, they have to go there.
         reasons: Why it is what it is, the main one first.
     """
 
@@ -54,7 +55,8 @@ class Recommendation:
 
     def __str__(self) -> str:
         told = f"leaves {size(self.spare)}" if self.fits else f"lacks {size(-self.spare)}"
-        head = f"{self.recipe.optimizer}: {size(self.estimate.total)} of device memory, {told}"
+        known = "" if self.estimate.activations is not None else " without activations"
+        head = f"{self.recipe.optimizer}: {size(self.estimate.total)} of device memory{known}, {told}"
         moved = f"a step moves {size(self.estimate.moved)} on the device"
         if self.estimate.transferred:
             moved += f" and {size(self.estimate.transferred)} between host and device"
@@ -94,11 +96,14 @@ def recommend(
 
     Tried are float32 and bfloat16 weights, states of 32 and 8 bits, AdamW, Lion and Adafactor
     (training/candidates.yaml), each with whole gradients, with released ones, and with states in the host's memory
-    where the optimizer can. `estimate` is the judge, with activations checkpointed and the largest micro-batch that
-    fits; gradients are accumulated to the batch that is wanted.
+    where the optimizer can and parameters are not sharded. `estimate` is the judge, with activations checkpointed and
+    the largest micro-batch that fits and divides the batch; gradients are accumulated to the batch that is wanted. Of a
+    model whose activations are not known (`Estimate.activations`), micro-batches are of one sequence, and reasons say
+    so.
 
     Args:
-        model: As for `estimate`. A module must be kept in one dtype; only candidates with that dtype are tried.
+        model: As for `estimate`. A module must be kept in one dtype, float32 or bfloat16; only candidates with that
+            dtype are tried.
         memory: Of each device: bytes, or such as "24GB". 1 GiB of it is kept in reserve.
         devices: How many there are. From two on, FSDP2 shards everything.
         task: The preset that all else is from; the small one's by default, which assumes nothing.
@@ -109,16 +114,20 @@ def recommend(
         The best three that fit, no two with the same optimizer and formats; if none fits, the one that lacks least.
 
     Raises:
-        ValueError: A number is out of range, or a name is unknown.
+        ValueError: A number is out of range, a name is unknown, or no candidate goes with the module.
     """
     available = memory_bytes(memory) - RESERVE_BYTES
+    devices = checks.count("devices", devices)
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value is not None:
+            checks.count(name, value)
     base = Recipe() if task is None else preset(task)
     length = sequence_length or base.sequence_length or 1024
     batch = batch_size or base.per_device_train_batch_size * base.gradient_accumulation_steps * devices
     base = dataclasses.replace(base, sequence_length=length, gradient_checkpointing=True)
     found: list[Recommendation] = []
     nearest: Recommendation | None = None
-    for fields, reasons, is_new in _candidates(base):
+    for fields, reasons, is_new in _candidates(base, devices):
         if is_new and len(found) == _BEST:
             break
         recipe = _with(base, fields)
@@ -131,20 +140,26 @@ def recommend(
             found.append(advice)
         elif nearest is None or advice.spare > nearest.spare:
             nearest = advice
+    if not found and nearest is None:
+        assert isinstance(model, nn.Module)  # of a size, every candidate is tried
+        raise ValueError(_why_none_goes_with(base, model))
     return found[:_BEST] or ([nearest] if nearest is not None else [])
 
 
-def _candidates(base: Recipe) -> Iterator[tuple[dict[str, Any], tuple[str, ...], bool]]:
+def _candidates(base: Recipe, devices: int) -> Iterator[tuple[dict[str, Any], tuple[str, ...], bool]]:
     """Fields, reasons, and whether it is the first way of a candidate."""
     listed: Any = files.read(Path(__file__).with_name("candidates.yaml"))
     for candidate in listed:
         fields = candidate["fields"]
         reason = f"{candidate['name']}: {candidate['why']}"
         yield fields, (reason,), True
-        if base.loss_scaling is None:
+        # Sums over shards need all ranks at one time, and released gradients come to each in its own order.
+        is_released = devices == 1 or not CLASSES[fields["optimizer"]].takes_sums
+        if base.loss_scaling is None and is_released:
             released = {**fields, "release_gradients": True}
             yield released, (reason, "gradients are stepped and freed as they come, so they are not accumulated"), False
-        if takes_offload(fields["optimizer"]):
+        # States of shards are where the shards are.
+        if devices == 1 and takes_offload(fields["optimizer"]):
             options = {**fields.get("options", {}), "state_device": "cpu"}
             yield {**fields, "options": options}, (reason, "state is in the host's memory, and streams by"), False
 
@@ -174,22 +189,40 @@ def _goes_with(recipe: Recipe, model: nn.Module) -> bool:
     return True
 
 
+def _why_none_goes_with(base: Recipe, model: nn.Module) -> str:
+    """Why no candidate is for a module, as a sentence."""
+    kept = sorted({str(param.dtype) for param in model.parameters() if param.requires_grad})
+    tried = sorted({f"torch.{fields['weights_dtype']}" for fields, _, _ in _candidates(base, 1)})
+    if len(kept) == 1 and kept[0] in tried:
+        try:
+            base.replaced(weights_dtype=kept[0].removeprefix("torch.")).check_model(model)
+        except ValueError as error:
+            return str(error)
+    return (
+        f"model has trainable weights in {' and '.join(kept) or 'no dtype'}, and what is tried has all of them in "
+        f"{' or in '.join(tried)}; call model.bfloat16() or model.float()"
+    )
+
+
 def _largest_batch(
     model: nn.Module | str, recipe: Recipe, available: int, devices: int, batch: int, reasons: tuple[str, ...]
 ) -> Recommendation:
-    """With the largest micro-batch, a power of two at most the wanted one, that fits; else with 1."""
+    """With the largest micro-batch that fits; else with 1, and so if activations are not known."""
     per_device = max(1, -(-batch // devices))
     one = estimate(model, dataclasses.replace(recipe, per_device_train_batch_size=1), devices=devices)
-    of_each = one.activations or 0
-    micro = 1
-    while micro * 2 <= per_device and one.total + of_each * (2 * micro - 1) <= available:
-        micro *= 2
-    steps = -(-per_device // micro)
+    most = 1
+    if one.activations is not None:
+        most = min(per_device, max(1, 1 + (available - one.total) // max(1, one.activations)))
     less = ""
     if recipe.release_gradients:
-        steps = 1
+        micro, steps = most, 1
         less = "" if micro >= per_device else f", fewer than the {per_device} that are wanted"
+    else:
+        micro = max(each for each in range(1, most + 1) if per_device % each == 0)
+        steps = per_device // micro
     recipe = dataclasses.replace(recipe, per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
-    found = dataclasses.replace(one, activations=None if one.activations is None else of_each * micro)
+    found = dataclasses.replace(one, activations=None if one.activations is None else one.activations * micro)
     told = f"{steps} x {micro} sequences of {recipe.sequence_length} tokens for each device{less}, blocks checkpointed"
+    if one.activations is None:
+        reasons = (*reasons, "activations of this model are not known: they have to go into what is left")
     return Recommendation(recipe, found, available - found.total, (*reasons, told))

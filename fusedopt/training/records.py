@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from ..backends.info import info
-from .monitor_runs import Lines, read_run
+from .monitor_runs import VERSION, Lines, read_run
+from .recipe import LABELS, Recipe
 
 try:
     import fcntl
@@ -50,10 +52,11 @@ class RunFile:
     Args:
         path: The file.
         append: Whether records that are there already stay, up to the first step that is written.
+        header: The file's first line, if it is to have one. With `append` it is written before the first step.
     """
 
-    def __init__(self, path: Path, *, append: bool = False) -> None:
-        self.path, self.append = path, append
+    def __init__(self, path: Path, *, append: bool = False, header: Mapping[str, Any] | None = None) -> None:
+        self.path, self.append, self._header = path, append, header
         self.kept: list[dict[str, Any]] = []
         self._file: Lines | None = None
 
@@ -75,9 +78,19 @@ class RunFile:
             self.kept = [record for record in read_run(self.path).records if record["step"] < step]
         else:
             self.path.unlink(missing_ok=True)
+            self._write_header()
         self._file = Lines(self.path)
 
+    def _write_header(self) -> None:
+        if self._header is not None:
+            file = Lines(self.path)
+            file.write(self._header)
+            file.close()
+
     def __enter__(self) -> RunFile:
+        # A loop may write checkpoints, and be killed, before it yields its first step.
+        if self.append and not self.path.exists():
+            self._write_header()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -142,12 +155,47 @@ def finite(value: Any) -> Any:
 
 def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises a ValueError if a folder holds results of something else."""
+    _check_same(path, before, now, "continue it with the same, or pass another folder")
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
     for key in now:
         if before.get(key) != now[key]:
+            told = f"{_short(before.get(key))}, now {_short(now[key])}"
+            raise ValueError(f"{path} was begun with another {key} ({told}); {remedy}")
+
+
+def run_header(recipe: Recipe, loop: str | None) -> dict[str, Any]:
+    """The first line of a file of `run`, by which `check_run` knows it."""
+    values = {"recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint, "loop": loop}
+    return {"version": VERSION, "started": time.time(), **values}
+
+
+def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None) -> None:
+    """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else.
+
+    Args:
+        path: The run file, which need not be there.
+        folder: That of the checkpoints, if the loop keeps any.
+        recipe: What is to be trained.
+        loop: The loop's name.
+    """
+    if path.exists() and path.stat().st_size:
+        header = read_run(path).header
+        if "loop" not in header:
             raise ValueError(
-                f"{path} was begun with another {key} ({_short(before.get(key))}, now {_short(now[key])}); continue it "
-                "with the same, or pass another folder"
+                f"{path} is there already, and `run` has not written it, so it does not say what was trained; pass "
+                "another path, or remove the file"
             )
+        beside = "" if folder is None else f" and {folder}"
+        remedy = f"continue it with the same, pass another path, or remove {path}{beside}"
+        now = {key: value for key, value in recipe.to_dict().items() if key not in LABELS}
+        _check_same(path, {**header["recipe"], "loop": header["loop"]}, {**now, "loop": loop}, remedy)
+    elif folder is not None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} has checkpoints, and {path}, which says of what, is missing; pass another path, or remove the "
+            "folder"
+        )
 
 
 def _short(value: Any) -> str:

@@ -134,9 +134,10 @@ def _of_search(found: Search) -> Iterator[Block]:
     yield Text(f"Recipes were drawn by {way}, and trained for {found.budget:,} steps with seed {found.seed}.{early}")
     yield Heading("The best trials")
     yield Rows([["trial", *found.rows()[0][1:]], *found.rows()[1:]])
-    done = [trial for trial in found.trials if trial.value is not None]
-    if done:
+    done = {trial.status for trial in found.trials if trial.value is not None}
+    if done & {"finished", "stopped early"}:
         yield _history(found)
+    if "finished" in done:
         yield _dimensions(found)
     if found.best is not None:
         yield Heading("Curves")
@@ -233,12 +234,16 @@ def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
             f"{len(records):,} records; it began at {losses[0]:.4g}.",
             is_verdict=True,
         )
+    elif "loss" in numbers:
+        told = f"Step {steps[-1]:,}: the loss was never finite, in none of {len(records):,} records."
+        yield Text(told, is_verdict=True)
     yield Heading("Results")
     rows = [["", "first", "last", "lowest", "highest"]]
     for key in numbers:
         values = [record[key] for record in records if _is_number(record.get(key))]
         metric = Metric(key, unit=UNITS.get(key, ""))
-        rows.append([key, *map(metric.shown, (values[0], values[-1], min(values), max(values)))])
+        cells = (values[0], values[-1], min(values), max(values)) if values else (None,) * 4  # none is finite
+        rows.append([key, *map(metric.shown, cells)])
     yield Rows(rows)
     if run.anomalies:
         yield Heading("Anomalies")
@@ -248,6 +253,8 @@ def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
     for key in order:
         if key != "seconds":
             series = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
+            if not series:
+                continue
             unit = f" ({UNITS[key]})" if key in UNITS else ""
             caption = f"{key}{unit} over {steps[-1]:,} steps"
             yield Picture(caption, pictures.svg(pictures.curves({key: [series]}, key + unit, window=0.0), caption))

@@ -146,9 +146,14 @@ def skeleton(shape: Shape, dtype: torch.dtype, lora_rank: int | None) -> Skeleto
 
 
 def shape_of_model(model: nn.Module) -> Shape | None:
-    """The shape of a transformer of transformers', by its config; None for any other module."""
+    """The shape of a transformer of transformers', by its config; None for any other module.
+
+    Of a model with several parts, such as one that reads pictures, it is the shape of the part for text. One with an
+    encoder and a decoder is of another kind: its blocks attend twice.
+    """
     config = getattr(model, "config", None)
-    if config is None:
+    config = getattr(config, "text_config", None) or config
+    if config is None or getattr(config, "is_encoder_decoder", False):
         return None
 
     def value(*names: str) -> int | None:

@@ -17,6 +17,7 @@ from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
 from ..schedules import ScheduleLR
 from ..storage.state import DTYPES
+from .arguments import was_recipe
 from .changes import Diff, flat
 from .findings import Finding, Findings
 from .model_checks import (
@@ -87,12 +88,14 @@ def _of_error(error: Exception, subject: Any) -> Finding:
 # ---- a recipe ----------------------------------------------------------------------------------------
 
 
-def _of_recipe(recipe: Recipe, model: nn.Module | None, steps: int | None) -> Iterator[Finding]:
+def _of_recipe(
+    recipe: Recipe, model: nn.Module | None, steps: int | None, *, knows_dtype: bool = True
+) -> Iterator[Finding]:
     steps = recipe.steps if steps is None else steps
     settings = _settings_of(recipe, steps)
     found = [*_counts(recipe), *check_values(settings), *check_recipe_schedule(recipe, steps), *_together(recipe)]
     if not any(finding.severity == "error" for finding in found):
-        found += _construction(recipe)
+        found += check_construction(recipe)
     yield from found
     if model is None:
         if recipe.lora_rank is None:
@@ -101,8 +104,9 @@ def _of_recipe(recipe: Recipe, model: nn.Module | None, steps: int | None) -> It
     if any(finding.severity == "error" for finding in found):
         return
     try:
-        recipe.check_model(model)
-        built, _ = dataclasses.replace(recipe, release_gradients=False).build(model, steps or 1000)
+        if knows_dtype:
+            recipe.check_model(model)
+        built = recipe.build_optimizer(model)
     except ValueError as error:
         yield _of_error(error, {})
         return
@@ -228,7 +232,7 @@ def _together(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("note", "release_gradients", True, "this fusedopt cannot release gradients", "update fusedopt")
 
 
-def _construction(recipe: Recipe) -> Iterator[Finding]:
+def check_construction(recipe: Recipe) -> Iterator[Finding]:
     """What the optimizer's own checks say: they know more of its options than anyone else."""
     param = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
     arguments = recipe.optimizer_arguments
@@ -259,7 +263,12 @@ def _of_arguments(args: Any, model: nn.Module | None, steps: int | None, optimiz
     except (ValueError, TypeError) as error:
         yield _of_error(error, {})
         return
-    yield from _of_recipe(recipe, model, steps)
+    knows_dtype = was_recipe(args)
+    if model is not None and not knows_dtype:  # arguments have no field for it; 16 bits are where there is most to say
+        kinds = {param.dtype for param in model.parameters() if param.requires_grad} & set(DTYPES.values())
+        narrowest = min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+        recipe = recipe.replaced(weights_dtype=str(narrowest).removeprefix("torch."))
+    yield from _of_recipe(recipe, model, steps, knows_dtype=knows_dtype)
 
 
 def _of_optimizer(

@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip("pydantic")
 
-from fusedopt.training import Recipe, diagnose, profile_steps
+import fusedopt.schedules
+from fusedopt.engine.optimizer import CLASSES
+from fusedopt.optimizers.names import optimizer_names
+from fusedopt.training import Recipe, diagnose, profile_steps, validate
 from fusedopt.training.diagnose import Diagnosis
 from fusedopt.training.diagnose_memory import parse_out_of_memory
 from fusedopt.training.diagnose_profile import Profile
@@ -155,6 +158,33 @@ def test_overfitting() -> None:
     assert changes(found) == [{"steps": 3}, {"weight_decay": 0.1}, {"lr": 1.5e-3}]
     assert diagnose(run_of(loss=falling, eval_loss=sorted(rising, reverse=True)), RECIPE) == []
     assert diagnose(run_of(loss=falling[::-1], eval_loss=rising), RECIPE) == []  # that is something else
+    evaluated = run_of(eval_loss=rising)
+    for record in evaluated.records:
+        del record["loss"]
+    assert diagnose(evaluated, RECIPE) == []  # nor can that be told
+
+
+@pytest.mark.parametrize("name", [name for name in optimizer_names() if name in CLASSES])
+def test_remedies_can_be_applied_and_change_something(name: str) -> None:
+    """For every name of an optimizer, with what it stands for, gradients that are released, and any schedule."""
+    composed = (fusedopt.schedules.warmup(50) >> fusedopt.schedules.constant()).to_dict()
+    recipe = Recipe(
+        optimizer=name, lr=1e-5, steps=1_000, per_device_train_batch_size=16, release_gradients=True,
+        precision="bfloat16", weights_dtype="bfloat16", schedule=composed,
+    )  # fmt: skip
+    before = recipe.resolved_options
+    found = diagnose(
+        run_of("non_finite", "loss_spike", "stuck_weights", step=5), recipe, error="CUDA out of memory. Tried to "
+        "allocate 2.00 GiB.", profile=Profile(0.3, 0.1, 0.3, 0.3),
+    )  # fmt: skip
+    assert [each.trouble for each in found] == ["out of memory", "unstable", "slow convergence", "slow steps"]
+    for each in found:
+        for remedy in each.remedies:
+            assert remedy.change
+            changed = recipe.apply(remedy.change)
+            assert changed.resolved_options != before or changed.options == recipe.options
+            built = changed.replaced(schedule={"name": "constant"})
+            assert [f for f in validate(built).errors if f.field != "lr"] == [], remedy
 
 
 def test_slow_steps() -> None:

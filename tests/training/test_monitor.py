@@ -91,6 +91,60 @@ def test_the_loss_scale(tmp_path: Path) -> None:
     assert [(r["scale"], r.get("skipped", False)) for r in records] == [(1024.0, False), (512.0, True)]
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("kind", [fusedopt.AdamW, torch.optim.AdamW, torch.optim.SGD])
+def test_the_norm_is_that_of_gradients_without_their_scale(kind: Any, unscales: bool, tmp_path: Path) -> None:
+    params = optimizer_of().param_groups[0]["params"]
+    optimizer = kind(params, lr=1e-3, **({"fused": True} if kind is torch.optim.AdamW else {}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)  # its scale doubles after each step
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer, scaler=scaler, norms_every=1)
+    for _ in range(2):
+        for param in params:
+            param.grad = None
+        scaler.scale(sum(param.sum() for param in params)).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        monitor.step(1.0)
+    monitor.close()
+    assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([math.sqrt(10)] * 2)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_norm_of_a_captured_step_is_without_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = optimizer_of()
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer, scaler=torch.amp.GradScaler("cpu"), norms_every=1)
+    optimizer.grad_scale = torch.tensor(2.0)  # as scaler.step gives it
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monitor._before_step(optimizer)
+    monitor.step(1.0)  # after a replay, which calls no hook
+    assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([math.sqrt(10) / 2])
+
+
+@pytest.mark.parametrize("name", ["step", "version", "ended", "groups", "time", "anomalies", "lr", "scale"])
+def test_names_that_the_file_uses_itself_are_refused(name: str, tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer_of())
+    with pytest.raises(ValueError, match=f"^{name}= is a name that the file of a run uses itself; record it under"):
+        monitor.step(1.0, **{name: 1})
+    assert monitor.last_step == 0
+    assert read_run(tmp_path / "run.jsonl").records == []
+
+
+def test_all_that_is_written_is_refused_as_a_name(tmp_path: Path) -> None:
+    optimizer = optimizer_of(max_grad_norm=1.0)
+    monitor = Monitor(tmp_path / "run.jsonl", optimizer, scaler=torch.amp.GradScaler("cpu"), recipe=preset("lora"))
+    optimizer.step()
+    with pytest.warns(TrainingWarning):
+        monitor.step(math.nan, tokens=1)
+    run = read_run(tmp_path / "run.jsonl")
+    for name in {*run.header, *run.records[0]} - {"loss", "tokens", "grad_norm"}:  # these are arguments
+        with pytest.raises(ValueError, match=name):
+            monitor.step(1.0, **{name: 1})
+
+
 def test_every_tenth_step(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "run.jsonl", optimizer_of(), every=10, norms_every=None)
     for _ in range(25):

@@ -77,6 +77,20 @@ def test_errors_are_sentences(arguments: dict[str, Any], message: str) -> None:
         range_test(SGD, regression, **arguments)
 
 
+@pytest.mark.parametrize("every", [7, 10])
+def test_a_loop_that_yields_now_and_then_has_the_rates_of_its_steps(every: int) -> None:
+    def now_and_then(recipe: Recipe, seed: int, budget: int) -> Any:
+        yield from (record for record in regression(recipe, seed, budget) if record["step"] % every == 0)
+
+    whole = range_test(SGD, regression, low=1e-4, high=100.0, steps=300)
+    found = range_test(SGD, now_and_then, low=1e-4, high=100.0, steps=300)
+    assert found.lrs[: len(whole.lrs) // every] == whole.lrs[every - 1 :: every][: len(found.lrs)]
+    assert found.losses[: len(whole.losses) // every] == whole.losses[every - 1 :: every][: len(found.losses)]
+    assert found.diverged == found.lrs[-1]
+    assert 0.5 < found.diverged < 20.0  # it is looked at less often
+    assert 0.005 < found.steepest < found.lowest < 1.5
+
+
 def test_a_loop_with_a_scheduler_of_its_own_is_found() -> None:
     def own(recipe: Recipe, seed: int, budget: int) -> Any:
         yield from ({"step": step, "loss": 1.0, "lr": 0.1} for step in range(1, budget + 1))

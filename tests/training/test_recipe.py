@@ -63,6 +63,25 @@ def model() -> nn.Module:
 # ---- files -------------------------------------------------------------------------------------------
 
 
+def test_options_are_kept_by_their_names(tmp_path: Path) -> None:
+    recipe = Recipe(options={"state_dtype": torch.bfloat16, "state_device": torch.device("cpu")})
+    assert recipe == Recipe(options={"state_dtype": "bfloat16", "state_device": "cpu"})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+    assert hash(recipe)
+    with pytest.raises(TypeError, match=r"options.rounding=.* is a object, which no file can keep; pass a number"):
+        Recipe(options={"rounding": object()})
+
+
+@pytest.mark.parametrize("field", [{"no_decay": ("embed",)}, {"layer_decay": 0.5}])
+def test_what_needs_groups_is_refused_where_everything_decays(field: dict[str, Any]) -> None:
+    (name,) = field
+    with pytest.raises(ValueError, match=f"^{name}=.* set decay to 'matrices', or leave {name} out"):
+        Recipe(decay="all", **field)
+    with pytest.raises(ValueError, match=name):
+        Recipe(**field).replaced(decay="all")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_recipe_goes_through_a_file(name: str, suffix: str, tmp_path: Path) -> None:

@@ -319,6 +319,29 @@ def test_training_arguments_and_clipping_twice(tmp_path: Path) -> None:
     assert "projects gradients" in str(_only(validate(args)))
 
 
+@pytest.mark.parametrize("kept", ["whole", "norms in float32"])
+def test_arguments_are_judged_with_the_dtype_of_the_model(kept: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).bfloat16()
+    if kept == "norms in float32":
+        model[1].float()
+    args = transformers.TrainingArguments(
+        str(tmp_path), bf16=True, learning_rate=1e-5, optim="adamw_torch_fused", use_cpu=True
+    )
+    for steps in (None, 1000):
+        found = validate(args, model, steps)
+        assert found.errors == []
+        assert [f.field for f in found] == ["options.rounding"]  # weights that do not move at this lr
+    said = Recipe(lr=1e-5, precision="bfloat16").to_training_arguments(str(tmp_path), use_cpu=True)
+    assert _only(validate(said, model)).field == "weights_dtype"  # a recipe's arguments know
+
+
+def test_no_length_is_made_up_for_a_training_without_one() -> None:
+    recipe = Recipe(lr=1e-4, warmup=500, schedule={"name": "warmup_stable_decay", "num_decay_steps": 2000})
+    assert validate(recipe, _model()).errors == validate(recipe).errors == []
+    assert "together exceed" in str(validate(recipe, _model(), 2000))
+
+
 # ---- the command -------------------------------------------------------------------------------------
 
 
