@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from types import FrameType
 from typing import Any
@@ -43,6 +45,9 @@ _MASTER_DTYPES = {
     "master": (torch.float32,),
 }
 
+# The keys of every optimizer's states; subclasses fill it as they are defined.
+STATE_KEYS: set[str] = set()
+
 
 class _Kept:
     """What goes through torch's load_state_dict, which looks into tensors, dicts and iterables, as it is."""
@@ -52,6 +57,16 @@ class _Kept:
 
     def __deepcopy__(self, memo: object) -> _Kept:
         return self
+
+
+@contextmanager
+def hooked(register: Callable[..., Any], hook: Callable[..., Any], **kwargs: Any) -> Iterator[None]:
+    """Registers a hook of ours for as long as the context is."""
+    handle = register(hook, **kwargs)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any]) -> list[str]:
@@ -103,7 +118,8 @@ def _check_complete(
     Moments that begin at zero beside a step count that does not would be corrected for a bias that they do not have.
     """
     steps = float(held.get("step", 0))
-    found = [key for key in held if key not in _MASTER_DTYPES and (key != "step" or steps > 0)]
+    # Before the first step, a key that no optimizer has for a state is somebody's note.
+    found = [key for key in held if key in STATE_KEYS or (steps > 0 and key not in _MASTER_DTYPES)]
     missing = [spec.name for spec in optimizer.states_of(group, param) if not spec.keys_in(held)]
     if found and missing:
         raise ValueError(
@@ -222,7 +238,9 @@ def restore(optimizer: Contract) -> None:
             if "step" in held and not isinstance(held["step"], (_Kept, Tensor)):
                 held["step"] = _Kept(torch.tensor(float(held["step"]), dtype=torch.float32, device="cpu"))
             kept = {key: value.tensor for key, value in held.items() if isinstance(value, _Kept)}
-            held.update(kept)  # what is no state of this optimizer stays for whoever put it there
+            # What is no state of this optimizer stays for whoever put it there; it is not the state dict's.
+            own = {"step", *_MASTER_DTYPES, *(key for s in optimizer.all_states(group) for key in s.keys_in(kept))}
+            held.update({key: value if key in own else value.clone() for key, value in kept.items()})
             if "step" in kept:
                 slot = Slot("step", torch.Size(), torch.Size(), torch.float32)
                 targets.append((held, param, slot, kept["step"].reshape(())))

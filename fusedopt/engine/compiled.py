@@ -155,7 +155,7 @@ def _step(
             gathered.write_back()
             streamer_of(sessions).settle()
             if owner is not None and any(each is not None and each is not False for each in records.values()):
-                owner._count_step(counts)
+                owner._count_step(counts, gathered.is_taken)
         finally:
             let_go(sessions)
     if norm is not None and grad_norm is not None:

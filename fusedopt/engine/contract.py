@@ -60,7 +60,8 @@ class Contract(Optimizer):
     # Whether rules take sums over a whole parameter: steps of shards then meet other ranks.
     takes_sums: ClassVar[bool] = False
 
-    # Whether torch makes states in the first step and not before it: each listing of a parameter then begins anew.
+    # Whether torch makes states in the first step that needs them and not before it: each listing of a parameter then
+    # begins anew, and steps are counted from when a state was made.
     begins_in_first_step: ClassVar[bool] = False
 
     # Whether a step changes its param groups: it is not traced or captured then, and waits to learn if it is taken.
@@ -73,6 +74,7 @@ class Contract(Optimizer):
     why_no_block_is_skipped: ClassVar[str | None] = None
 
     last_grad_norm: Tensor | None = None
+    last_grad_scale: Tensor | None = None  # what the last step divided gradients by, which still have that factor
     _release: Release | None = None  # steps parameters during the backward pass
     has_warned = False  # that nothing is quantized
 
@@ -276,7 +278,7 @@ class Contract(Optimizer):
         """What steps are told to count and measure, as keyword arguments."""
         raise NotImplementedError
 
-    def _count_step(self, counts: Health) -> None:
+    def _count_step(self, counts: Health, is_taken: bool = True) -> None:
         """Notes what a whole step counted and measured."""
         raise NotImplementedError
 

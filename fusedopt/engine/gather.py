@@ -22,13 +22,8 @@ from ..storage.state import DTYPES, keeps_own_precision
 from . import sharding
 from .collectives import Agreement, Meshes
 from .contract import Contract
-from .plain import base, is_plain_memory, nothing
+from .plain import base, dense, is_plain_memory, nothing
 from .sessions import streamer_of
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """A gradient with a number for every element; a sparse one may have several, which are added."""
-    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
 def _chunks_of(grad: Tensor) -> int:
@@ -71,6 +66,17 @@ def clipped(square_sum: float, multiplier: float, scaling: Scaling) -> tuple[flo
     return None if skips else multiplier, torch.tensor(norm, dtype=torch.float32, device="cpu")
 
 
+def _was_left_out(scaling: Scaling, norm: Tensor | None, sums: SquareSums) -> bool:
+    """Whether a device has left a step out; it has told sums of squares of the updates, and so is waited for already.
+
+    The norm is rounded, so one that is close to the limit does not tell. But what has moved was stepped.
+    """
+    if any(update for update, _ in sums.values()):
+        return False
+    is_above = scaling.skip_step_above is not None and norm is not None and not float(norm) <= scaling.skip_step_above
+    return is_above or (scaling.found_inf is not None and bool(scaling.found_inf.item()))
+
+
 class Gathered:
     """The tensors of one step, by backend, and the copies to write back.
 
@@ -100,7 +106,7 @@ class Gathered:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._wrappers: list[Tensor] = []
         self._fake: Tensor | None = None
-        self.is_taken = False  # the step, unless a device knows better
+        self.is_taken = False  # the step, unless a device knows better and has not told
 
     def begin(self) -> None:
         """Forgets the step before."""
@@ -238,7 +244,7 @@ class Gathered:
     @staticmethod
     def _numbers(grad: Tensor, param: Tensor) -> Tensor:
         """The gradient with a number for every element, in a dtype that goes with the parameter's."""
-        grad = _dense(grad.detach())
+        grad = dense(grad.detach())
         return grad if keeps_own_precision(param) or grad.dtype in DTYPES.values() else grad.float()
 
     def _chunk_sums(self, grads: list[Tensor]) -> list[Tensor]:
@@ -255,7 +261,7 @@ class Gathered:
                 sums |= session.sums_by_place()
             return [torch.cat([sums[place].cpu() for place in sorted(sums)])]
         # List order runs across backends: the reference takes them all.
-        return [square_sums(_dense(grad)).cpu() for grad in grads]
+        return [square_sums(dense(grad)).cpu() for grad in grads]
 
     def square_sums(self, listed: Iterable[Listed]) -> list[Tensor]:
         """The sums of squares by chunk of each gradient; all of them are here."""
@@ -322,7 +328,8 @@ class Gathered:
                 self._signs(), scaling, counts_health=counts_health, square_sums=sums
             )
             if square_sums is not None and sums:
-                square_sums.update(self._by_member(sums))
+                self.is_taken = not _was_left_out(scaling, norm, sums)
+                square_sums.update(self._by_member(sums) if self.is_taken else {})
             return self._by_member(counted), norm
         multiplier, norm = self.multiplier(scaling, listed)
         if multiplier is None:

@@ -16,6 +16,7 @@ from ..storage.quantization import encode
 from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
 from . import checkpoint, collectives, reports, sharding
 from .contract import Contract
+from .plain import shares_elements
 
 
 def parts(
@@ -134,7 +135,20 @@ def check_param(optimizer: Contract, group_index: int, position: int) -> None:
                 f"{where} has state_dtype={group['state_dtype']!r} but its dtype is {param.dtype}, "
                 "whose state is kept in the same precision; leave state_dtype='float32' in its group"
             )
-    checkpoint.check_state(optimizer, group, param, optimizer.state.get(param, {}), where)
+    held = optimizer.state.get(param, {})
+    checkpoint.check_state(optimizer, group, param, held, where)
+    _check_memory(param, where)
+    for key in checkpoint.state_keys(optimizer, group, param, held):
+        if key in held:
+            _check_memory(held[key], f"{where} has a state {key!r} and")
+
+
+def _check_memory(tensor: Tensor, where: str) -> None:
+    if shares_elements(sharding.local(tensor)):
+        raise ValueError(
+            f"{where} cannot be stepped: some of its elements are the same place in memory, as expand() makes them; "
+            "give each its own with clone(memory_format=torch.contiguous_format)"
+        )
 
 
 def _check_grad(optimizer: Contract, group: dict[str, Any], param: Tensor, grad: Tensor, where: str) -> None:
@@ -191,16 +205,20 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
     """Allocates the states that (group index, parameter) pairs lack; whether there were any."""
     wanted: list[tuple[Tensor, Slot, Tensor | float | None]] = []
     groups: list[dict[str, Any]] = []  # of each of them
+    begun: list[Tensor] = []  # step counts of what begins anew
     for group_index, param in members:
         group = optimizer.param_groups[group_index]
         held = optimizer.state.get(param, {})
         step = held.get("step")
+        missing = [spec for spec in optimizer.states_of(group, param) if not spec.keys_in(held)]
+        begins = bool(missing) and optimizer.begins_in_first_step
         if not isinstance(step, Tensor):  # a number, as a user may set it, becomes one
-            count = None if step is None else float(step)
+            count = None if step is None or begins else float(step)
             wanted.append((param, Slot("step", torch.Size(), torch.Size(), torch.float32), count))
-        for spec in optimizer.states_of(group, param):
-            if not spec.keys_in(held):
-                wanted += _wanted(optimizer, spec, group, param)
+        elif begins:
+            begun.append(step)
+        for spec in missing:
+            wanted += _wanted(optimizer, spec, group, param)
         slot = masters.slot_of(group, param, sharding.local(param))
         if slot is not None and slot.key not in held:
             wanted.append((param, slot, masters.first_value(group, sharding.local(param))))
@@ -213,6 +231,8 @@ def make_state(optimizer: Contract, members: Iterable[tuple[int, Tensor]]) -> bo
         optimizer.state[param][slot.key] = (
             tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
         )
+    for step in begun:
+        step.zero_()
     if wanted:
         reports.warn_if_nothing_is_quantized(optimizer)
     return bool(wanted)

@@ -87,13 +87,14 @@ class FusedOptimizer(Partial):
 
     Attributes:
         last_grad_norm: 0-d float32 tensor, the global gradient norm that the last step found before
-            clipping; None until a step with max_grad_norm or skip_step_above was taken.
+            clipping; None if it took none, without max_grad_norm and skip_step_above.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         REFERENCES.update(cls.REFERENCES)
         ASKING.update(cls.ASKING)
+        checkpoint.STATE_KEYS.update(key for spec in cls.STATES for key in (spec.name, spec.codes, spec.scales))
         if "NAMES" in cls.__dict__:
             CLASSES.update(dict.fromkeys(cls.NAMES, cls))
         if "__init__" in cls.__dict__:
@@ -232,6 +233,7 @@ class FusedOptimizer(Partial):
             return
         self.before_step()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.last_grad_scale = None if grad_scale is None else grad_scale.clone()  # GradScaler changes it in place
         scaling = Scaling(grad_scale, found_inf, self.common_max_grad_norm(), self.common_skip_step_above())
         meshes = self._agreement().meshes(self)
         if meshes is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
@@ -244,9 +246,9 @@ class FusedOptimizer(Partial):
             counts, norm = self._step_in_windows(scaling)
         else:
             counts, norm = self._step_some(None, scaling, ranks=ranks)
-        if norm is not None:
+        if norm is not None or scaling.max_grad_norm is None:
             self.last_grad_norm = norm
-        self._count_step(counts)
+        self._count_step(counts, self._is_taken)
         if self._is_taken:
             self.after_step()
 
@@ -358,7 +360,9 @@ class FusedOptimizer(Partial):
         Options that torch's optimizers do not have stand in its groups only where they differ from their defaults. So
         distributed checkpoints of torch's optimizers load into ours, and ours into later versions with more options.
         """
-        return checkpoint.without_defaults(self, super().state_dict())
+        hook = checkpoint.without_defaults  # before the user's own hooks
+        with self._lock, checkpoint.hooked(self.register_state_dict_post_hook, hook, prepend=True):
+            return super().state_dict()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -370,21 +374,25 @@ class FusedOptimizer(Partial):
 
         Raises:
             ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
+            OSError: A disk is full. Nothing has changed then, either, as after any other error of loading itself.
         """
-        with self._lock:
-            handle = self.register_load_state_dict_pre_hook(checkpoint.prepare)  # after the user's own hooks
-            try:
-                super().load_state_dict(state_dict)
-            finally:
-                handle.remove()
+        hook = checkpoint.prepare  # after the user's own hooks
+        with self._lock, checkpoint.hooked(self.register_load_state_dict_pre_hook, hook):
+            super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        held = ("state", "param_groups", "_repeats")
+        before: dict[str, Any] = {key: self.__dict__[key] for key in held if key in self.__dict__}
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        self._repeats = members.repeats(self.param_groups)
-        checkpoint.restore(self)
+        try:
+            for group in self.param_groups:
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._repeats = members.repeats(self.param_groups)
+            checkpoint.restore(self)
+        except BaseException:  # a disk is full, or a device: what was there is as it was
+            self.__dict__.update(before)
+            raise
 
 
 note_own_defaults(FusedOptimizer.__init__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,14 +58,16 @@ class Partial(Reporting):
     def state(self, value: Any) -> None:
         self.__dict__["state"] = value
 
-    def _count_step(self, counts: Health) -> None:
-        """Notes what a whole step counted."""
+    def _count_step(self, counts: Health, is_taken: bool = True) -> None:
+        """Notes what a whole step counted; of one that was left out there are no norms."""
         if "_host_side" in self.__dict__:
             counts |= self._host_side.join()
         self._streamer().settle()
         if self._health is not None:
             self._health.add(counts)
-        if self._norms is not None and not is_captured():
+        if not is_taken:
+            self._forget_recorded()
+        elif self._norms is not None and not is_captured():
             self._norms.end()
 
     def _before_some(self) -> None:
@@ -134,9 +137,8 @@ class Partial(Reporting):
         """The sums of squares of the gradients at these positions of each group, by reduction chunk."""
         if not self._uses_host():
             return self._square_sums_here(listed)
-        side, inner = self._on_host()
-        on_host, here = side.split(self.param_groups, listed)
-        found = dict(zip(self._places(on_host), side.square_sums(inner, self._params(on_host), on_host)))
+        with self._on_host(listed) as (side, inner, on_host, here):
+            found = dict(zip(self._places(on_host), side.square_sums(inner, self._params(on_host), on_host)))
         if any(here):
             found |= dict(zip(self._places(here), self._square_sums_here(here)))
         return [found[place].cpu() for place in sorted(found)]
@@ -190,16 +192,32 @@ class Partial(Reporting):
             for group in self.param_groups
         )
 
-    def _on_host(self) -> tuple[HostSide, Inner]:
-        """What steps parameters of a device on the host, and the optimizer that it does so with."""
+    @contextmanager
+    def _on_host(
+        self, listed: Sequence[list[int]]
+    ) -> Iterator[tuple[HostSide, Inner, list[list[int]], list[list[int]]]]:
+        """What steps parameters of a device on the host, the optimizer that it does so with, and which of those listed.
+
+        The rest of them is the last of the four. The host does not see whether gradients are sparse, so that is checked
+        here. Whatever is refused, here or in the context, the next step goes by the options of then.
+        """
         params = (sharding.local(param) for group in self.param_groups for param in group["params"])
         check_not_captured(params, _STEPPED_BY_A_THREAD)
         if "_host_side" not in self.__dict__:
             self._host_side = HostSide(partial(_twin_of, type(self), self.defaults))
-        inner = self._host_side.mirror(self.param_groups, self.__dict__["state"])
-        inner._health, inner._norms = self._health, self._norms  # counted there, added up here
-        inner._repeats = self._repeats
-        return self._host_side, inner
+        side = self._host_side
+        try:
+            inner = side.mirror(self.param_groups, self.__dict__["state"])
+            inner._health, inner._norms = self._health, self._norms  # counted there, added up here
+            inner._repeats = self._repeats
+            on_host, here = side.split(self.param_groups, listed)
+            for index, position in self._places(on_host):
+                if self.param_groups[index]["params"][position].grad.layout != torch.strided:
+                    members.check_param(self, index, position)
+            yield side, inner, on_host, here
+        except BaseException:
+            side.forget_options()
+            raise
 
     def _step_all_with_host(self, scaling: Scaling, ranks: Ranks | None) -> tuple[Health, Tensor | None]:
         """A whole step, of which the host takes the parameters whose groups ask for it."""
@@ -209,14 +227,13 @@ class Partial(Reporting):
                 "or a grad_norm_group; pass step_device=None, or let FSDP2's CPUOffloadPolicy keep parameters on the "
                 "CPU, where they are stepped in any case"
             )
-        side, inner = self._on_host()
         listed = members.with_gradients(self.param_groups)
-        on_host, here = side.split(self.param_groups, listed)
-        try:
-            side.check(inner, self._params(on_host), on_host)
-            self._gather(here)  # checks these, too, before anything changes
-        finally:
-            let_go(self._sessions())
+        with self._on_host(listed) as (side, inner, on_host, here):
+            try:
+                side.check(inner, self._params(on_host), on_host)
+                self._gather(here)  # checks these, too, before anything changes
+            finally:
+                let_go(self._sessions())
         try:
             counts, norm = self._step_with_host(listed, scaling, None)
         finally:
@@ -233,11 +250,10 @@ class Partial(Reporting):
         if multiplier is None:
             return {}, norm
         self._is_taken = True
-        side, inner = self._on_host()
-        on_host, here = side.split(self.param_groups, listed)
-        for some in host.windows(self.param_groups, on_host):
-            side.step_some(inner, self._params(some), some, multiplier)
-        counts = self._step_here(here, scaling, multiplier)[0] if any(here) else {}
+        with self._on_host(listed) as (side, inner, on_host, here):
+            for some in host.windows(self.param_groups, on_host):
+                side.step_some(inner, self._params(some), some, multiplier)
+            counts = self._step_here(here, scaling, multiplier)[0] if any(here) else {}
         return counts, norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

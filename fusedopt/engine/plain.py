@@ -17,6 +17,23 @@ def is_plain_memory(tensor: Tensor) -> bool:
     return not tensor.is_neg() and not tensor.is_conj() and tensor.data_ptr() % tensor.element_size() == 0
 
 
+def shares_elements(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor are the same place in memory, as expand() makes them."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient with a number for every element; a sparse one may have several, which are added."""
+    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+
+
+def numbers(grad: Tensor) -> Tensor:
+    """The numbers that a gradient has: all of a dense one; of a sparse one those that it holds, one for an element."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+
+
 def nothing() -> Tensor:
     """No sums."""
     return torch.zeros(0, dtype=torch.float64, device="cpu")

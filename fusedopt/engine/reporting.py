@@ -62,7 +62,9 @@ class Reporting(Contract):
         return self._norms is not None
 
     def norms_report(self) -> norms.NormsReport:
-        """The norms of the last step since `record_norms`; print it for a table.
+        """The norms of the last step since `record_norms` that was taken; print it for a table.
+
+        A step that `skip_step_above` or GradScaler leaves out has none.
 
         Raises:
             ValueError: None were taken.
@@ -70,6 +72,11 @@ class Reporting(Contract):
         if self._norms is None or self._norms.report is None:
             raise ValueError("no norms were taken; call record_norms() before the step whose norms are to be taken")
         return self._norms.report
+
+    def _forget_recorded(self) -> None:
+        """Forgets what was measured of a step that did not come to its end, or was left out."""
+        if self._norms is not None:
+            self._norms.sums = {}
 
     def _recorded(self) -> dict[str, Any]:
         """What steps are told to count and measure, as keyword arguments."""

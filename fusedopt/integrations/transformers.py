@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..engine.optimizer import FusedOptimizer
-from ..offload.handle import Release
 from ..optimizers.names import refusal, released
-from .training_arguments import KEPT, SCALED, choose, factory, max_grad_norm_of, name_of
+from .backward import released_backward
+from .training_arguments import KEPT, choose, factory, max_grad_norm_of, name_of
 from .watching import Watch, unwrapped
 
 if TYPE_CHECKING:
@@ -236,41 +236,10 @@ def _methods(
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = unwrapped(self.optimizer)
         handle = found.release_handle if isinstance(found, FusedOptimizer) else None
-        with nullcontext() if handle is None else _released(self.accelerator, handle):
+        with nullcontext() if handle is None else released_backward(self.accelerator, handle):
             return train(self, *args, **kwargs)
 
     return {"_clip_grad_norm": clip_grad_norm, "_get_grad_norm": get_grad_norm, "training_step": training_step}
-
-
-@contextmanager
-def _released(accelerator: Any, handle: Release) -> Iterator[None]:
-    """Backward passes that step, or add up the gradients of all micro-batches but the last.
-
-    Trainer gives those of optimizers that step during the backward pass the learning rate, which is in the optimizer's
-    param groups.
-
-    Raises:
-        ValueError: Losses are scaled.
-    """
-    if accelerator.scaler is not None:
-        raise ValueError(f"float16 with {accelerator.scaler.__class__.__name__}: {SCALED}")
-    backward, before = accelerator.backward, vars(accelerator).get("backward")
-
-    def step(loss: Tensor, learning_rate: float | None = None, **kwargs: Any) -> None:
-        if not accelerator.sync_gradients:
-            with handle.accumulate():
-                backward(loss, **kwargs)
-        else:
-            handle.backward(loss / accelerator.gradient_accumulation_steps)
-
-    accelerator.backward = step
-    try:
-        yield
-    finally:
-        if before is None:
-            del accelerator.backward
-        else:
-            accelerator.backward = before
 
 
 # ---- classes that need transformers' ---------------------------------------------------------------
@@ -371,13 +340,18 @@ def _trainer_class() -> type:
             super().__init__(*args, **kwargs)
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-                name, options = self._fused
-                keeps = options.pop("keep_embeddings", False)
-                cls, arguments = choose(self.args, name, max_grad_norm_of(self.args), options)
-                made = factory(cls, keeps, self.get_decay_parameter_names)
-                self.optimizer_cls_and_kwargs = (made, arguments)
-            return super().create_optimizer(*args, **kwargs)
+            if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+                return super().create_optimizer(*args, **kwargs)
+            name, given = self._fused
+            options = dict(given)
+            keeps = options.pop("keep_embeddings", False)
+            cls, arguments = choose(self.args, name, max_grad_norm_of(self.args), options)
+            # For this one only: a search of hyperparameters, or another training, may have other arguments.
+            self.optimizer_cls_and_kwargs = (factory(cls, keeps, self.get_decay_parameter_names), arguments)
+            try:
+                return super().create_optimizer(*args, **kwargs)
+            finally:
+                self.optimizer_cls_and_kwargs = None
 
     for name, method in _methods(Trainer._clip_grad_norm, Trainer._get_grad_norm, Trainer.training_step).items():
         setattr(FusedTrainer, name, method)

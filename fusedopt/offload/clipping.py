@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from .. import checks
 from ..backends import Scaling
 from ..backends.base import Health
 from ..reference.norm import clip, coefficient, pairwise_sum
+from .hooks import Listing
 
 Places = dict[tuple[int, int], Tensor]  # of each parameter, by where it is listed
 
@@ -53,6 +55,9 @@ class Steps(Protocol):
     def _count_step(self, counts: Health) -> None:
         """Notes what a whole step counted."""
 
+    def _forget_recorded(self) -> None:
+        """Forgets what was measured of a step that did not come to its end."""
+
 
 def check_clip(optimizer: Steps, clip: str | None) -> None:
     """Raises ValueError if gradients cannot be clipped in a way, or are to be and nobody says how."""
@@ -89,7 +94,7 @@ class Clipping:
         optimizer: Whose gradients they are.
         way: "exact", "previous" or "parameter"; None if they are not clipped.
         loss_scale: What gradients are divided by first.
-        listed: Where parameters are listed, by group and position.
+        listing: Where its parameters are listed.
     """
 
     def __init__(
@@ -97,17 +102,26 @@ class Clipping:
         optimizer: Steps,
         way: str | None,
         loss_scale: float,
-        listed: Callable[[Iterable[Tensor]], list[list[int]]],
+        listing: Listing,
     ) -> None:
         self.way = way
-        self._optimizer = optimizer
-        self._listed = listed
+        self._owner = weakref.ref(optimizer)  # which keeps this
+        self._listing = listing
         scale = None if loss_scale == 1 else torch.tensor(loss_scale, dtype=torch.float32, device="cpu")
         self._scaling = Scaling(grad_scale=scale)
         self._unscaled = 1.0 if scale is None else 1.0 / float(scale)
         self._previous: float | None = None  # the norm that the step before found
         self._before: dict[tuple[int, int], float] = {}  # and what each parameter had in its square
         self.begin()
+
+    @property
+    def _optimizer(self) -> Steps:
+        optimizer = self._owner()
+        assert optimizer is not None
+        return optimizer
+
+    def _listed(self, params: Iterable[Tensor]) -> list[list[int]]:
+        return self._listing.positions(params, len(self._optimizer.param_groups))
 
     def begin(self) -> None:
         """Forgets everything of a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..backends import Scaling
 from ..backends.base import Health
 from .clipping import Clipping, Steps, check_clip
+from .hooks import Hooks, Listing, check_free
 from .passes import Passes, check_reducers, check_shards
 
 
@@ -22,17 +24,29 @@ class Release:
     """
 
     def __init__(self, optimizer: Steps, bucket_numel: int, clip: str | None, loss_scale: float) -> None:
-        self._optimizer = optimizer
+        # The optimizer keeps this handle, and is gone, and its hooks with it, as soon as nobody uses it any more.
+        self._owner = weakref.ref(optimizer)
         self._bucket_numel = bucket_numel
-        self._clipping = Clipping(optimizer, clip, loss_scale, self._listed)
-        self._places: dict[Tensor, tuple[int, int]] = {}  # where each parameter is listed first
-        self._hooks: dict[Tensor, Any] = {}
+        self._places = Listing()
+        self._clipping = Clipping(optimizer, clip, loss_scale, self._places)
+        self._hooks = Hooks()
         self._passes = Passes()
         self._accumulates = False
         self._is_measuring: bool | None = None  # in an exact backward: whether its first pass is on, or its second
         self._is_checked = False  # that nobody else reduces gradients
         self._begin()
         self.attach()
+        self._hooks.tie_to(optimizer)
+
+    @property
+    def _optimizer(self) -> Steps:
+        optimizer = self._owner()
+        if optimizer is None:
+            raise ValueError(
+                "the optimizer whose gradients this handle releases is gone: nothing refers to it any more; keep it "
+                "for as long as you train, or call release_gradients with the one that you use"
+            )
+        return optimizer
 
     def _begin(self) -> None:
         """Forgets everything of a step."""
@@ -42,6 +56,7 @@ class Release:
         self._pending_numel = 0
         self._clipping.begin()
         self._counts: Health = {}
+        self._optimizer._forget_recorded()
         self._settings: list[dict[str, Any]] | None = None
         self._refusal = ""  # why what there is cannot be stepped
 
@@ -54,16 +69,17 @@ class Release:
         Raises:
             ValueError: The gradients of what is listed now cannot be released. Nothing has changed then.
         """
-        places: dict[Tensor, tuple[int, int]] = {}
-        for index, group in enumerate(self._optimizer.param_groups):
-            for position, param in enumerate(group["params"]):
-                places.setdefault(param, (index, position))
+        groups = self._optimizer.param_groups
+        places = Listing.of(groups)
         new = [param for param in places if param not in self._places]
         gone = [param for param in self._places if param not in places]
+        unhooked = [param for param in places if param.requires_grad and param not in self._hooks]
+        check_free(unhooked, self, lambda param: places.where(param, groups))
         if new:
             check_shards(self._optimizer, new)
             self._is_checked = False
-        self._places = places
+        self._places.clear()
+        self._places.update(places)
         for param in gone:
             self._stepped.discard(param)
             if param in self._pending:
@@ -71,10 +87,8 @@ class Release:
                 self._pending_numel -= param.numel()
             if param in self._hooks:
                 self._hooks.pop(param).remove()
-        for param in places:
-            if param.requires_grad and param not in self._hooks:
-                hook = param.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-                self._hooks[param] = hook
+        for param in unhooked:
+            self._hooks.add(param, self)
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that there are at one time, at most."""
@@ -86,11 +100,10 @@ class Release:
 
     def remove(self) -> None:
         """Lets the usual steps come back. Gradients that wait to be stepped are stepped by the next one."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        self._hooks.remove_all()
+        optimizer = self._owner()
+        if optimizer is not None and optimizer._release is self:
+            optimizer._release = None
 
     def __enter__(self) -> Release:
         return self
@@ -217,16 +230,11 @@ class Release:
         )
 
     def _where(self, param: Tensor) -> str:
-        index, position = self._places[param]
-        names = self._optimizer.param_groups[index].get("param_names")
-        return f"parameter {position} of group {index}" + (f" ({names[position]!r})" if names else "")
+        return self._places.where(param, self._optimizer.param_groups)
 
     def _listed(self, params: Iterable[Tensor]) -> list[list[int]]:
         """Positions by group, in order."""
-        listed: list[list[int]] = [[] for _ in self._optimizer.param_groups]
-        for index, position in sorted(self._places[param] for param in params):
-            listed[index].append(position)
-        return listed
+        return self._places.positions(params, len(self._optimizer.param_groups))
 
     def _flush(self) -> None:
         """Steps and frees what is pending."""
@@ -305,7 +313,7 @@ class Release:
             self._clipping.end_measuring()
         self._flush()
         norm = self._clipping.end()
-        if norm is not None:
+        if norm is not None or self._clipping.way is None:
             self._optimizer.last_grad_norm = norm
         self._optimizer._count_step(self._counts)
         self._optimizer.after_step()

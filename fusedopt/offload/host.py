@@ -79,6 +79,11 @@ class _Twin:
         # Which gradient was fetched, and how often it and the weights had been written to; None after the step.
         self.of: tuple[weakref.ref[Tensor], int, int] | None = None
 
+    def fits(self, param: Tensor, runtime: Runtime) -> bool:
+        """Whether it still is a twin of a parameter, which others may have reshaped, converted or moved."""
+        own = self.param
+        return own.shape == param.shape and own.dtype == param.dtype and self.device == runtime.device_of(param)
+
     def has(self, param: Tensor) -> bool:
         """Whether the gradient and the weights as they are now were fetched."""
         if self.of is None or param.grad is None:
@@ -129,6 +134,7 @@ class HostSide:
             and len(inner.param_groups) == len(param_groups)
         ):
             return inner
+        self.settle()  # what the thread still steps goes by what there was
         groups = []
         for group in param_groups:
             params = [self._twin_of(group, param) for param in group["params"]]
@@ -146,8 +152,17 @@ class HostSide:
                     self._inner.state[twin] = held
                 else:
                     self._inner.state.pop(twin, None)
+            listed_twins = set(self._stands_for.values())
+            for twin in [twin for twin in self._inner.state if twin not in listed_twins]:
+                del self._inner.state[twin]
+        for param in [param for param in self._twins if param not in self._stands_for]:
+            self._drop(param)
         self._is_mirrored = True
         return self._inner
+
+    def forget_options(self) -> None:
+        """Has the next step look at the param groups anew, which may have been mended since one was refused."""
+        self._is_mirrored = False
 
     def split(
         self, param_groups: list[dict[str, Any]], listed: Sequence[list[int]]
@@ -169,11 +184,20 @@ class HostSide:
         if runtime is None or group["step_device"] != "cpu":
             return param
         twin = self._twins.get(param)
-        if twin is None or twin.param.shape != param.shape or twin.param.dtype != param.dtype:
+        if twin is not None and not twin.fits(param, runtime):
+            self._drop(param)
+            twin = None
+        if twin is None:
             twin = self._twins[param] = _Twin(param, runtime)
             if twin.device not in self._streams:
                 self._streams[twin.device] = (runtime.new_stream(twin.device), runtime.new_stream(twin.device))
         return twin.param
+
+    def _drop(self, param: Tensor) -> None:
+        """Lets go of a parameter's twin, once nothing is copied to or from its memory any more."""
+        twin = self._twins.pop(param)
+        for event in (twin.fetched, twin.returned):
+            twin.runtime.synchronize(event)
 
     # ---- copies ------------------------------------------------------------------------------------
 

@@ -42,12 +42,13 @@ def release_gradients(
             divided by it in float32.
 
     Returns:
-        A handle with `accumulate()`, `backward(loss)` and `remove()`, which is a context manager, too.
+        A handle with `accumulate()`, `backward(loss)` and `remove()`, which is a context manager, too. The optimizer
+        keeps it (`release_handle`), so you need not; when nobody uses the optimizer any more, gradients stay again.
 
     Raises:
         TypeError: It is another optimizer.
-        ValueError: An argument is out of range, the optimizer releases gradients already, clips and `clip` does not
-            say how, or its gradients are reduced by DistributedDataParallel.
+        ValueError: An argument is out of range, the optimizer or another one of the same parameters releases gradients
+            already, it clips and `clip` does not say how, or its gradients are reduced by DistributedDataParallel.
     """
     if not hasattr(type(optimizer), "_release"):
         raise TypeError(f"optimizer={optimizer!r} is a {type(optimizer).__name__}; pass an optimizer of fusedopt")

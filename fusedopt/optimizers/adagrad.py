@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.base import Reference
+from ..engine import checkpoint
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import Options
+from ..engine.sharding import local
 from ..reference.adagrad import adagrad
 from ..storage.state import StateSpec
 
@@ -70,6 +72,22 @@ class Adagrad(FusedOptimizer):
             foreach=foreach,
             **options,
         )
+
+    def share_memory(self) -> None:
+        """Moves states to memory that processes share, as torch's.
+
+        States that there are not yet are made first: torch's optimizer has them from the beginning.
+
+        Raises:
+            ValueError: A parameter cannot be stepped. Nothing has changed then.
+        """
+        self.init_state()
+        for group in self.param_groups:
+            for param in group["params"]:
+                held = self.state.get(param, {})
+                for key in checkpoint.state_keys(self, group, param, held):
+                    if key in held:
+                        local(held[key]).share_memory_()  # type: ignore[no-untyped-call]
 
     def check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"):

@@ -25,7 +25,7 @@ def sgd(
         param: Parameter, of any shape; all other tensors have its shape and dtype.
         grad: Gradient of the loss to minimize.
         momentum_buffer: Momentum, zeros before the first step.
-        step: This step's number, from 1.
+        step: This step's number, from 1, since the momentum began.
         lr: Learning rate.
         momentum: Decay of the momentum.
         dampening: Dampening of the gradient in the momentum, from the second step on.

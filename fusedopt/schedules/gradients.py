@@ -106,9 +106,11 @@ class GradientNorm(_OfGradients):
             state["average"] = self.beta * average + (1.0 - self.beta) * min(value, bar)
 
     def measure(self, optimizer: Optimizer) -> float:
-        norm = getattr(optimizer, "last_grad_norm", None)  # a step with max_grad_norm has found it already
+        norm = getattr(optimizer, "last_grad_norm", None) if _takes_norm(optimizer) else None
         if norm is None:
-            norm = _full(torch.nn.utils.get_total_norm(_gradients(optimizer)))
+            norm = _full(torch.nn.utils.get_total_norm([_numbers(each) for each in _gradients(optimizer)]))
+            scale = getattr(optimizer, "last_grad_scale", None)  # GradScaler's, which a fused step leaves in gradients
+            norm = norm if scale is None else norm / scale
         return float(norm)
 
 
@@ -193,8 +195,7 @@ def gradient_sparsity(gradients: Iterable[Tensor]) -> float:
     total, filled = 0, 0
     for gradient in gradients:
         total += gradient.numel()
-        held = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
-        filled += int(_full(torch.count_nonzero(held)))
+        filled += int(_full(torch.count_nonzero(_numbers(gradient))))
     if total == 0:
         raise ValueError("the gradients have no element, so nothing is known of their zeros; pass some")
     return 1.0 - filled / total
@@ -207,6 +208,17 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
             "no parameter has a gradient to measure; step the scheduler before zero_grad, or pass the measurement"
         )
     return gradients
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The numbers that a gradient holds, one for an element."""
+    return gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
+
+
+def _takes_norm(optimizer: Optimizer) -> bool:
+    """Whether the steps of an optimizer with `last_grad_norm` find it; where they stopped to, it is an old one."""
+    limits = [group.get(key, True) for group in optimizer.param_groups for key in ("max_grad_norm", "skip_step_above")]
+    return any(limit is not None for limit in limits)
 
 
 def _full(value: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class _MeasuredLR(ScheduleLR):
         if not isinstance(guided, Guided):
             raise TypeError(f"guided={guided!r} is a {type(guided).__name__}; pass a rule, or a schedule >> a rule")
         self._take(guided)
-        self.state = self.rule.start(base_lrs_of(optimizer))
+        self.state = self.rule.start(self._first_lrs(optimizer))
         super().__init__(optimizer, guided.schedule)
 
     def _initial_step(self) -> None:
@@ -42,6 +42,10 @@ class _MeasuredLR(ScheduleLR):
     def _take(self, guided: Guided) -> None:
         lead = guided.schedule.length if guided.leads else 0
         self.guided, self.rule, self._lead = guided, guided.rule, lead or 0
+
+    def _first_lrs(self, optimizer: Optimizer) -> list[float]:
+        """What the rule begins with."""
+        return base_lrs_of(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         """The lr of each group at `last_epoch`, after what has been measured."""
@@ -118,6 +122,9 @@ class GradientLR(_MeasuredLR):
 class MetricLR(_MeasuredLR, ReduceLROnPlateau):
     """A schedule that is driven by a metric: `Plateau` or `Greedy`.
 
+    A rule alone changes the lr that it finds, as the originals do: whoever else sets the lr may go on doing so. With a
+    schedule, the lr is that of the rule times the schedule, whatever it was before.
+
     To isinstance it is a ReduceLROnPlateau, so the Trainer of transformers steps it after each evaluation with the
     metric, and Lightning with the value that it is told to monitor.
 
@@ -150,6 +157,30 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         if isinstance(rule, Feedback) and rule.measures_gradients:
             raise TypeError(f"{rule!r} is driven by gradients; use GradientLR, or get_scheduler, which chooses")
         super().__init__(optimizer, guided)
+        if self._is_alone:  # where Greedy starts anew
+            self.base_lrs = list(self.state["lrs"])
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is no schedule to set the lr: the rule changes the lr that it finds then, as torch's does."""
+        schedule = self.guided.schedule
+        return isinstance(schedule, Constant) and schedule.value in (None, 1.0)
+
+    def _first_lrs(self, optimizer: Optimizer) -> list[float]:
+        first = super()._first_lrs(optimizer)  # checked
+        return [float(group["lr"]) for group in optimizer.param_groups] if self._is_alone else first
+
+    def _set(self, lrs: list[float | Tensor]) -> None:
+        if self._is_alone:  # an lr that has not changed is left alone
+            kept = [group["lr"] for group in self.optimizer.param_groups]
+            lrs = [old if float(old) == lr else lr for old, lr in zip(kept, lrs)]
+        super()._set(lrs)
+
+    def _adopt_lrs(self) -> None:
+        """Goes on from the lr as it is, if there is no schedule that sets it: others may have changed it."""
+        if self._is_alone and self._is_ready:
+            self._check_groups()
+            self.state["lrs"] = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, metrics: Any = None, epoch: int | None = None) -> None:  # type: ignore[override]
         """Advances by one step, and takes a measurement if there is one.
@@ -166,6 +197,7 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         if metrics is None and self._is_ready and isinstance(self.guided.schedule, Constant):
             raise ValueError(f"{self.rule!r} lacks its measurement, and no schedule goes on; call step(metrics)")
         follows = False
+        self._adopt_lrs()
         if metrics is not None:
             follows = self._has_stepped and epoch is None
             self._measure(float(metrics))
@@ -241,6 +273,7 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
 
     def _reset(self) -> None:
         """Starts anew: with torch's rule at the present lr, with that of transformers at the first one."""
+        self._adopt_lrs()
         present = self.state["lrs"]
         self.state = self.rule.start([float(lr) for lr in self.base_lrs])
         if not isinstance(self.rule, Greedy):

@@ -227,6 +227,26 @@ def test_16_bit_state_of_a_float64_parameter() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("of", ["parameter", "state"])
+def test_elements_that_are_one_number_are_refused_before_anything_moves(of: str) -> None:
+    """What others hold in one place, in front of it and after it in the list, stays as it is."""
+    params = [*make_params([(3, 4)] * 2, torch.float32), torch.nn.Parameter(torch.ones(6, 4)[::2])]
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, 1)
+    if of == "parameter":
+        params[1].data = torch.zeros(1, 4).expand(3, 4)
+    else:
+        optimizer.state[params[1]]["exp_avg"] = torch.zeros(3, 1).expand(3, 4)
+    held = [tensor for param in params for tensor in (param, *optimizer.state[param].values())]
+    before = [tensor.detach().clone() for tensor in held]
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0, of shape \(3, 4\),.*elements are the same place"):
+        train(optimizer, 1)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(held, before))
+    params[1].data = torch.zeros(1, 4).expand(3, 4).contiguous()
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(3, 4)
+    train(optimizer, 1)
+
+
 def test_core_names_what_is_missing() -> None:
     table = fusedopt._core.TensorTable()
     add_group = partial(table.add_group, seed=0, rounding=0, master=0, master_key="")

@@ -12,6 +12,7 @@ from cases import ADAFACTOR, CASES, Case, make_params, set_grads, train
 from scaling import Unread
 
 import fusedopt
+from fusedopt.engine import gather
 
 EIGHT_BIT = {"state_dtype": "8bit", "min_quantized_numel": 1}
 DEVICES = {"cuda": "emulated", "triton": "interpreted"}
@@ -49,8 +50,18 @@ def test_what_is_left_as_it_was_has_not_moved(device: str, kwargs: dict[str, Any
     assert all(0 < each.update < math.inf for each in reports[0].parameters)
 
 
+class OnDevice(Unread):
+    """A number of a device that is read where the sums are, which are waited for."""
+
+    def item(self) -> float:
+        return float(self.tolist()[0])
+
+
 @pytest.mark.parametrize("case", [CASES[0], ADAFACTOR], ids=lambda case: case.name)
-def test_a_step_that_is_not_taken_has_the_norms_of_what_stays(device: str, case: Case) -> None:
+def test_a_step_that_is_not_taken_has_the_norms_of_what_stays(
+    device: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So say the kernels; the report stays that of the last step that was taken."""
     params = make_params([(17, 64), (3, 100), (5,)], torch.bfloat16)
     optimizer = case.ours(params, **case.kwargs, **EIGHT_BIT, master_weights="split24", backend=device)
     optimizer.record_norms()
@@ -59,7 +70,10 @@ def test_a_step_that_is_not_taken_has_the_norms_of_what_stays(device: str, case:
     assert all(each.update > 0 for each in taken.parameters)
     set_grads(params, 1)
     params[1].grad[1, 3] = float("inf")
-    optimizer.found_inf = Unread(torch.tensor([1.0]))
+    optimizer.found_inf = OnDevice(torch.tensor([1.0]))
+    optimizer.step()
+    assert optimizer.norms_report() == taken
+    monkeypatch.setattr(gather, "_was_left_out", lambda *_: False)
     optimizer.step()
     left = optimizer.norms_report()
     assert [each.update for each in left.parameters] == [0.0] * 3

@@ -106,3 +106,23 @@ def test_it_must_be_one_number_above_0() -> None:
     set_grads(params, 0)
     with pytest.raises(ValueError, match=r"skip_step_above differs between param groups \(\[1\.0, None\]\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_norms_stay_those_of_the_last_step_that_was_taken(backend: str, path: str) -> None:
+    params = make_params(SHAPES, torch.float32)
+    optimizer = fusedopt.SGD(params, lr=0.1, skip_step_above=LIMIT, backend=backend)
+    optimizer.record_norms()
+    for factor in (1.0, 1e6, math.nan):
+        set_grads(params, 0)
+        for param in params:
+            param.grad *= factor
+        optimizer.step()
+        if factor == 1.0:
+            report = optimizer.norms_report()
+            assert report.total.update > 0
+        assert optimizer.norms_report() == report
+    optimizer.record_norms()
+    optimizer.step()
+    with pytest.raises(ValueError, match="no norms were taken"):
+        optimizer.norms_report()

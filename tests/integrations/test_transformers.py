@@ -159,6 +159,18 @@ def test_embeddings_may_keep_their_precision(way: str, tmp_path: Path) -> None:
         assert {names[p] in decays for p in group["params"]} == {group["weight_decay"] > 0}
 
 
+def test_each_training_has_the_arguments_of_now(tmp_path: Path) -> None:
+    """As a search of hyperparameters changes them, which sets the optimizer to None before each trial."""
+    made = by_subclass(tmp_path, bert(), arguments(tmp_path), keep_embeddings=True, state_dtype="8bit")
+    for lr, max_norm in ((1e-3, 0.5), (5e-2, 0.25)):
+        made.args.learning_rate = made.args.weight_decay = lr
+        made.args.max_grad_norm, made.optimizer = max_norm, None
+        groups = made.create_optimizer().param_groups
+        assert {(group["lr"], group["max_grad_norm"]) for group in groups} == {(lr, max_norm)}
+        assert lr in {group["weight_decay"] for group in groups}
+        assert len({group["state_dtype"] for group in groups}) == 2  # embeddings keep theirs in each
+
+
 def test_optim_args_are_arguments(tmp_path: Path) -> None:
     def kwargs(name: str, text: str) -> dict[str, Any]:
         cls, found = ours.optimizer(arguments(tmp_path, optim=name, optim_args=text))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -101,6 +104,83 @@ def test_checkpoints_and_options(queued: QueuedRuntime) -> None:  # noqa: F811
     assert_same_run(ours, usual)
     for held in ours.state.values():
         assert all(value.device.type == "cpu" for value in held.values())
+
+
+def test_after_a_refused_step_options_are_those_of_now(queued: QueuedRuntime) -> None:  # noqa: F811
+    ours = on_host(fusedopt.AdamW, make_params(SHAPES, torch.float32))
+    usual = fusedopt.AdamW(make_params(SHAPES, torch.float32))
+    for lr in (0.01, float("nan"), 0.5):
+        for optimizer in (ours, usual):
+            optimizer.param_groups[0]["lr"] = lr
+            for param in params_of(optimizer):
+                param.grad = None
+            if math.isnan(lr):
+                with pytest.raises(ValueError, match="lr"):
+                    stepped(optimizer)
+            else:
+                stepped(optimizer)
+            queued.queues.synchronize()
+    assert_same_run(ours, usual)
+
+
+def stepped(optimizer: Any) -> None:
+    torch.stack([(param * param).sum() for param in params_of(optimizer)]).sum().backward()
+    optimizer.step()
+
+
+def test_what_stood_for_others_is_gone(queued: QueuedRuntime) -> None:  # noqa: F811
+    """Parameters that others replace or reshape, with the pinned memory of what stood for them."""
+    ours = on_host(fusedopt.SGD, make_params([(64,), (32,), (16,)], torch.float32), lr=0.5)
+    run(queued, ours, 1)
+    params = ours.param_groups[0]["params"]
+    twins = [weakref.ref(ours._host_side._twins[param].bytes) for param in params]
+    old = weakref.ref(params[0])
+    ours.state.pop(params[0])
+    params[0] = make_params([(48,)], torch.float32)[0]
+    params[1].data = params[1].data[:8].clone()
+    run(queued, ours, 2)
+    gc.collect()
+    assert old() is None
+    assert [twin() is None for twin in twins] == [True, True, False]
+    assert set(ours._host_side._twins) == set(params)
+    assert len(ours._host_side._inner.state) == len(params)
+
+
+def test_a_parameter_on_another_device_has_another_twin(queued: QueuedRuntime) -> None:  # noqa: F811
+    ours = on_host(fusedopt.SGD, make_params([(64,)], torch.float32))
+    run(queued, ours, 1)
+    (param,) = params_of(ours)
+    before = ours._host_side._twins[param]
+    queued.device_of = lambda tensor: torch.device("cpu", 1)  # type: ignore[method-assign]
+    run(queued, ours, 1)
+    del queued.device_of
+    assert ours._host_side._twins[param] is not before
+
+
+@pytest.mark.parametrize("releases", [False, True])
+def test_gradients_are_sparse_where_the_usual_step_takes_them(queued: QueuedRuntime, releases: bool) -> None:  # noqa: F811
+    for cls in (fusedopt.AdamW, fusedopt.SGD):
+        tables = [torch.nn.Embedding(5, 3, sparse=True) for _ in range(2)]
+        tables[1].load_state_dict(tables[0].state_dict())
+        ours, usual = on_host(cls, tables[0].parameters(), lr=0.1), cls(tables[1].parameters(), lr=0.1)
+        if releases:
+            fusedopt.release_gradients(ours, bucket_numel=1)
+        for table, optimizer in zip(tables, (ours, usual)):
+            before = table.weight.detach().clone()
+            if cls is fusedopt.SGD:
+                looked_up(table, optimizer)
+                continue
+            with pytest.raises(ValueError, match="which cannot be stepped: where a gradient has no number"):
+                looked_up(table, optimizer)
+            assert torch.equal(table.weight, before)
+            assert not any(optimizer.state.values())
+        queued.queues.synchronize()
+        assert torch.equal(tables[0].weight, tables[1].weight)
+
+
+def looked_up(table: torch.nn.Embedding, optimizer: Any) -> None:
+    table(torch.tensor([1, 2, 1])).sum().backward()
+    optimizer.step()
 
 
 # ---- with the backward pass ------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def test_gradients_are_freed() -> None:
     """While the backward pass is at the first parameter, those of the last ones are gone."""
     params = make_params([(1000,)] * 10, torch.float32)
     left: list[int] = []
-    with fusedopt.release_gradients(fusedopt.AdamW(params), bucket_numel=2000):
+    optimizer = fusedopt.AdamW(params)
+    with fusedopt.release_gradients(optimizer, bucket_numel=2000):
         x = torch.ones(1000)
         for param in params:  # a chain: the last is first in the backward pass
             x = x * param

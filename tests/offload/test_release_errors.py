@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -147,3 +149,79 @@ def test_a_removed_handle_leaves_gradients_to_the_usual_step() -> None:
     (param,) = params_of(optimizer)
     handle.backward(lambda: param.sum())
     assert torch.equal(param.grad, torch.ones(3))
+
+
+# ---- who steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, "previous"])
+@pytest.mark.parametrize("keeps_handle", [False, True])
+def test_an_optimizer_that_is_gone_steps_no_more(keeps_handle: bool, clip: str | None) -> None:
+    """As in a cell of a notebook that is run again: at once, and without waiting for Python's collector."""
+    params = make_params(SHAPES, torch.float32)
+    options = {} if clip is None else {"max_grad_norm": 1.0}
+    kept = []
+    gc.disable()
+    try:
+        for lr in (0.5, 1e-3):
+            optimizer = fusedopt.SGD(params, lr=lr, **options)
+            handle = fusedopt.release_gradients(optimizer, bucket_numel=1, clip=clip)
+            kept += [handle] if keeps_handle else []
+            del handle
+            before = [param.detach().clone() for param in params]
+            backward(params, 0)
+            assert all(param.grad is None for param in params)
+            optimizer.step()
+            assert len(optimizer.state) == len(params)
+        twins = [torch.nn.Parameter(param) for param in before]
+        usual = fusedopt.SGD(twins, lr=1e-3, **options)
+        backward(twins, 0)
+        if clip is None:
+            usual.step()
+            assert_same_run(optimizer, usual)
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert not any(param._post_accumulate_grad_hooks for param in params)
+    if keeps_handle:
+        kept[0].remove()
+        with pytest.raises(ValueError, match="the optimizer whose gradients this handle releases is gone"):
+            kept[0].backward(params[0].sum())
+
+
+def test_the_handle_lives_with_the_optimizer() -> None:
+    optimizer = fusedopt.SGD(make_params(SHAPES, torch.float32), lr=0.1)
+    fusedopt.release_gradients(optimizer)
+    gc.collect()
+    train(optimizer, 1)
+    assert optimizer.release_handle is not None
+    assert len(optimizer.state) == len(SHAPES)
+
+
+def test_two_optimizers_do_not_take_the_same_gradient() -> None:
+    params = make_params(SHAPES, torch.float32)
+    optimizer, other = fusedopt.SGD(params), fusedopt.SGD(params[1:])
+    handle = fusedopt.release_gradients(optimizer)
+    with pytest.raises(ValueError, match="the gradient of parameter 0 of group 0 is stepped and freed by another opt"):
+        fusedopt.release_gradients(other)
+    assert other.release_handle is None
+    handle.remove()
+    fusedopt.release_gradients(other)
+    with pytest.raises(ValueError, match="parameter 1 of group 0 is stepped and freed"):
+        fusedopt.release_gradients(optimizer)
+    assert params[0]._post_accumulate_grad_hooks in (None, {})
+
+
+def test_norms_are_of_the_steps_that_came_to_their_end() -> None:
+    optimizer = fusedopt.SGD(make_params([(500,)] * 3, torch.float32), lr=0.1)
+    first, *_, last = params_of(optimizer)
+    fusedopt.release_gradients(optimizer, bucket_numel=1)
+    optimizer.record_norms()
+    with pytest.raises(RuntimeError, match="a failure in the backward pass"):
+        (Fails.apply(first * 1.0) * last).sum().backward()
+    optimizer.zero_grad()
+    first.sum().backward()
+    optimizer.step()
+    assert [each.where for each in optimizer.norms_report().parameters] == ["parameter 0 of group 0"]

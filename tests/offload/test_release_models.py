@@ -91,7 +91,8 @@ def test_distributed_data_parallel(world: None) -> None:
     check_reducers(Tied().parameters())
     del wrapped
     model = Tied()
-    fusedopt.release_gradients(fusedopt.AdamW(model.parameters()))
+    optimizer = fusedopt.AdamW(model.parameters())
+    fusedopt.release_gradients(optimizer)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     with pytest.raises(ValueError, match=message):
         wrapped(torch.arange(8)).backward()

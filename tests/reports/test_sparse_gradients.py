@@ -67,3 +67,18 @@ def test_the_others_say_so_before_anything_moves(case: Case) -> None:
         ValueError, match=r"gradient of layout torch\.sparse_coo, which cannot be stepped: .*sparse=False"
     ):
         trained(case.ours, kwargs)
+
+
+@pytest.mark.parametrize("cls", [fusedopt.SGD, fusedopt.Adagrad])
+def test_a_warmup_from_zero_begins(cls: Any) -> None:
+    """The step at lr 0 is looked at: it may be torch.distributed.checkpoint's, which only wants states."""
+    for tokens, counts in (([3, 7, 3], True), ([], False)):
+        table = nn.Embedding(50, 80, sparse=True)
+        optimizer = cls(table.parameters(), lr=0.0)
+        table(torch.tensor(tokens, dtype=torch.int64)).sum().backward()
+        optimizer.step()
+        assert float(optimizer.state[table.weight]["step"]) == counts
+    table.weight.grad = torch.sparse_coo_tensor([[1, 1]], torch.tensor([[1.0], [-1.0]]).expand(2, 80), (50, 80))
+    optimizer = cls(table.parameters(), lr=0.0)
+    optimizer.step()
+    assert float(optimizer.state[table.weight]["step"]) == 0  # numbers of one element are added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -101,6 +102,43 @@ def test_greedy_has_the_bits_of_transformers(kwargs: dict[str, Any]) -> None:
             assert ours.state[name] == getattr(theirs, name), name
         seen.add(lrs_of(ours)[0])
     assert len(seen) > 2
+
+
+# transformers' Greedy replaces a tensor by a number.
+@pytest.mark.parametrize(
+    ("name", "kind"), [("reduce_lr_on_plateau", "float"), ("reduce_lr_on_plateau", "tensor"), ("greedy", "float")]
+)
+def test_a_rule_alone_changes_the_lr_that_it_finds(name: str, kind: str) -> None:
+    """As the original, to the bit: another scheduler warms up meanwhile, and the optimizer comes from a checkpoint."""
+    optimization = pytest.importorskip("transformers.optimization")
+    kwargs = {"patience": 2, "min_lr": 1e-5}
+    optimizers = [make_optimizer(), make_optimizer()]
+    schedulers: list[Any] = [None, None]
+    for resumes in (False, True):
+        for i, optimizer in enumerate(optimizers):
+            if kind == "tensor" and not resumes:
+                for group in optimizer.param_groups:
+                    group["lr"] = torch.tensor(group["lr"])
+            warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 60) if not resumes else None
+            before = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
+            make = optimization.get_scheduler if i == 0 else get_scheduler
+            made = make(name, optimizer, scheduler_specific_kwargs=kwargs)
+            assert [group["lr"] for group in optimizer.param_groups] == before
+            assert made.get_last_lr() == before
+            optimizer.step()
+            schedulers[i] = made, warmup
+        for loss in noisy_losses(4)[:200]:
+            for made, warmup in schedulers:
+                made.step(loss)
+                if warmup is not None:
+                    warmup.step()
+            lrs = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
+            assert lrs[0] == lrs[1]
+        if not resumes:
+            for i in range(2):
+                fresh = make_optimizer()
+                fresh.load_state_dict(optimizers[i].state_dict())
+                optimizers[i] = fresh
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
