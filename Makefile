@@ -76,9 +76,8 @@ $(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
 
 emulated: $(EMULATED)/.installed
 
-# Three where there are two cores: some tests wait for processes that they have killed, or for each other's ranks.
 test: $(VENV)/.test $(EMULATED)/.installed
-	$(PYTEST) -n 3 --dist worksteal -m "not slow and not thorough"
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not thorough"
 
 test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"

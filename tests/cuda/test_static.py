@@ -27,8 +27,9 @@ def found(look: Any, *arguments: int) -> Any:
     return look(installed(), ARCHITECTURE, *arguments)
 
 
-# Machine code is read for seconds, so of kernels that differ in their rules every fourth one is looked at.
-some = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])
+# Machine code is read for seconds, so of kernels that differ in their rules every 32nd one is looked at.
+SOME = 32
+some = pytest.mark.parametrize("every", [SOME, pytest.param(1, marks=pytest.mark.thorough)])
 
 
 def steps(every: int) -> list[Any]:
