@@ -14,6 +14,7 @@ import pytest
 import fusedopt
 
 ROOT = Path(__file__).resolve().parents[1]
+SOME = 32  # machine code is read for seconds, so of kernels that differ in their rules every 32nd one is looked at
 USUAL = {"Adam<0,0>": "AdamW", "Lion": "Lion"}  # rules whose machine code is looked at closely
 
 
@@ -60,7 +61,7 @@ def named(path: Path, architecture: str) -> list[Any]:
 
 
 @functools.cache
-def kernels_of(path: Path, architecture: str, every: int = 1) -> list[Any]:
+def kernels_of(path: Path, architecture: str, every: int = SOME) -> list[Any]:
     """With their instructions; if not all, those that have USUAL rules and formats, and some."""
     if every == 1:
         return sass().parse(dump(path, "-sass", "-arch", architecture))

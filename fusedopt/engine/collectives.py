@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import plain, sharding
+from ..reference.norm import numbers
+from . import sharding
 from .contract import Contract
 
 T = TypeVar("T")
@@ -361,7 +362,7 @@ def _grads_hash(meshes: Meshes, mesh: Any) -> float:
 def any_nonzero(param_groups: list[dict[str, Any]]) -> bool:
     """Whether a gradient has a number other than 0, on any rank that shares the parameters."""
     grads = (param.grad for group in param_groups for param in group["params"] if param.grad is not None)
-    here = any(bool(plain.numbers(sharding.local(grad)).count_nonzero()) for grad in grads)
+    here = any(bool(numbers(sharding.local(grad)).count_nonzero()) for grad in grads)
     if _distributed() is None:
         return here
     flag = torch.tensor([float(here)], dtype=torch.float64, device="cpu")

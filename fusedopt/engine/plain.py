@@ -29,11 +29,6 @@ def dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
-def numbers(grad: Tensor) -> Tensor:
-    """The numbers that a gradient has: all of a dense one; of a sparse one those that it holds, one for an element."""
-    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
-
-
 def nothing() -> Tensor:
     """No sums."""
     return torch.zeros(0, dtype=torch.float64, device="cpu")

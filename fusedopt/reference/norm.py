@@ -114,3 +114,8 @@ def pairwise_sum(values: Tensor) -> Tensor:
         summed = pairs[..., 0::2] + pairs[..., 1::2]
         values = torch.cat([summed, values[..., -1:]], dim=-1) if values.shape[-1] & 1 else summed
     return values[..., 0]
+
+
+def numbers(grad: Tensor) -> Tensor:
+    """The numbers that a gradient has: all of a dense one; of a sparse one those that it holds, one for an element."""
+    return grad.coalesce().values() if grad.layout == torch.sparse_coo else grad

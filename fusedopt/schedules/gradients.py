@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
+from ..reference.norm import numbers
 from .feedback import Feedback, State
 from .schedule import fill
 
@@ -108,7 +109,7 @@ class GradientNorm(_OfGradients):
     def measure(self, optimizer: Optimizer) -> float:
         norm = getattr(optimizer, "last_grad_norm", None) if _takes_norm(optimizer) else None
         if norm is None:
-            norm = _full(torch.nn.utils.get_total_norm([_numbers(each) for each in _gradients(optimizer)]))
+            norm = _full(torch.nn.utils.get_total_norm([numbers(each) for each in _gradients(optimizer)]))
             scale = getattr(optimizer, "last_grad_scale", None)  # GradScaler's, which a fused step leaves in gradients
             norm = norm if scale is None else norm / scale
         return float(norm)
@@ -195,7 +196,7 @@ def gradient_sparsity(gradients: Iterable[Tensor]) -> float:
     total, filled = 0, 0
     for gradient in gradients:
         total += gradient.numel()
-        filled += int(_full(torch.count_nonzero(_numbers(gradient))))
+        filled += int(_full(torch.count_nonzero(numbers(gradient))))
     if total == 0:
         raise ValueError("the gradients have no element, so nothing is known of their zeros; pass some")
     return 1.0 - filled / total
@@ -208,11 +209,6 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
             "no parameter has a gradient to measure; step the scheduler before zero_grad, or pass the measurement"
         )
     return gradients
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    """The numbers that a gradient holds, one for an element."""
-    return gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
 
 
 def _takes_norm(optimizer: Optimizer) -> bool:

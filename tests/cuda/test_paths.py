@@ -44,7 +44,7 @@ class Compiled:
     """The usual kernels for one architecture."""
 
     def __init__(self, architecture: str, path: Path) -> None:
-        usual = [kernel for kernel in kernels_of(path, architecture, 32) if kernel.rule in USUAL and kernel.formats]
+        usual = [kernel for kernel in kernels_of(path, architecture) if kernel.rule in USUAL and kernel.formats]
         self.kernels = {(USUAL[kernel.rule], *kernel.formats): kernel for kernel in usual}
         self.registers = sass().registers(path, "-arch", architecture)
 

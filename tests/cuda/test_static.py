@@ -13,7 +13,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from machine_code import dump, installed, is_for, kernels_of, named
+from machine_code import SOME, dump, installed, is_for, kernels_of, named
 
 from fusedopt import _core
 
@@ -27,8 +27,6 @@ def found(look: Any, *arguments: int) -> Any:
     return look(installed(), ARCHITECTURE, *arguments)
 
 
-# Machine code is read for seconds, so of kernels that differ in their rules every 32nd one is looked at.
-SOME = 32
 some = pytest.mark.parametrize("every", [SOME, pytest.param(1, marks=pytest.mark.thorough)])
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 # All kernels take a minute for each target, and are the same for all targets. So here every 24th one is compiled for
-# AMD; for NVIDIA, those are that training takes.
+# AMD, and for NVIDIA those that training takes.
 EVERY = "24"
 TARGETS = [("cuda:80", "cubin"), ("cuda:90", "cubin"), ("cuda:100", "cubin"), ("hip:gfx942", "hsaco")]
 
