@@ -20,6 +20,7 @@ import torch
 
 from .. import checks
 from .evaluate import Metric
+from .peak_memory import PeakMemory
 from .recipe import Recipe
 from .records import RunFile, check_run, run_header
 
@@ -149,7 +150,7 @@ def follow(
     if (folder := checkpoints(train, path)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
         extra["folder"] = folder
-    meter, records = _Memory(), _Records(until)
+    meter, records = PeakMemory(), _Records(until)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -210,7 +211,7 @@ def follow(
         per_step = (begun + took - first_at) / (last - first)
         took = per_step * (last - records.begin)
     metrics = {"seconds": records.before + took}
-    if (peak := meter.peak()) is not None:
+    if (peak := meter.bytes()) is not None:
         metrics["memory_bytes"] = peak
     if time.perf_counter() - begun > _WORTH_COLLECTING:  # a model in cycles of references is not the next one's memory
         del iterator
@@ -366,34 +367,3 @@ class _Records:
         assert self.last is not None
         tail = [value for step, value in series if step > (1 - _TAIL) * self.last]
         return statistics.fmean(tail or [series[-1][1]])
-
-
-class _Memory:
-    """Peak memory of a training: of the GPU if one is used, else of this process, beyond what it had before."""
-
-    def __init__(self) -> None:
-        self._has_cuda = torch.cuda.is_available()
-        if self._has_cuda:
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.reset_peak_memory_stats(device)
-        self._before: float | None = None
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            self._before = _status("VmRSS")
-
-    def peak(self) -> float | None:
-        """Bytes, or None where nothing tells them."""
-        if self._has_cuda:
-            peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
-            if max(peaks):
-                return float(max(peaks))
-        peak = _status("VmHWM")
-        return None if peak is None or self._before is None else max(peak - self._before, 1.0)
-
-
-def _status(name: str) -> float | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return 1024.0 * float(line.split()[1])
-    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import json
 import math
@@ -255,6 +257,27 @@ def test_memory_and_time_are_of_the_training(tmp_path: Path) -> None:
     if "memory_bytes" in found.metrics:  # where the system tells the peak
         assert 60 * 2**20 < found.metrics["memory_bytes"] < 90 * 2**20
         assert follow(valley, Recipe(), 0, 3, tmp_path / "r.jsonl").metrics["memory_bytes"] < 30 * 2**20
+
+
+def test_memory_that_was_freed_before_is_not_the_training_s(tmp_path: Path) -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        pytest.skip("the C library gives nothing back when it is asked to")
+
+    def hungry(recipe: Recipe, seed: int, budget: int, gives_back: bool) -> Any:
+        if gives_back:
+            trim(0)
+        held = [bytes([i % 256]) * 60_000 for i in range(1_000)]
+        yield from ((step, float(len(held))) for step in range(1, budget + 1))
+
+    for gives_back in (True, False):  # if it stays, it is used again
+        gc.collect()
+        freed = [bytes([i % 256]) * 60_000 for i in range(2_000)]
+        last = bytes(60_000)  # behind them, or the C library might give them back at once
+        del freed
+        found = follow(functools.partial(hungry, gives_back=gives_back), Recipe(), 0, 3, tmp_path / "r.jsonl")
+        if "memory_bytes" in found.metrics:
+            assert 50e6 < found.metrics["memory_bytes"] < 90e6, (gives_back, len(last))
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
