@@ -57,6 +57,7 @@ def plot(
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: The lr is negative or not finite, or there is no step to draw.
     """
     try:
         import matplotlib.pyplot as plt
@@ -88,7 +89,8 @@ def plot(
 
 def save(axes: Axes, path: str | Path) -> None:
     """Writes the picture that axes belong to, at 150 dots per inch."""
-    axes.figure.savefig(path, dpi=150)  # type: ignore[union-attr]  # of a SubFigure, which we do not make
+    kind = Path(path).suffix.removeprefix(".") or "png"  # matplotlib would write curve.png for curve
+    axes.figure.savefig(path, dpi=150, format=kind)  # type: ignore[union-attr]  # of a SubFigure, which we do not make
 
 
 def sketch(
@@ -107,7 +109,7 @@ def sketch(
         Lines to print, of block characters: the smallest visible difference is an eighth of a line.
 
     Raises:
-        ValueError: It would be too small to read.
+        ValueError: It would be too small to read, the lr is negative or not finite, or there is no step to draw.
     """
     if checks.whole("width", width) < 30 or checks.whole("height", height) < 3:
         raise ValueError(f"width={width!r} and height={height!r} leave nothing to see; pass at least 30 and 3")
@@ -141,5 +143,6 @@ def _last(schedules: Sequence[Drawable], steps: int | None) -> int:
 
 
 def _values(schedule: Drawable, at: Any, base_lr: float | None) -> Array:
-    multiplier = schedule(at, base_lr)
-    return multiplier if base_lr is None else multiplier * base_lr
+    lr = None if base_lr is None else checks.nonnegative("base_lr", base_lr)
+    multiplier = schedule(at, lr)
+    return multiplier if lr is None else multiplier * lr

@@ -92,15 +92,15 @@ def write(values: Mapping[str, Any], path: Path) -> None:
     """Writes a file at once: who reads it meanwhile sees the old one or the new one."""
     text = dumps(values, _kind(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The values of a file. Raises a ValueError that names it."""
+    """The values of a file, whatever they are. Raises a ValueError that names it."""
     kind = _kind(path)
     try:
-        return loads(path.read_text(), kind)
+        return loads(path.read_text(encoding="utf-8"), kind)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); pass the path of a recipe") from error
     except ValueError as error:

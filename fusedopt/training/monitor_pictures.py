@@ -49,11 +49,10 @@ def figure(run: Run) -> Figure:
         ImportError: matplotlib is not installed.
         ValueError: Nothing was recorded.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing a run needs matplotlib; install it with: pip install matplotlib") from error
+    _matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     panels = [(label, names, is_log) for label, names, is_log in _PANELS if any(run.series(name)[0] for name in names)]
     if not panels:
         raise ValueError("nothing was recorded in this run yet, so there is nothing to draw; wait for its first step")
@@ -76,6 +75,14 @@ def figure(run: Run) -> Figure:
             loc="outside upper center", ncols=min(4, len(shown)), frameon=False, fontsize=9,
         )  # fmt: skip
     return drawn
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("drawing a run needs matplotlib; install it with: pip install matplotlib") from error
+    return matplotlib
 
 
 def _line(ax: Axes, steps: Sequence[int], values: Sequence[float], is_log: bool) -> None:
@@ -115,9 +122,8 @@ def save_png(run: Run, path: str | os.PathLike[str]) -> None:
 
 def svg(run: Run) -> str:
     """`figure` as an SVG element, with text as text, for a page."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusedopt", "font.family": "sans-serif"}):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fusedopt", "font.family": "sans-serif"}
+    with _matplotlib().rc_context(settings):
         written = io.StringIO()
         figure(run).savefig(written, format="svg", metadata={"Date": None})
     text = written.getvalue()
@@ -142,6 +148,10 @@ def save_html(run: Run, path: str | os.PathLike[str], title: str = "Training run
         run: At least one record.
         path: The file.
         title: Heading of the page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Nothing was recorded.
     """
     facts = "".join(
         f"<tr><td>{html.escape(name)}</td><td class='number'>{html.escape(value)}</td></tr>"

@@ -30,7 +30,7 @@ def write_json(path: Path, values: Any) -> None:
     """Writes a file at once: after a kill or a power cut there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
+    with beside.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -40,7 +40,7 @@ def write_json(path: Path, values: Any) -> None:
 def read_json(path: Path) -> Any:
     """What `write_json` wrote. Raises a ValueError that names the file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); pass a folder that has it") from error
     except ValueError as error:
@@ -111,7 +111,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         wait: Whether to wait until it is free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         if fcntl is None:
             yield True
             return
@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"

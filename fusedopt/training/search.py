@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -168,12 +169,15 @@ def read_search(path: str | Path) -> dict[str, Any]:
         Keyword arguments, with "train" as MODULE:FUNCTION.
 
     Raises:
-        ValueError: It cannot be read, or has an unknown key.
+        ValueError: It cannot be read, is no mapping, or has an unknown key.
     """
     from .compare import named_recipe
 
     path = Path(path)
-    values = dict(files.read(path))
+    read = files.read(path)
+    if not isinstance(read, Mapping):
+        raise ValueError(f"{path} holds a {type(read).__name__}; a search is a mapping of fields: write key: value")
+    values = dict(read)
     known = ("version", "recipe", "train", "budget", "trials", "sampler", "halving", "metric", "seed", "space")
     for key in values:
         if key not in known:
@@ -188,12 +192,28 @@ def read_search(path: str | Path) -> dict[str, Any]:
     recipe = values.pop("recipe", None)
     if isinstance(recipe, Mapping):
         values["recipe"] = Recipe.from_dict({"version": 1, **recipe})
+    elif recipe is not None and not isinstance(recipe, str):
+        raise ValueError(
+            f"{path}: recipe {recipe!r} is a {type(recipe).__name__}; name a preset or a file, or write its fields"
+        )
     elif recipe is not None:
-        beside = path.parent / str(recipe)
+        beside = path.parent / recipe
         values["recipe"] = named_recipe(beside if beside.exists() else recipe)[1]
     if isinstance(values.get("metric"), Mapping):
-        values["metric"] = Metric(**values["metric"])
+        values["metric"] = _metric(path, values["metric"])
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _metric(path: Path, given: Mapping[str, Any]) -> Metric:
+    known = [field.name for field in dataclasses.fields(Metric)]
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"{path}: metric.{key} is not known{checks.closest(str(key), known)}; there are {', '.join(known)}"
+            )
+    if "name" not in given:
+        raise ValueError(f"{path}: metric.name is missing; it is what the loop calls what is best")
+    return Metric(**given)
 
 
 def _file(definition: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,10 @@ def validate(
 
     Raises:
         TypeError: The subject is none of these.
+        ValueError: There are no steps.
     """
+    if steps is not None:
+        checks.count("steps", steps)
     if isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[0], Optimizer):
         subject, scheduler = subject
     if isinstance(subject, Optimizer):
