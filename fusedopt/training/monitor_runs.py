@@ -102,7 +102,7 @@ class Run:
         records: One dict a step, in their order; of steps that were taken twice, after a resume, the later.
         resumes: How often it was continued.
         is_cut: Whether the last line is not complete: it is being written, or was cut by a kill.
-        ended: Whether the monitor was closed.
+        ended: Whether the training is over: the monitor was closed, or `run` came to its end.
     """
 
     def __init__(self) -> None:
@@ -126,6 +126,7 @@ class Run:
             while self.records and self.records[-1]["step"] >= line["step"]:
                 self.records.pop()
             self.records.append(line)
+            self.ended = False
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one number, where it was recorded."""

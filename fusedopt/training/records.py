@@ -53,8 +53,8 @@ class RunFile:
     Args:
         path: The file.
         append: Whether records that are there already stay, up to the first step that is written.
-        header: The file's first line, if it is to have one. With `append` it is written before the first step, after
-            the records of a file that has none.
+        header: The file's first line, if it is to have one; the last then says that it has ended. With `append` it is
+            written before the first step, after the records of a file that has none.
     """
 
     def __init__(self, path: Path, *, append: bool = False, header: Mapping[str, Any] | None = None) -> None:
@@ -98,8 +98,12 @@ class RunFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        # As a Monitor notes it: who watches the file of a training that is over waits for no more.
+        if kind is None and self._header is not None and not read_run(self.path).ended:
+            self._file.write({"ended": time.time()})
+        self._file.close()
 
 
 @contextlib.contextmanager

@@ -53,6 +53,51 @@ def test_a_file_of_something_else_is_left_alone(loop: Any, change: dict[str, Any
     assert [record["step"] for record in training.read_run(path).records] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("loop", [plain, saving])
+@pytest.mark.parametrize("last", ["finished", "diverged", "out of memory", "killed"])
+def test_a_file_says_when_the_training_is_over(loop: Any, last: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    during = []
+
+    def checked(records: Any) -> Any:
+        for item in records:
+            yield item
+            during.append(training.read_run(path).ended)
+            step = item["step"] if isinstance(item, dict) else item[0]
+            if step == 3 and last == "out of memory":
+                raise MemoryError
+            if step == 3 and last == "killed":
+                raise RuntimeError
+            if step == 3 and last == "diverged":
+                yield {"step": 4, "loss": float("nan")}
+
+    # Both take what the loop takes, by which `run` knows whether it keeps checkpoints.
+    def without(recipe: Recipe, seed: int, budget: int) -> Any:
+        return checked(plain(recipe, seed, budget))
+
+    def keeping(recipe: Recipe, seed: int, budget: int, folder: Path) -> Any:
+        return checked(saving(recipe, seed, budget, folder))
+
+    train = without if loop is plain else keeping
+    if last == "killed":
+        with pytest.raises(RuntimeError):
+            run(Recipe(lr=1e-3), train, 4, path)
+    else:
+        assert run(Recipe(lr=1e-3), train, 4, path).status == last
+    assert during
+    assert not any(during)
+    assert training.read_run(path).ended == (last != "killed")
+    if last != "finished":
+        return
+    run(Recipe(lr=1e-3), train, 4, path)  # there is nothing left to do, or all again
+    assert path.read_text().count('"ended"') == 1
+    during.clear()
+    run(Recipe(lr=1e-3), train, 8, path)
+    assert during
+    assert not any(during)
+    assert training.read_run(path).ended
+
+
 def test_checkpoints_go_on_with_their_own_recipe(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     run(Recipe(lr=1e-3), saving, 4, path)
