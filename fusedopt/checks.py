@@ -122,6 +122,14 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> str:
     return value
 
 
+def callers_level() -> int:
+    """The stacklevel that makes a warning point to the line that called into this package, or torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' if a known word is close, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, checks
 from .._version import __version__
 from ..storage.quantization import scales_shape
 from .base import REFERENCES, GroupStep, ParamStep, Session
@@ -103,7 +103,9 @@ def _undisturbed() -> Iterator[None]:
 @functools.cache
 def warn_unused(name: str, device: str, reason: str) -> None:
     """Says once that a device's parameters are left to the next backend."""
-    warnings.warn(f"parameters on {device} are not stepped by the {name} kernels: {reason}", stacklevel=2)
+    warnings.warn(
+        f"parameters on {device} are not stepped by the {name} kernels: {reason}", stacklevel=checks.callers_level()
+    )
 
 
 def launch_error(backend: Tried, device: torch.device) -> str | None:

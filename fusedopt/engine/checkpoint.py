@@ -286,7 +286,7 @@ def _masters(
     warnings.warn(
         f"the state dict has {found[0]!r} for a parameter that is {param.dtype} here, in a group with master_weights="
         f"{group['master_weights']!r}; it is dropped: save and load full-precision weights with fp32_parameters",
-        stacklevel=2,
+        stacklevel=checks.callers_level(),
     )
     return []
 

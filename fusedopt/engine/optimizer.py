@@ -184,7 +184,10 @@ class FusedOptimizer(Partial):
             for key in param_group:
                 near = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
                 if near and key not in self.defaults and key != "params":
-                    warnings.warn(f"param group key {key!r} is not used; did you mean {near[0]!r}?", stacklevel=3)
+                    warnings.warn(
+                        f"param group key {key!r} is not used; did you mean {near[0]!r}?",
+                        stacklevel=checks.callers_level(),
+                    )
             checked = self.checked_group({**self.defaults, **param_group})
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)

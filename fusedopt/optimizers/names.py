@@ -89,7 +89,7 @@ def resolved(name: str, given: dict[str, Any]) -> tuple[type[FusedOptimizer], di
     cls = class_of(name)
     checks.known_keywords(cls, given)
     if name in cls.NOTES:
-        warnings.warn(f"{name}: {cls.NOTES[name]}", UserWarning, stacklevel=3)
+        warnings.warn(f"{name}: {cls.NOTES[name]}", UserWarning, stacklevel=checks.callers_level())
     return cls, {**implied(name, given), **given}
 
 

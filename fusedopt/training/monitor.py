@@ -324,7 +324,7 @@ class Monitor:
     def _act(self, found: list[Anomaly]) -> None:
         for each in found:
             if self._on_anomaly == "warn":
-                warnings.warn(str(each), TrainingWarning, stacklevel=4)
+                warnings.warn(str(each), TrainingWarning, stacklevel=checks.callers_level())
             elif callable(self._on_anomaly):
                 self._on_anomaly(each)
         ending = [each for each in found if each.kind in self._stop_on]

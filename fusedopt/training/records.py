@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..backends.info import info
 from .monitor_runs import VERSION, Lines, read_run
 from .recipe import LABELS, Recipe
@@ -207,7 +208,7 @@ def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None,
             )
         else:
             told = "has no header, as the version before wrote it, and is taken to be of this recipe and loop"
-            warnings.warn(f"{path} {told}", stacklevel=3)
+            warnings.warn(f"{path} {told}", stacklevel=checks.callers_level())
         if folder is not None and found.records and found.records[-1]["step"] > budget:
             step = found.records[-1]["step"]
             raise ValueError(
