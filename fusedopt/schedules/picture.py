@@ -59,10 +59,9 @@ def plot(
         ImportError: matplotlib is not installed.
         ValueError: The lr is negative or not finite, or there is no step to draw.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("plotting a schedule needs matplotlib; install it with: pip install matplotlib") from error
+    checks.installed("matplotlib", "plotting a schedule")
+    import matplotlib.pyplot as plt
+
     last = _last(schedules, steps)
     if ax is None:
         ax = plt.subplots(figsize=(7.0, 3.6 + 0.2 * len(schedules)), layout="constrained")[1]

@@ -69,6 +69,7 @@ def to_training_arguments(recipe: Any, output_dir: str | None, overrides: dict[s
         ImportError: transformers is not installed.
         ValueError: The optimizer, an option of it, or the schedule cannot be said there.
     """
+    checks.installed("transformers", "TrainingArguments", "'fusedopt[transformers]'")
     from transformers import TrainingArguments
     from transformers.training_args import OptimizerNames
 

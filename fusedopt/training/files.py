@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -11,18 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import checks
+
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
-_PACKAGES = {"pydantic": "pydantic", "ruamel.yaml": "ruamel.yaml", "tomlkit": "tomlkit"}
 
 
 def needed(module: str) -> None:
     """Raises an ImportError that says what to install, if a module is missing."""
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package around it
-        found = None
-    if found is None:
-        raise ImportError(f"recipes need {_PACKAGES[module]}; install it with: pip install 'fusedopt[training]'")
+    checks.installed(module, "a recipe", "'fusedopt[training]'")
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import checks
 from .anomalies import Anomaly
 from .monitor_runs import Run
 
@@ -49,7 +50,7 @@ def figure(run: Run) -> Figure:
         ImportError: matplotlib is not installed.
         ValueError: Nothing was recorded.
     """
-    _matplotlib()
+    checks.installed("matplotlib", "drawing a run")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,14 +76,6 @@ def figure(run: Run) -> Figure:
             loc="outside upper center", ncols=min(4, len(shown)), frameon=False, fontsize=9,
         )  # fmt: skip
     return drawn
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("drawing a run needs matplotlib; install it with: pip install matplotlib") from error
-    return matplotlib
 
 
 def _line(ax: Axes, steps: Sequence[int], values: Sequence[float], is_log: bool) -> None:
@@ -122,8 +115,10 @@ def save_png(run: Run, path: str | os.PathLike[str]) -> None:
 
 def svg(run: Run) -> str:
     """`figure` as an SVG element, with text as text, for a page."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fusedopt", "font.family": "sans-serif"}
-    with _matplotlib().rc_context(settings):
+    checks.installed("matplotlib", "drawing a run")
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusedopt", "font.family": "sans-serif"}):
         written = io.StringIO()
         figure(run).savefig(written, format="svg", metadata={"Date": None})
     text = written.getvalue()
