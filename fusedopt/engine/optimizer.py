@@ -376,12 +376,12 @@ class FusedOptimizer(Partial):
         not to the parameter's dtype.
 
         Raises:
-            ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
+            ValueError: It is no optimizer's, or of other groups, sizes or shapes. Nothing has changed then.
             OSError: A disk is full. Nothing has changed then, either, as after any other error of loading itself.
         """
         hook = checkpoint.prepare  # after the user's own hooks
         with self._lock, checkpoint.hooked(self.register_load_state_dict_pre_hook, hook):
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checkpoint.a_dict(state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = ("state", "param_groups", "_repeats")

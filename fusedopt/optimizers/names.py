@@ -83,6 +83,10 @@ def resolved(name: str, given: dict[str, Any]) -> tuple[type[FusedOptimizer], di
         ValueError: The name is unknown, or means something that does not exist.
         TypeError: A keyword is unknown.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name={name!r} is a {type(name).__name__}; pass one of optimizer_names(), such as 'adamw_8bit'"
+        )
     reason = refusal(name)
     if reason is not None:
         raise ValueError(reason)
