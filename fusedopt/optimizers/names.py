@@ -116,7 +116,7 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
 
     Raises:
         ValueError: The name is unknown, or means something that does not exist.
-        TypeError: A keyword is unknown.
+        TypeError: The name is no text, or a keyword is unknown.
     """
     if name not in _RELEASED:
         cls, arguments = resolved(name, kwargs)

@@ -253,7 +253,8 @@ def run(
 
     Raises:
         ValueError: The loop yields what cannot be read, or ends early, or the file is there and not of a `run` with
-            this recipe and seed, or the checkpoint that it would go on from may be beyond the budget.
+            this recipe and seed, or another `run` writes it at this time, or the checkpoint that it would go on from
+            may be beyond the budget.
         TypeError: Something is of the wrong type.
     """
     check_loop(train)

@@ -18,13 +18,8 @@ import torch
 
 from .. import checks
 from ..backends.info import info
-from .monitor_runs import VERSION, Lines, read_run
+from .monitor_runs import VERSION, Lines, lock, read_run
 from .recipe import LABELS, Recipe
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: two processes in one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -77,6 +72,8 @@ class RunFile:
         return self.kept
 
     def _open(self, step: int) -> None:
+        if self._header is not None:
+            check_free(self.path)
         # Of steps that are taken twice, a reader takes the later: what was written before may stay in the file.
         if self.append and self.path.exists():
             self.kept = [record for record in read_run(self.path).records if record["step"] < step]
@@ -84,6 +81,8 @@ class RunFile:
             self.path.unlink(missing_ok=True)
             self._write_header()
         self._file = Lines(self.path)
+        if self._header is not None:
+            self._file.hold()
 
     def _write_header(self) -> None:
         if self._header is not None:
@@ -107,6 +106,13 @@ class RunFile:
         self._file.close()
 
 
+def check_free(path: Path) -> None:
+    """Raises a ValueError if another training, of whatever process, writes a file at this time."""
+    with contextlib.suppress(OSError), path.open("rb+") as file:  # not there; or a file system without locks
+        if not lock(file.fileno()):
+            raise ValueError(f"{path} is being written by another training; pass another path, or wait for it")
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds a lock that ends with the process, however it ends; yields whether it was free.
@@ -117,15 +123,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        if fcntl is None:
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock(file.fileno(), wait=wait)
 
 
 def environment() -> dict[str, Any]:
@@ -181,7 +179,7 @@ def run_header(recipe: Recipe, loop: str | None) -> dict[str, Any]:
 
 
 def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None, budget: int) -> None:
-    """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else.
+    """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else, or in use.
 
     Args:
         path: The run file, which need not be there.
@@ -190,6 +188,7 @@ def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None,
         loop: The loop's name.
         budget: Steps. What was trained beyond them is no training of so many.
     """
+    check_free(path)
     if path.exists() and path.stat().st_size:
         try:
             found = read_run(path)

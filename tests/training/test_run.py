@@ -6,6 +6,8 @@ import json
 import shutil
 import site
 import sys
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,45 @@ def test_a_file_says_when_the_training_is_over(loop: Any, last: str, tmp_path: P
     assert during
     assert not any(during)
     assert training.read_run(path).ended
+
+
+def test_two_trainings_do_not_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+
+    def loop(recipe: Recipe, seed: int, budget: int) -> Any:
+        for step in range(1, 4):
+            yield step, 1.0
+            with pytest.raises(ValueError, match=r"run\.jsonl is being written by another training"):
+                run(recipe, plain, 3, path)
+
+    assert run(Recipe(lr=1e-3), loop, 3, path).status == "finished"
+    assert [record["step"] for record in training.read_run(path).records] == [1, 2, 3]
+
+
+def test_a_training_that_begins_while_another_has_written_nothing_leaves_its_file_alone(tmp_path: Path) -> None:
+    path, ended = tmp_path / "run.jsonl", threading.Event()
+    found = []
+
+    def first(recipe: Recipe, seed: int, budget: int) -> Any:
+        yield 1, 1.0
+        ended.wait(60)
+        yield 2, 1.0
+
+    def second(recipe: Recipe, seed: int, budget: int) -> Any:
+        other = threading.Thread(target=lambda: found.append(run(Recipe(lr=1e-3), first, 2, path)))
+        other.start()
+        while not (path.exists() and training.read_run(path).records):
+            time.sleep(0.01)
+        try:
+            yield 1, 2.0
+        finally:
+            ended.set()
+            other.join()
+
+    with pytest.raises(ValueError, match="is being written by another training"):
+        run(Recipe(lr=1e-3), second, 2, path)
+    assert [outcome.status for outcome in found] == ["finished"]
+    assert [record["loss"] for record in training.read_run(path).records] == [1.0, 1.0]
 
 
 def test_checkpoints_go_on_with_their_own_recipe(tmp_path: Path) -> None:
