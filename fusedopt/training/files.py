@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .. import checks
 
@@ -86,9 +87,26 @@ def loads(text: str, kind: str) -> dict[str, Any]:
 def write(values: Mapping[str, Any], path: Path) -> None:
     """Writes a file at once: who reads it meanwhile sees the old one or the new one."""
     text = dumps(values, _kind(path))
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A file to write, which takes the path when all is on the disk. Errors name the path, and leave nothing behind."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

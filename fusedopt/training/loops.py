@@ -21,7 +21,7 @@ import torch
 from .. import checks
 from .evaluate import Metric
 from .peak_memory import PeakMemory
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .records import RunFile, check_run, run_header
 
 # Called with (recipe, seed, budget), and with folder=... if it takes that: see `follow`.
@@ -258,8 +258,7 @@ def run(
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe={recipe!r} is a {type(recipe).__name__}; pass a Recipe")
+    a_recipe(recipe)
     if checks.whole("budget", budget) < 1:
         raise ValueError(f"budget={budget!r} is below 1; pass an int >= 1")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import time
 import warnings
@@ -18,6 +17,7 @@ import torch
 
 from .. import checks
 from ..backends.info import info
+from .files import replacing
 from .monitor_runs import VERSION, Lines, lock, read_run
 from .recipe import LABELS, Recipe
 
@@ -25,12 +25,8 @@ from .recipe import LABELS, Recipe
 def write_json(path: Path, values: Any) -> None:
     """Writes a file at once: after a kill or a power cut there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ from .. import checks
 from . import files
 from .evaluate import Evaluator, Metric
 from .loops import Loop, Outcome, Progress, Watch, check_loop, follow, loop_name
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .records import check_same, environment, locked, read_json, write_json
 from .search_result import Search, SearchTrial
 from .search_space import Space
@@ -76,9 +76,7 @@ def search(
     """
     check_loop(train)
     space = space if isinstance(space, Space) else Space(space)
-    base = Recipe() if recipe is None else recipe
-    if not isinstance(base, Recipe):
-        raise TypeError(f"recipe={base!r} is a {type(base).__name__}; pass a Recipe")
+    base = Recipe() if recipe is None else a_recipe(recipe)
     checks.one_of("sampler", sampler, SAMPLERS)
     if checks.whole("budget", budget) < 1:
         raise ValueError(f"budget={budget!r} is below 1; pass an int >= 1")

@@ -139,6 +139,48 @@ def test_a_training_that_begins_while_another_has_written_nothing_leaves_its_fil
     assert [record["loss"] for record in training.read_run(path).records] == [1.0, 1.0]
 
 
+def test_a_report_has_the_recipe_of_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.jsonl"
+    run(Recipe(lr=1.25e-3, steps=4), plain, 4, path)
+    assert "lr: 0.00125" in training.report(path).markdown()
+    assert "lr: 0.5" in training.report(path, Recipe(lr=0.5)).markdown()
+
+
+def test_what_is_no_recipe_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(Recipe(lr=1e-3), plain, 4, path)
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    for call in (
+        lambda wrong: training.estimate("7B", wrong),
+        lambda wrong: training.diagnose(training.read_run(path), wrong),
+        lambda wrong: training.report(path, wrong),
+        lambda wrong: training.range_test(wrong, plain),
+        lambda wrong: run(wrong, plain, 4, tmp_path / "other.jsonl"),
+        lambda wrong: training.Monitor(tmp_path / "other.jsonl", optimizer, recipe=wrong),
+        lambda wrong: training.search(
+            {"lr": [1, 2]}, plain, budget=2, trials=1, recipe=wrong, folder=tmp_path / "search"
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"recipe='r\.yaml' is a str; pass a Recipe"):
+            call("r.yaml")
+    for name, wrong in (("run", str(path)), ("error", 3), ("profile", 3)):
+        with pytest.raises(TypeError, match=f"{name}=.* is a (str|int); pass"):
+            training.diagnose(**{"recipe": Recipe(), name: wrong})
+    assert [each.name for each in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(suffix: str, tmp_path: Path) -> None:
+    missing, taken = tmp_path / "none" / f"r.{suffix}", tmp_path / f"folder.{suffix}"
+    taken.mkdir()
+    for path in (missing, taken):
+        with pytest.raises(OSError) as error:
+            Recipe().save(path)
+        assert error.value.filename == str(path)
+    assert [each.name for each in tmp_path.iterdir()] == [taken.name]
+
+
 def test_checkpoints_go_on_with_their_own_recipe(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     run(Recipe(lr=1e-3), saving, 4, path)
