@@ -17,7 +17,7 @@ LENGTH = 64
 
 
 def load_source() -> tuple[torch.Tensor, torch.Tensor]:
-    text = bytearray(Path(argparse.__file__).read_text().encode())
+    text = bytearray(Path(argparse.__file__).read_text(encoding="utf-8").encode())
     data = torch.frombuffer(text, dtype=torch.uint8).long()
     return data[:-16_384], data[-16_384:]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import math
 import sys
@@ -120,6 +121,32 @@ def one_of(name: str, value: Any, options: Iterable[str]) -> str:
     if value not in options:
         raise ValueError(f"{name}={value!r} is not known; pass one of {', '.join(map(repr, options))}")
     return value
+
+
+def installed(package: str, what: str, install: str | None = None) -> None:
+    """Raises an ImportError that says what to install, if a package is missing.
+
+    One that is there and does not load is another matter, which its own error tells.
+
+    Args:
+        package: The name by which it is imported.
+        what: What needs it, as the subject of a sentence in the singular.
+        install: What pip installs; the package by default.
+    """
+    try:
+        found = importlib.util.find_spec(package)
+    except (ModuleNotFoundError, ValueError):  # the package around it; or None in its place
+        found = None
+    if found is None:
+        raise ImportError(f"{what} needs {package}; install it with: pip install {install or package}")
+
+
+def callers_level() -> int:
+    """The stacklevel that makes a warning point to the line that called into this package, or torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@ architecture is that of the sources."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -20,6 +21,7 @@ from torch import distributed
 
 import fusedopt
 import fusedopt.training
+from fusedopt.engine.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "guide"
@@ -119,6 +121,46 @@ def test_listed_members_exist() -> None:
         ):
             for member in members.split(", "):
                 assert hasattr(pydoc.locate(path), member), f"{path} has no {member}"
+
+
+def _signatures(page: Path) -> list[tuple[str, ast.FunctionDef]]:
+    """What a page of an optimizer begins with: a call that has defaults where arguments are, as a function."""
+    code = blocks(page)[0][1]
+    found = []
+    for each in re.finditer(r"^fusedopt\.(\w+)(\((?:[^()]|\([^()]*\))*\))", code, re.MULTILINE):
+        if isinstance(getattr(fusedopt, each[1]), type) and "params" in each[2]:
+            tree = ast.parse(f"def _{each[2]}: pass").body[0]
+            assert isinstance(tree, ast.FunctionDef)
+            found.append((each[1], tree))
+    return found
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "optimizers").glob("*.md")), ids=lambda page: page.stem)
+def test_signatures_of_optimizers(page: Path) -> None:
+    """Names, order and defaults; where `**options` is not among them, everything is."""
+    signatures = _signatures(page)
+    assert signatures or "params" not in blocks(page)[0][1]
+    for name, tree in signatures:
+        actual = inspect.signature(getattr(fusedopt, name)).parameters
+        by_position = tree.args.args[len(tree.args.args) - len(tree.args.defaults) :]
+        written = dict(zip((arg.arg for arg in by_position), tree.args.defaults))
+        written |= {arg.arg: value for arg, value in zip(tree.args.kwonlyargs, tree.args.kw_defaults) if value}
+        defaults = {key: eval(ast.unparse(value)) for key, value in written.items()}
+        assert {key: actual[key].default for key in defaults if key in actual} == defaults, name
+        order = [arg.arg for arg in tree.args.args]
+        assert list(actual)[: len(order)] == order, name
+        if tree.args.kwarg is None:
+            assert [key for key in actual if key not in ("params", *defaults)] == [], name
+
+
+def test_the_table_of_options_has_every_option() -> None:
+    page = (ROOT / "docs" / "options.md").read_text()
+    table = page[: page.index("\n## ")]
+    named = set(re.findall(r"`(\w+)(?:=[^`]*)?`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    assert sorted(Options.__annotations__.keys() - named) == []
+    defaults = {key: eval(value) for key, value in re.findall(r"^\| `(\w+)=([^`]*)`", table, re.MULTILINE)}
+    actual = inspect.signature(fusedopt.FusedOptimizer.__init__).parameters
+    assert {key: actual[key].default for key in defaults} == defaults
 
 
 @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "docs/architecture.svg"])

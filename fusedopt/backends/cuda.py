@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, checks
 from . import trial, triton
 from .device import DeviceSession, Scalars, guard, pointer
 from .table import PARAM_DTYPES
@@ -96,7 +96,7 @@ def misfit(module: Any, device: torch.device) -> str | None:
 
 @functools.cache
 def _warn_not_built() -> None:
-    warnings.warn(f"CUDA parameters are stepped by plain torch, slowly: {NOT_BUILT}", stacklevel=2)
+    warnings.warn(f"CUDA parameters are stepped by plain torch, slowly: {NOT_BUILT}", stacklevel=checks.callers_level())
 
 
 class CudaSession(DeviceSession):

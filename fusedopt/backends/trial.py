@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, checks
 from .._version import __version__
 from ..storage.quantization import scales_shape
 from .base import REFERENCES, GroupStep, ParamStep, Session
@@ -103,7 +103,9 @@ def _undisturbed() -> Iterator[None]:
 @functools.cache
 def warn_unused(name: str, device: str, reason: str) -> None:
     """Says once that a device's parameters are left to the next backend."""
-    warnings.warn(f"parameters on {device} are not stepped by the {name} kernels: {reason}", stacklevel=2)
+    warnings.warn(
+        f"parameters on {device} are not stepped by the {name} kernels: {reason}", stacklevel=checks.callers_level()
+    )
 
 
 def launch_error(backend: Tried, device: torch.device) -> str | None:
@@ -282,7 +284,7 @@ def _of_device(device: torch.device) -> dict[str, Any]:
         return {"device": device.type, "driver": None}
     text = torch.version.hip or ""
     try:
-        text += Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+        text += Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
     except OSError:
         text += str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "")())
     return {"device": torch.cuda.get_device_name(device), "driver": text}
@@ -301,7 +303,9 @@ def _leave(mark: Path, identity: dict[str, Any]) -> None:
     """Writes a mark whole or not at all; where nothing can be written, the next process checks again."""
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=mark.parent, prefix=mark.stem, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=mark.parent, prefix=mark.stem, delete=False
+        ) as file:
             json.dump(identity, file, indent=1)
         os.replace(file.name, mark)
     except OSError:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, checks
 from . import trial
 from .device import DeviceSession, Scalars, guard
 from .table import PARAM_DTYPES
@@ -57,7 +57,7 @@ def kernels() -> Any:
 
 @functools.cache
 def _warn_missing(kind: str, reason: str) -> None:
-    warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {reason}", stacklevel=2)
+    warnings.warn(f"{kind} parameters are stepped by plain torch, slowly: {reason}", stacklevel=checks.callers_level())
 
 
 def unreachable(device: torch.device) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -12,6 +13,9 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError as error:
         sys.exit(f"the fusedopt command needs {error.name}; install it with: pip install 'fusedopt[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # bars and ticks are not in every locale
+            stream.reconfigure(errors="replace")
     from .app import app
 
-    app()
+    app(prog_name="fusedopt")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .._version import __version__
 from . import (
     check,
     compare,
@@ -39,6 +42,16 @@ app.command("diagnose", epilog=diagnose.EPILOG)(diagnose.diagnose)
 app.command("compile-kernels", epilog=kernels.EPILOG)(kernels.compile_kernels)
 
 
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Optimizers and schedules for PyTorch."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import checks
 from .._version import __version__
 from . import proofs, subjects
+from .sentences import AsJson, fail, listed, print_json
 
 _DEVICE = "One device, such as cpu or cuda:0; without it, all that are here."
 _BACKEND = "One backend: cpu, cuda, triton, or eager; without it, those that are made for each device."
@@ -25,7 +25,6 @@ _RULES = "Equations, with commas between, by the names in the table; without it,
 Device = Annotated[str, typer.Option("--device", help=_DEVICE)]
 Backend = Annotated[str, typer.Option("--backend", help=_BACKEND)]
 Rules = Annotated[str, typer.Option("--rules", help=_RULES)]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: everything as JSON.")]
 
 
 def check(device: Device = "", backend: Backend = "", rules: Rules = "", as_json: AsJson = False) -> None:
@@ -37,13 +36,13 @@ def check(device: Device = "", backend: Backend = "", rules: Rules = "", as_json
     try:
         chosen, of = subjects.targets(device or None, backend or None), _subjects(rules)
     except ValueError as error:
-        sys.exit(str(error))
+        fail(str(error), error)
     with Console(stderr=True).status("checking") as status:
         reports = proofs.check(chosen, of=of, progress=lambda name: status.update(f"checking {name}"))
     is_named = bool(device or backend)
     failed = any(report.failures() or (is_named and report.refusal) for report in reports)
     if as_json:
-        typer.echo(json.dumps(described(reports, passed=not failed), indent=2))
+        print_json(described(reports, passed=not failed))
     else:
         show(reports, time.perf_counter() - begin, Console(highlight=False))
     raise typer.Exit(1 if failed else 0)
@@ -53,10 +52,10 @@ def _subjects(names: str) -> list[subjects.Subject]:
     """What is checked. Raises ValueError."""
     all_of_them = subjects.subjects()
     known = [subject.name for subject in all_of_them]
-    wanted = names.split(",") if names else known
+    wanted = listed(names) if names else known
     for name in wanted:
         if name not in known:
-            raise ValueError(f"rule {name!r} is not known; there are {', '.join(known)}")
+            raise ValueError(f"rule {name!r} is not known{checks.closest(name, known)}; there are {', '.join(known)}")
     return [subject for subject in all_of_them if subject.name in wanted]
 
 

@@ -28,7 +28,7 @@ def diagnose(
             raise ValueError("--apply and --output go together: the number of a remedy, and the file for the recipe")
         recorded = None if run is None else training.read_run(run)
         given = None if recipe is None else training.Recipe.load(recipe)
-        text = None if error is None else error.read_text(errors="replace")
+        text = None if error is None else error.read_text(encoding="utf-8", errors="replace")
         found = training.diagnose(recorded, given, error=text)
         if as_json:
             print_json([each.to_dict() for each in found])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from ..backends import info
-from .sentences import AsJson
+from .sentences import AsJson, print_json
 
 
 def show(as_json: AsJson = False) -> None:
     """Tells what is built in, what is usable here, and what to do about the rest."""
     found = info.info()
-    typer.echo(json.dumps(found, indent=2) if as_json else info.render(found))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(info.render(found))

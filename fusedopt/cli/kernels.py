@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..backends import triton
-from .sentences import AsJson, print_json
+from .sentences import AsJson, fail, listed, print_json
 
 _TARGET = "Devices, with commas between: cuda:90 (compute capability 9.0), hip:gfx942, ..."
 _FORMATS = (
@@ -33,17 +32,18 @@ def compile_kernels(
     """Compiles the Triton kernels for devices, without one, into Triton's cache, so that no first step has to."""
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     if (reason := triton.missing()) is not None:
-        sys.exit(reason)
+        fail(reason)
     if triton.is_interpreting():
-        sys.exit("TRITON_INTERPRET=1 is set, so kernels are interpreted and never compiled; unset it")
+        fail("TRITON_INTERPRET=1 is set, so kernels are interpreted and never compiled; unset it")
     ahead = importlib.import_module("fusedopt.triton_kernels.ahead")
     begin = time.perf_counter()
     try:
-        targets = [ahead.parse_target(text) for text in target.split(",")]
-        jobs = ahead.jobs(_listed(rules), _listed(formats), norms=norms)
+        names = listed(target)
+        targets = [ahead.parse_target(name) for name in names]
+        jobs = ahead.jobs(listed(rules) if rules else None, listed(formats) if formats else None, norms=norms)
     except ValueError as error:
-        sys.exit(str(error))
-    for text, device in zip(target.split(","), targets):
+        fail(str(error), error)
+    for text, device in zip(names, targets):
         with ahead.on(device):
             for i, job in enumerate(jobs):
                 console.print(f"{text}  {i + 1}/{len(jobs)}  {job.label}")
@@ -51,8 +51,4 @@ def compile_kernels(
     seconds = time.perf_counter() - begin
     console.print(f"{len(jobs) * len(targets)} kernels in {seconds:.0f} s")
     if as_json:
-        print_json({"targets": target.split(","), "kernels": [job.label for job in jobs], "seconds": seconds})
-
-
-def _listed(text: str) -> list[str] | None:
-    return text.split(",") if text else None
+        print_json({"targets": names, "kernels": [job.label for job in jobs], "seconds": seconds})

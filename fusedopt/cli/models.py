@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Annotated, Any
 
@@ -33,17 +34,26 @@ def made(name: str | None) -> nn.Module | None:
     """The model that MODULE:FACTORY makes; None for None. Raises a ValueError or TypeError."""
     if name is None:
         return None
-    model = imported(name, "--model", "MODULE:FACTORY", "train:make_model")()
+    factory = imported(name, "--model", "MODULE:FACTORY", "train:make_model")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise TypeError(f"--model {name!r} cannot be called ({error}); name a function without arguments") from error
+    except ValueError:  # a function that tells nothing of its arguments
+        pass
+    model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"--model {name!r} returns a {type(model).__name__}; return a torch.nn.Module")
     return model
 
 
-def imported(name: str, option: str = "--train", form: str = "MODULE:FUNCTION", example: str = "train:train") -> Any:
+def imported(name: Any, option: str = "--train", form: str = "MODULE:FUNCTION", example: str = "train:train") -> Any:
     """What MODULE:FUNCTION names. Raises a ValueError that names the option."""
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
-        raise ValueError(f"{option} {name!r} is not {form}; pass for example {example}")
+    module, colon, function = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if not all(part.isidentifier() for part in module.split(".")) or not colon or not function.isidentifier():
+        raise ValueError(
+            f"{option} {name!r} is not {form}, two names as Python's import takes them; pass for example {example}"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

@@ -38,8 +38,8 @@ def monitor(
     with sentences():
         from ..training import monitor_pictures, monitor_runs
 
-        if interval <= 0:
-            raise ValueError(f"--interval {interval:g} is no time to wait; pass seconds above 0")
+        if not 0 < interval < math.inf:
+            raise ValueError(f"--interval {interval:g} is no time to wait; pass a number of seconds above 0")
         reader = monitor_runs.Reader(path)
         run = reader.read()
         if png is not None:

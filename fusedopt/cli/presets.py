@@ -50,10 +50,10 @@ def show(
 
         found = training.find_preset(name)
         if output is not None and output.suffix in (".yaml", ".yml"):
-            output.write_text(found.text)
+            output.write_text(found.text, encoding="utf-8")
         elif output is not None:
             found.recipe.save(output)
-        elif as_json:
+        if as_json:
             print_json(found.recipe.to_dict())
-        else:
+        elif output is None:
             typer.echo(found.text, nl=False)

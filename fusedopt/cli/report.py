@@ -12,7 +12,7 @@ from .sentences import AsJson, print_json, sentences
 EPILOG = "Example: fusedopt report out/compare --output report.html"
 
 Subject = Annotated[Path, typer.Argument(metavar="SUBJECT", help="The folder of compare or search, or a run file.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="What a run was trained with.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="What a run was trained with; the run's own.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="A .html or .md; without it, Markdown is printed.")]
 
 

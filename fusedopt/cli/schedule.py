@@ -12,6 +12,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from .. import checks
 from ..schedules import Schedule, create_schedule, picture
 from ..schedules.names import training_schedules
 from .sentences import AsJson, print_json, sentences
@@ -60,9 +61,11 @@ def plot(
         if png is not None or as_json:
             return
         console = Console(highlight=False)
-        for name, schedule in zip(names, schedules):
-            console.print(f"[bold]{name}[/bold]")
-            print(picture.sketch(schedule, steps=steps, base_lr=lr, width=min(100, max(30, console.width))))
+        width = min(100, max(30, console.width))
+        sketches = [picture.sketch(schedule, steps=steps, base_lr=lr, width=width) for schedule in schedules]
+        for name, sketch in zip(names, sketches):
+            console.print(name, style="bold", markup=False)
+            print(sketch)
 
 
 @app.command(epilog="Example: fusedopt schedule dump linear --warmup 100 --steps 1000 --lr 1e-3 --csv linear.csv")
@@ -75,7 +78,7 @@ def dump(
         rows = (",".join(map(repr, row)) for row in zip(*columns.values()))
         text = "\n".join([",".join(columns), *rows, ""])
         if csv is not None:
-            csv.write_text(text)
+            csv.write_text(text, encoding="utf-8")
         if as_json:
             print_json(columns)
         elif csv is None:
@@ -95,13 +98,18 @@ def _parameters(cls: type[Schedule]) -> dict[str, Any]:
 
 
 def _schedule(spec: str, steps: int, warmup: float, lr: float | None) -> Schedule:
+    if lr is not None:
+        checks.nonnegative("--lr", lr)
     if spec.endswith(".json"):
         if warmup:
             raise ValueError(f"--warmup {warmup!r} is for a name; {spec} has its own warmup, so leave it out")
         schedule = _read(Path(spec))
     else:
         name, _, given = spec.partition(":")
-        parameters = dict(map(_parameter, given.split(","))) if given else {}
+        pairs = [_parameter(text) for text in given.split(",")] if given else []
+        parameters = dict(pairs)
+        if len(parameters) < len(pairs):
+            raise ValueError(f"{spec!r} gives a parameter twice; give each once")
         takes = inspect.signature(training_schedules().get(name, Schedule)).parameters
         if "num_warmup_steps" in takes:
             parameters.setdefault("num_warmup_steps", warmup)
@@ -126,7 +134,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 def _read(path: Path) -> Schedule:
     try:
-        description = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); pass a file that to_json() wrote") from error
     return Schedule.from_dict(description)

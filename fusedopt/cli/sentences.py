@@ -1,4 +1,4 @@
-"""What subcommands have in common: errors as sentences, and JSON for programs."""
+"""What subcommands have in common: errors as sentences with an exit status, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: everything as JSON.")]
+
+
+FAILED = 2  # exit status; 1 says what a command found, such as anomalies, and the shell's parser exits with 2 as well
+
+
+def fail(sentence: str, cause: BaseException | None = None) -> NoReturn:
+    """Ends the command: it could not do what it was asked for."""
+    typer.echo(sentence, err=True)
+    raise SystemExit(FAILED) from cause
 
 
 @contextmanager
@@ -24,7 +33,14 @@ def sentences() -> Iterator[None]:
     except (ValueError, TypeError, ImportError, OSError) as error:
         if _is_of_a_user(error):
             raise
-        raise SystemExit(str(error)) from error
+        fail(_said(error), error)
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; the system's as well, which begin with a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _is_of_a_user(error: BaseException) -> bool:
@@ -44,6 +60,13 @@ def _is_installed(file: Path, folders: list[Path]) -> bool:
     return is_in_packages or any(file.is_relative_to(folder) for folder in folders)
 
 
+def listed(text: str) -> list[str]:
+    """What an option lists with commas between: at least one thing, if only an empty text."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]
+
+
 def print_json(value: Any) -> None:
-    """Writes a value for programs."""
-    typer.echo(json.dumps(value, indent=2))
+    """Writes a value for programs. JSON has neither infinities nor NaN: they become null."""
+    from ..training.records import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -11,7 +11,7 @@ from . import models
 from .sentences import AsJson, print_json, sentences
 
 EPILOG = (
-    "Exit status: 0 if nothing but notes is found, 1 with warnings, 2 with errors. "
+    "Exit status: 0 if nothing but notes is found, 1 with warnings, 2 with errors, or if it cannot be read. "
     "Example: fusedopt validate recipe.yaml --steps 10000 --model train:make_model"
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import FrameType
@@ -191,10 +191,29 @@ def _is_flattened() -> bool:
 # ---- loading -----------------------------------------------------------------------------------------
 
 
+def a_dict(state_dict: Any) -> dict[str, Any]:
+    """What is passed, if it is a mapping at all, which hooks of a user's may make a state dict of."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what an optimizer's state_dict() gave")
+    return state_dict  # type: ignore[return-value]
+
+
+def check_form(state_dict: Any) -> None:
+    """Raises an error that says what was passed instead of a state dict, such as what holds the model's beside it."""
+    a_dict(state_dict)
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            there = f"what is there: {', '.join(map(repr, state_dict))}" if state_dict else "it is empty"
+            raise ValueError(
+                f"state_dict has no {key!r} of an optimizer ({there}); pass what an optimizer's state_dict() gave"
+            )
+
+
 def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A load_state_dict pre-hook: checks a state dict, fills its groups and wraps its tensors."""
+    check_form(state_dict)
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
+    saved_sizes = [len(group.get("params", ())) for group in saved_groups]
     sizes = [len(group["params"]) for group in groups]
     if sizes != saved_sizes:
         raise ValueError(
@@ -286,7 +305,7 @@ def _masters(
     warnings.warn(
         f"the state dict has {found[0]!r} for a parameter that is {param.dtype} here, in a group with master_weights="
         f"{group['master_weights']!r}; it is dropped: save and load full-precision weights with fp32_parameters",
-        stacklevel=2,
+        stacklevel=checks.callers_level(),
     )
     return []
 

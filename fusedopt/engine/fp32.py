@@ -28,8 +28,11 @@ def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Te
     Returns:
         {name in ``model.named_parameters()``: new float32 tensor}, float64 and complex ones in their own dtype.
         A sharded parameter gives a DTensor.
+
+    Raises:
+        TypeError: The optimizer is none, or the model is no module.
     """
-    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    groups = _groups(optimizer, model)
     weights = {}
     for name, param in model.named_parameters():
         value = full_precision(optimizer, groups.get(param), param).clone()
@@ -37,9 +40,18 @@ def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Te
     return weights
 
 
+def _groups(optimizer: FusedOptimizer, model: nn.Module) -> dict[Tensor, dict[str, Any]]:
+    """The param group of every parameter that is stepped."""
+    if not hasattr(optimizer, "param_groups"):  # a framework may have wrapped it
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the optimizer that steps the model")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the torch.nn.Module that is stepped")
+    return {param: group for group in optimizer.param_groups for param in group["params"]}
+
+
 def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor) -> Tensor:
     """What is held here of a parameter's weights, at least in float32; may share its memory."""
-    kind = None if group is None else masters.kind_of(group["master_weights"], param)
+    kind = None if group is None else masters.kind_of(group.get("master_weights"), param)
     kept = None if kind is None else optimizer.state.get(param, {}).get(masters.KEYS[kind])
     return storage.read(kind, sharding.local(param).detach(), None if kept is None else sharding.local(kept))
 
@@ -57,18 +69,21 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
 
     Raises:
         ValueError: A parameter is missing or unknown, or a shape differs. Nothing has changed then.
+        TypeError: The optimizer is none, the model is no module, or a weight no tensor. Nothing has changed then.
     """
+    groups = _groups(optimizer, model)
     params = dict(model.named_parameters())
     if params.keys() != weights.keys():
         missing, unknown = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
         raise ValueError(f"weights lack {missing} and have unknown {unknown}; pass what fp32_parameters gave")
     for name, param in params.items():
+        if not isinstance(weights[name], Tensor):
+            raise TypeError(f"weights[{name!r}] is a {type(weights[name]).__name__}; pass a tensor")
         if weights[name].shape != param.shape:
             raise ValueError(
                 f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
                 "pass the weights of the same model"
             )
-    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in params.items():
         set_full_precision(optimizer, groups.get(param), param, sharding.local(weights[name]))
 
@@ -76,7 +91,7 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
 def set_full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor, value: Tensor) -> None:
     """Sets what is held here of a parameter's weights, rounded to nearest where they cannot hold it."""
     local = sharding.local(param)
-    kind = None if group is None else masters.kind_of(group["master_weights"], param)
+    kind = None if group is None else masters.kind_of(group.get("master_weights"), param)
     if kind is None or group is None:
         local.copy_(value)
         return

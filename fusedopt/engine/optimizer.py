@@ -184,7 +184,10 @@ class FusedOptimizer(Partial):
             for key in param_group:
                 near = difflib.get_close_matches(str(key), self.defaults, n=1, cutoff=0.8)
                 if near and key not in self.defaults and key != "params":
-                    warnings.warn(f"param group key {key!r} is not used; did you mean {near[0]!r}?", stacklevel=3)
+                    warnings.warn(
+                        f"param group key {key!r} is not used; did you mean {near[0]!r}?",
+                        stacklevel=checks.callers_level(),
+                    )
             checked = self.checked_group({**self.defaults, **param_group})
             param_group.update({key: checked[key] for key in self.defaults})
         super().add_param_group(param_group)
@@ -373,12 +376,12 @@ class FusedOptimizer(Partial):
         not to the parameter's dtype.
 
         Raises:
-            ValueError: The state dict has other groups, sizes or shapes. Nothing has changed then.
+            ValueError: It is no optimizer's, or of other groups, sizes or shapes. Nothing has changed then.
             OSError: A disk is full. Nothing has changed then, either, as after any other error of loading itself.
         """
         hook = checkpoint.prepare  # after the user's own hooks
         with self._lock, checkpoint.hooked(self.register_load_state_dict_pre_hook, hook):
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checkpoint.a_dict(state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = ("state", "param_groups", "_repeats")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Size, Tensor, float32
 
+from .. import checks
 from ..backends.base import HEALTH_COUNTS, Health
 from ..offload.homes import PLACES, is_moved, moved_beside_states, note_of, place_of
 from ..storage import masters
@@ -43,16 +43,8 @@ def warn_if_nothing_is_quantized(optimizer: Contract) -> None:
         warnings.warn(
             f"state_dtype='8bit' changes nothing here: no parameter can have it ({found}); "
             "its states stay float32. See memory_report()",
-            stacklevel=_callers_level(),
+            stacklevel=checks.callers_level(),
         )
-
-
-def _callers_level() -> int:
-    """The stacklevel that makes a warning point to the line that called into this package, or torch."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 # ---- tables ------------------------------------------------------------------------------------------

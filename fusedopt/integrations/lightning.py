@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from .watching import Watch, unwrapped
 
@@ -23,10 +25,12 @@ _logger = logging.getLogger(__name__)
 
 @functools.cache
 def _callback_class() -> type:
+    if importlib.util.find_spec("pytorch_lightning") is None:  # the package's older name
+        checks.installed("lightning", "FusedCallback", "'fusedopt[lightning]'")
     try:
         from lightning.pytorch import Callback
     except ImportError:
-        from pytorch_lightning import Callback  # type: ignore[assignment]  # the package's older name
+        from pytorch_lightning import Callback  # type: ignore[assignment]
 
     class FusedCallback(Callback):
         """Says what the state takes when training begins, logs the gradient norm of steps, and warns of anomalies.

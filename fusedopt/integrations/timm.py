@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import Any
 
+from .. import checks
 from ..optimizers.names import class_of, create_optimizer, optimizer_names, released
 
 # timm reads a name's last part after "_" only, and takes "fused..." for NVIDIA's Apex.
@@ -28,6 +29,7 @@ def register(registry: Any = None) -> list[str]:
     Raises:
         ImportError: timm is not installed.
     """
+    checks.installed("timm", "register")
     from timm.optim import _optim_factory
 
     registry = _optim_factory.default_registry if registry is None else registry

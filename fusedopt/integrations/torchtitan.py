@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from ..engine.options import OWN_DEFAULTS
 from ..optimizers.names import class_of, create_optimizer, optimizer_names, released
@@ -39,6 +40,7 @@ def config(name: str = "adamw_8bit", lr: float = 8e-4, **kwargs: Any) -> Any:
         ValueError: The name is one of an optimizer that steps during the backward pass, or torchtitan is asked to clip
             twice.
     """
+    checks.installed("torchtitan", "config")
     from torchtitan.components.optimizer import ParamGroupConfig
 
     _check_released(name)

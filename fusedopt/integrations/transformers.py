@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from ..optimizers.names import refusal, released
 from .backward import released_backward
@@ -50,6 +51,7 @@ def names() -> dict[str, str | None]:
     Raises:
         ImportError: transformers is not installed.
     """
+    _needs("names")
     from transformers.training_args import OptimizerNames
 
     return {name.value: refusal(name.value) for name in OptimizerNames}
@@ -145,6 +147,7 @@ def enable(*, keep_embeddings: bool = False, **options: Any) -> _Enabled:
         ImportError: transformers is not installed.
         RuntimeError: This version of transformers has no such table.
     """
+    _needs("enable")
     import transformers
     from transformers import Trainer
 
@@ -262,6 +265,7 @@ def add_callback(trainer: Trainer, **options: Any) -> FusedCallback:
 
 @functools.cache
 def _callback_class() -> type:
+    _needs("FusedCallback")
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 
@@ -317,6 +321,7 @@ def _callback_class() -> type:
 
 @functools.cache
 def _trainer_class() -> type:
+    _needs("FusedTrainer")
     from transformers import Trainer
 
     class FusedTrainer(Trainer):
@@ -356,6 +361,10 @@ def _trainer_class() -> type:
     for name, method in _methods(Trainer._clip_grad_norm, Trainer._get_grad_norm, Trainer.training_step).items():
         setattr(FusedTrainer, name, method)
     return _public(FusedTrainer)
+
+
+def _needs(name: str) -> None:
+    checks.installed("transformers", name, "'fusedopt[transformers]'")
 
 
 def _public(cls: type) -> type:

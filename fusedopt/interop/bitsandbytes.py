@@ -44,6 +44,7 @@ def from_bitsandbytes(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> 
     Raises:
         ValueError: The state dict has other groups, states or shapes, or this optimizer has states that
             bitsandbytes does not keep.
+        TypeError: It is no dict.
     """
     has_betas = "betas" in optimizer.defaults
     decay = _one_state_decay(optimizer)

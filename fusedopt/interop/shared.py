@@ -26,9 +26,7 @@ States = Callable[[Sequence[StateSpec], Tensor, dict[str, Any], str], dict[str, 
 
 def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states: States) -> dict[str, Any]:
     """Another package's state dict with our settings and dense states."""
-    for key, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"state_dict has no {kind.__name__} {key!r}; pass what an optimizer's state_dict() gave")
+    checkpoint.check_form(state_dict)
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group.get("params", ())) for group in saved_groups]

@@ -36,6 +36,7 @@ def from_torchao(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[
 
     Raises:
         ValueError: The state dict has other groups, states or shapes.
+        TypeError: It is no dict.
     """
 
     def settings(saved: dict[str, Any], where: str) -> dict[str, Any]:

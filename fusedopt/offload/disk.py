@@ -77,7 +77,7 @@ class Scratch:
         # It gets its name when it is locked: until then another process would take it for abandoned.
         made = Path(tempfile.mkdtemp(prefix="." + PREFIX, dir=folder))
         self.path = made.with_name(made.name[1:])
-        self._lock = (made / MANIFEST).open("w")
+        self._lock = (made / MANIFEST).open("w", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as the process lives
         whose = {"host": socket.gethostname(), "process": os.getpid()}
         said = "optimizer states in use by this process; no checkpoint, and worthless without it"
@@ -125,7 +125,7 @@ def remove_abandoned(folder: str) -> None:
     """Removes what processes left there that were killed: nobody holds its lock."""
     for path in Path(folder).glob(PREFIX + "*"):
         try:
-            with (path / MANIFEST).open("r+") as manifest:
+            with (path / MANIFEST).open("r+", encoding="utf-8") as manifest:
                 fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:

@@ -83,13 +83,17 @@ def resolved(name: str, given: dict[str, Any]) -> tuple[type[FusedOptimizer], di
         ValueError: The name is unknown, or means something that does not exist.
         TypeError: A keyword is unknown.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name={name!r} is a {type(name).__name__}; pass one of optimizer_names(), such as 'adamw_8bit'"
+        )
     reason = refusal(name)
     if reason is not None:
         raise ValueError(reason)
     cls = class_of(name)
     checks.known_keywords(cls, given)
     if name in cls.NOTES:
-        warnings.warn(f"{name}: {cls.NOTES[name]}", UserWarning, stacklevel=3)
+        warnings.warn(f"{name}: {cls.NOTES[name]}", UserWarning, stacklevel=checks.callers_level())
     return cls, {**implied(name, given), **given}
 
 
@@ -112,7 +116,7 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
 
     Raises:
         ValueError: The name is unknown, or means something that does not exist.
-        TypeError: A keyword is unknown.
+        TypeError: The name is no text, or a keyword is unknown.
     """
     if name not in _RELEASED:
         cls, arguments = resolved(name, kwargs)

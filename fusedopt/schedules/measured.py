@@ -219,10 +219,9 @@ class MetricLR(_MeasuredLR, ReduceLROnPlateau):
         Raises:
             ImportError: transformers is not installed.
         """
-        try:
-            from transformers import TrainerCallback
-        except ImportError as error:
-            raise ImportError("a Trainer needs transformers; install it with: pip install transformers") from error
+        checks.installed("transformers", "a Trainer", "'fusedopt[transformers]'")
+        from transformers import TrainerCallback
+
         scheduler = self
 
         class StepCallback(TrainerCallback):

@@ -94,7 +94,7 @@ def named_schedule(name: str, num_warmup_steps: Any, num_training_steps: Any, kw
                 f"num_warmup_steps={num_warmup_steps!r} means nothing to 'constant', as in transformers; "
                 "use 'constant_with_warmup' to warm up",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=checks.callers_level(),
             )
         return construct(cls, kwargs)
     parameters = dict(kwargs)
@@ -126,7 +126,7 @@ def _warn_of_another_total(schedule: WarmupStableDecay) -> None:
             f"num_stable_steps={stable!r} makes the schedule {sum(parts)} steps long and "
             f"num_training_steps is {total}; num_stable_steps wins, leave it out to fill the total",
             UserWarning,
-            stacklevel=4,
+            stacklevel=checks.callers_level(),
         )
 
 

@@ -57,11 +57,11 @@ def plot(
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: The lr is negative or not finite, or there is no step to draw.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("plotting a schedule needs matplotlib; install it with: pip install matplotlib") from error
+    checks.installed("matplotlib", "plotting a schedule")
+    import matplotlib.pyplot as plt
+
     last = _last(schedules, steps)
     if ax is None:
         ax = plt.subplots(figsize=(7.0, 3.6 + 0.2 * len(schedules)), layout="constrained")[1]
@@ -88,7 +88,8 @@ def plot(
 
 def save(axes: Axes, path: str | Path) -> None:
     """Writes the picture that axes belong to, at 150 dots per inch."""
-    axes.figure.savefig(path, dpi=150)  # type: ignore[union-attr]  # of a SubFigure, which we do not make
+    kind = Path(path).suffix.removeprefix(".") or "png"  # matplotlib would write curve.png for curve
+    axes.figure.savefig(path, dpi=150, format=kind)  # type: ignore[union-attr]  # of a SubFigure, which we do not make
 
 
 def sketch(
@@ -107,7 +108,7 @@ def sketch(
         Lines to print, of block characters: the smallest visible difference is an eighth of a line.
 
     Raises:
-        ValueError: It would be too small to read.
+        ValueError: It would be too small to read, the lr is negative or not finite, or there is no step to draw.
     """
     if checks.whole("width", width) < 30 or checks.whole("height", height) < 3:
         raise ValueError(f"width={width!r} and height={height!r} leave nothing to see; pass at least 30 and 3")
@@ -141,5 +142,6 @@ def _last(schedules: Sequence[Drawable], steps: int | None) -> int:
 
 
 def _values(schedule: Drawable, at: Any, base_lr: float | None) -> Array:
-    multiplier = schedule(at, base_lr)
-    return multiplier if base_lr is None else multiplier * base_lr
+    lr = None if base_lr is None else checks.nonnegative("base_lr", base_lr)
+    multiplier = schedule(at, lr)
+    return multiplier if lr is None else multiplier * lr

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
 from ..engine.optimizer import CLASSES
 from ..integrations.training_arguments import choose, max_grad_norm_of
 from ..optimizers.names import released
@@ -68,6 +69,7 @@ def to_training_arguments(recipe: Any, output_dir: str | None, overrides: dict[s
         ImportError: transformers is not installed.
         ValueError: The optimizer, an option of it, or the schedule cannot be said there.
     """
+    checks.installed("transformers", "TrainingArguments", "'fusedopt[transformers]'")
     from transformers import TrainingArguments
     from transformers.training_args import OptimizerNames
 
@@ -108,7 +110,9 @@ def to_training_arguments(recipe: Any, output_dir: str | None, overrides: dict[s
     untold = [key for key in _TELL if beside[key] != getattr(default, key)]
     if untold:
         told = "; ".join(f"{key}={beside[key]!r}: {_TELL[key]}" for key in untold)
-        warnings.warn(f"TrainingArguments have no field for this. {told}", UserWarning, stacklevel=3)
+        warnings.warn(
+            f"TrainingArguments have no field for this. {told}", UserWarning, stacklevel=checks.callers_level()
+        )
     setattr(args, _BESIDE, {**beside, "optimizer": (optim, recipe.optimizer, recipe.options)})
     return args
 

@@ -88,7 +88,16 @@ def diagnose(
 
     Raises:
         ValueError: There is nothing to go by, or no recipe to change.
+        TypeError: Something is of the wrong type.
     """
+    for name, value, kinds, remedy in (
+        ("run", run, Run, "what read_run gives"),
+        ("recipe", recipe, Recipe, "a Recipe"),
+        ("error", error, (str, BaseException), "an exception or its text"),
+        ("profile", profile, Profile, "what profile_steps gives"),
+    ):
+        if value is not None and not isinstance(value, kinds):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass {remedy}")
     if run is None and error is None and profile is None:
         raise ValueError("run, error and profile are all missing, so there is nothing to go by; pass one of them")
     if recipe is None:

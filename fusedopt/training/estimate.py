@@ -18,7 +18,7 @@ from ..optimizers.names import create_optimizer
 from ..storage import masters
 from ..storage.state import DTYPES, slots_of
 from .evaluate import size
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .shapes import Shape, shape_of_model, shape_of_size, skeleton
 
 DISTRIBUTIONS = ("ddp", "fsdp")
@@ -103,7 +103,9 @@ def estimate(
 
     Raises:
         ValueError: A number is out of range, or the recipe does not fit the model.
+        TypeError: Something is of the wrong type.
     """
+    a_recipe(recipe)
     devices = checks.count("devices", devices)
     length = recipe.sequence_length if sequence_length is None else sequence_length
     if length is not None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .. import checks
 
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
-_PACKAGES = {"pydantic": "pydantic", "ruamel.yaml": "ruamel.yaml", "tomlkit": "tomlkit"}
 
 
 def needed(module: str) -> None:
     """Raises an ImportError that says what to install, if a module is missing."""
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package around it
-        found = None
-    if found is None:
-        raise ImportError(f"recipes need {_PACKAGES[module]}; install it with: pip install 'fusedopt[training]'")
+    checks.installed(module, "a recipe", "'fusedopt[training]'")
 
 
 def plain(value: Any) -> Any:
@@ -91,16 +87,33 @@ def loads(text: str, kind: str) -> dict[str, Any]:
 def write(values: Mapping[str, Any], path: Path) -> None:
     """Writes a file at once: who reads it meanwhile sees the old one or the new one."""
     text = dumps(values, _kind(path))
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A file to write, which takes the path when all is on the disk. Errors name the path, and leave nothing behind."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The values of a file. Raises a ValueError that names it."""
+    """The values of a file, whatever they are. Raises a ValueError that names it."""
     kind = _kind(path)
     try:
-        return loads(path.read_text(), kind)
+        return loads(path.read_text(encoding="utf-8"), kind)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); pass the path of a recipe") from error
     except ValueError as error:

@@ -21,7 +21,7 @@ import torch
 from .. import checks
 from .evaluate import Metric
 from .peak_memory import PeakMemory
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .records import RunFile, check_run, run_header
 
 # Called with (recipe, seed, budget), and with folder=... if it takes that: see `follow`.
@@ -253,12 +253,12 @@ def run(
 
     Raises:
         ValueError: The loop yields what cannot be read, or ends early, or the file is there and not of a `run` with
-            this recipe and seed, or the checkpoint that it would go on from may be beyond the budget.
+            this recipe and seed, or another `run` writes it at this time, or the checkpoint that it would go on from
+            may be beyond the budget.
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe={recipe!r} is a {type(recipe).__name__}; pass a Recipe")
+    a_recipe(recipe)
     if checks.whole("budget", budget) < 1:
         raise ValueError(f"budget={budget!r} is below 1; pass an int >= 1")
 

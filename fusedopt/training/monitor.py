@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,7 @@ from ..engine.sharding import is_dtensor, local_grad
 from ..integrations.watching import unwrapped
 from .anomalies import KINDS, Anomaly, Detector, Limits
 from .monitor_runs import VERSION, Lines, Reader, check_names, replay
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 
 _WORST = 5  # parameters whose norms are recorded
 
@@ -108,6 +106,8 @@ class Monitor:
         self.optimizer, self._scaler = unwrapped(optimizer), scaler
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
+        if recipe is not None:
+            a_recipe(recipe)
         self._every, self._norms_every = checks.count("every", every), None
         if norms_every is not None:
             self._norms_every = checks.count("norms_every", norms_every)
@@ -328,7 +328,7 @@ class Monitor:
     def _act(self, found: list[Anomaly]) -> None:
         for each in found:
             if self._on_anomaly == "warn":
-                warnings.warn(str(each), TrainingWarning, stacklevel=4)
+                warnings.warn(str(each), TrainingWarning, stacklevel=checks.callers_level())
             elif callable(self._on_anomaly):
                 self._on_anomaly(each)
         ending = [each for each in found if each.kind in self._stop_on]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import checks
 from .anomalies import Anomaly
 from .monitor_runs import Run
 
@@ -49,11 +50,10 @@ def figure(run: Run) -> Figure:
         ImportError: matplotlib is not installed.
         ValueError: Nothing was recorded.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing a run needs matplotlib; install it with: pip install matplotlib") from error
+    checks.installed("matplotlib", "drawing a run")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     panels = [(label, names, is_log) for label, names, is_log in _PANELS if any(run.series(name)[0] for name in names)]
     if not panels:
         raise ValueError("nothing was recorded in this run yet, so there is nothing to draw; wait for its first step")
@@ -115,6 +115,7 @@ def save_png(run: Run, path: str | os.PathLike[str]) -> None:
 
 def svg(run: Run) -> str:
     """`figure` as an SVG element, with text as text, for a page."""
+    checks.installed("matplotlib", "drawing a run")
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusedopt", "font.family": "sans-serif"}):
@@ -142,6 +143,10 @@ def save_html(run: Run, path: str | os.PathLike[str], title: str = "Training run
         run: At least one record.
         path: The file.
         title: Heading of the page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Nothing was recorded.
     """
     facts = "".join(
         f"<tr><td>{html.escape(name)}</td><td class='number'>{html.escape(value)}</td></tr>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .anomalies import Anomaly, Detector, number
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: two processes in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
 # What lines of the file have already and nobody else may write: names by which a reader tells lines apart, structures
@@ -53,6 +59,21 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def lock(file: int, *, wait: bool = False) -> bool:
+    """Takes an open file until it is closed, or the process ends; tells whether it was free.
+
+    Args:
+        file: Its number.
+        wait: Whether to wait until it is free.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+    return True
+
+
 class Lines:
     """A file that lines are appended to: each with one call to the system, so that a kill cuts at most the last.
 
@@ -74,6 +95,11 @@ class Lines:
         written = os.write(self._file, line)
         while written < len(line):  # a disk that is nearly full
             written += os.write(self._file, line[written:])
+
+    def hold(self) -> None:
+        """Marks the file as being written, for who asks, until it is closed or the process ends."""
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock(self._file)
 
     def close(self) -> None:
         """Closes the file; what was written is in the system's hands already."""
@@ -102,7 +128,7 @@ class Run:
         records: One dict a step, in their order; of steps that were taken twice, after a resume, the later.
         resumes: How often it was continued.
         is_cut: Whether the last line is not complete: it is being written, or was cut by a kill.
-        ended: Whether the monitor was closed.
+        ended: Whether the training is over: the monitor was closed, or `run` came to its end.
     """
 
     def __init__(self) -> None:
@@ -126,6 +152,7 @@ class Run:
             while self.records and self.records[-1]["step"] >= line["step"]:
                 self.records.pop()
             self.records.append(line)
+            self.ended = False
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one number, where it was recorded."""

@@ -23,7 +23,7 @@ class PeakMemory:
         with contextlib.suppress(OSError, TypeError, AttributeError):  # other C libraries have no such call
             ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
             self._before = _status("VmRSS")
 
     def bytes(self) -> float | None:
@@ -38,7 +38,7 @@ class PeakMemory:
 
 def _status(name: str) -> float | None:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(name):
                 return 1024.0 * float(line.split()[1])
     return None

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -16,10 +18,9 @@ _POINTS = 600  # of a curve: more than a picture has columns
 
 def axes(ax: Axes | None = None) -> Axes:
     """Axes to draw into. Raises an ImportError that says what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib; install it with: pip install matplotlib") from error
+    checks.installed("matplotlib", "a picture")
+    from matplotlib.figure import Figure
+
     # Not pyplot's: those are kept until they are closed, and ask for a display.
     return Figure(figsize=(7.5, 4.0), layout="constrained").subplots() if ax is None else ax
 

@@ -36,7 +36,7 @@ class Preset:
 
 def presets() -> dict[str, Preset]:
     """All presets by name."""
-    return {path.stem: Preset(path.stem, path.read_text()) for path in sorted(_FOLDER.glob("*.yaml"))}
+    return {path.stem: Preset(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
 def find_preset(name: str) -> Preset:

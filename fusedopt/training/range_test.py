@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .. import checks
 from ..engine.optimizer import FusedOptimizer
 from .loops import Loop, Progress, Watch, check_loop, follow
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .records import finite
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def range_test(
         TypeError: Something is of the wrong type.
     """
     check_loop(train)
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe={recipe!r} is a {type(recipe).__name__}; pass a Recipe")
+    a_recipe(recipe)
     checks.positive("low", low)
     if checks.positive("high", high) <= low:
         raise ValueError(f"high={high!r} is not above low={low!r}; pass a higher one")

@@ -365,3 +365,10 @@ class Recipe:
     def from_training_arguments(cls, args: TrainingArguments, **overrides: Any) -> Recipe:
         """See `training.arguments.recipe_fields`."""
         return cls(**{**arguments.recipe_fields(args), **overrides})
+
+
+def a_recipe(recipe: Any) -> Recipe:
+    """What is passed for one. Raises a TypeError, as for its file or a preset's name."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe={recipe!r} is a {type(recipe).__name__}; pass a Recipe")
+    return recipe

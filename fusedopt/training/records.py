@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import time
 import warnings
@@ -16,31 +15,24 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..backends.info import info
-from .monitor_runs import VERSION, Lines, read_run
+from .files import replacing
+from .monitor_runs import VERSION, Lines, lock, read_run
 from .recipe import LABELS, Recipe
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: two processes in one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a file at once: after a kill or a power cut there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
+    with replacing(path) as file:
         file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_json(path: Path) -> Any:
     """What `write_json` wrote. Raises a ValueError that names the file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); pass a folder that has it") from error
     except ValueError as error:
@@ -53,8 +45,8 @@ class RunFile:
     Args:
         path: The file.
         append: Whether records that are there already stay, up to the first step that is written.
-        header: The file's first line, if it is to have one. With `append` it is written before the first step, after
-            the records of a file that has none.
+        header: The file's first line, if it is to have one; the last then says that it has ended. With `append` it is
+            written before the first step, after the records of a file that has none.
     """
 
     def __init__(self, path: Path, *, append: bool = False, header: Mapping[str, Any] | None = None) -> None:
@@ -76,6 +68,8 @@ class RunFile:
         return self.kept
 
     def _open(self, step: int) -> None:
+        if self._header is not None:
+            check_free(self.path)
         # Of steps that are taken twice, a reader takes the later: what was written before may stay in the file.
         if self.append and self.path.exists():
             self.kept = [record for record in read_run(self.path).records if record["step"] < step]
@@ -83,6 +77,8 @@ class RunFile:
             self.path.unlink(missing_ok=True)
             self._write_header()
         self._file = Lines(self.path)
+        if self._header is not None:
+            self._file.hold()
 
     def _write_header(self) -> None:
         if self._header is not None:
@@ -98,8 +94,19 @@ class RunFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        # As a Monitor notes it: who watches the file of a training that is over waits for no more.
+        if kind is None and self._header is not None and not read_run(self.path).ended:
+            self._file.write({"ended": time.time()})
+        self._file.close()
+
+
+def check_free(path: Path) -> None:
+    """Raises a ValueError if another training, of whatever process, writes a file at this time."""
+    with contextlib.suppress(OSError), path.open("rb+") as file:  # not there; or a file system without locks
+        if not lock(file.fileno()):
+            raise ValueError(f"{path} is being written by another training; pass another path, or wait for it")
 
 
 @contextlib.contextmanager
@@ -111,16 +118,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         wait: Whether to wait until it is free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        if fcntl is None:
-            yield True
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with path.open("a", encoding="utf-8") as file:
+        yield lock(file.fileno(), wait=wait)
 
 
 def environment() -> dict[str, Any]:
@@ -140,7 +139,7 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
@@ -176,7 +175,7 @@ def run_header(recipe: Recipe, loop: str | None) -> dict[str, Any]:
 
 
 def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None, budget: int) -> None:
-    """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else.
+    """Raises a ValueError if a run file, or the folder of its checkpoints, is of something else, or in use.
 
     Args:
         path: The run file, which need not be there.
@@ -185,6 +184,7 @@ def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None,
         loop: The loop's name.
         budget: Steps. What was trained beyond them is no training of so many.
     """
+    check_free(path)
     if path.exists() and path.stat().st_size:
         try:
             found = read_run(path)
@@ -203,7 +203,7 @@ def check_run(path: Path, folder: Path | None, recipe: Recipe, loop: str | None,
             )
         else:
             told = "has no header, as the version before wrote it, and is taken to be of this recipe and loop"
-            warnings.warn(f"{path} {told}", stacklevel=3)
+            warnings.warn(f"{path} {told}", stacklevel=checks.callers_level())
         if folder is not None and found.records and found.records[-1]["step"] > budget:
             step = found.records[-1]["step"]
             raise ValueError(

@@ -14,7 +14,7 @@ from .compare import load_comparison
 from .comparison import Comparison, percent
 from .evaluate import Metric
 from .monitor_runs import read_run
-from .recipe import LABELS, Recipe
+from .recipe import LABELS, Recipe, a_recipe
 from .records import environment
 from .report_pages import Block, Code, Heading, Picture, Report, Rows, Text
 from .search import load_search
@@ -30,7 +30,8 @@ def report(subject: Comparison | Search | str | Path, recipe: Recipe | None = No
 
     Args:
         subject: What `compare` or `search` returned, their folder, or a run file of JSON lines.
-        recipe: What a run was trained with, which a run file does not tell. Comparisons and searches know theirs.
+        recipe: What a run was trained with; the one in the file's header by default, which files of `run` have, and a
+            Monitor's that was given it. Comparisons and searches know theirs.
 
     Returns:
         The page; `save` writes it as Markdown or as one HTML file.
@@ -222,6 +223,10 @@ def _dimensions(found: Search) -> Picture:
 def _of_run(path: Path, recipe: Recipe | None) -> Iterator[Block]:
     run = read_run(path)
     records = run.records
+    if recipe is not None:
+        a_recipe(recipe)
+    elif "recipe" in run.header:
+        recipe = Recipe.from_dict(run.header["recipe"])
     if not records:
         raise ValueError(f"{path} has no records yet; train a step first")
     numbers = run.names()

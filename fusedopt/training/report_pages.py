@@ -83,13 +83,13 @@ class Report:
             raise ValueError(f"{path} has none of the suffixes .html and .md, which say how it is written")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".html":
-            path.write_text(self.html())
+            path.write_text(self.html(), encoding="utf-8")
             return
         folder = path.with_name(f"{path.stem}-pictures")
         for i, block in enumerate(self.pictures):
             folder.mkdir(exist_ok=True)
-            (folder / f"{i + 1}.svg").write_text(block.svg)
-        path.write_text(self.markdown(folder.name))
+            (folder / f"{i + 1}.svg").write_text(block.svg, encoding="utf-8")
+        path.write_text(self.markdown(folder.name), encoding="utf-8")
 
     @property
     def pictures(self) -> list[Picture]:

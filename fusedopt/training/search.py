@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from .. import checks
 from . import files
 from .evaluate import Evaluator, Metric
 from .loops import Loop, Outcome, Progress, Watch, check_loop, follow, loop_name
-from .recipe import Recipe
+from .recipe import Recipe, a_recipe
 from .records import check_same, environment, locked, read_json, write_json
 from .search_result import Search, SearchTrial
 from .search_space import Space
@@ -75,9 +76,7 @@ def search(
     """
     check_loop(train)
     space = space if isinstance(space, Space) else Space(space)
-    base = Recipe() if recipe is None else recipe
-    if not isinstance(base, Recipe):
-        raise TypeError(f"recipe={base!r} is a {type(base).__name__}; pass a Recipe")
+    base = Recipe() if recipe is None else a_recipe(recipe)
     checks.one_of("sampler", sampler, SAMPLERS)
     if checks.whole("budget", budget) < 1:
         raise ValueError(f"budget={budget!r} is below 1; pass an int >= 1")
@@ -168,12 +167,15 @@ def read_search(path: str | Path) -> dict[str, Any]:
         Keyword arguments, with "train" as MODULE:FUNCTION.
 
     Raises:
-        ValueError: It cannot be read, or has an unknown key.
+        ValueError: It cannot be read, is no mapping, or has an unknown key.
     """
     from .compare import named_recipe
 
     path = Path(path)
-    values = dict(files.read(path))
+    read = files.read(path)
+    if not isinstance(read, Mapping):
+        raise ValueError(f"{path} holds a {type(read).__name__}; a search is a mapping of fields: write key: value")
+    values = dict(read)
     known = ("version", "recipe", "train", "budget", "trials", "sampler", "halving", "metric", "seed", "space")
     for key in values:
         if key not in known:
@@ -188,12 +190,28 @@ def read_search(path: str | Path) -> dict[str, Any]:
     recipe = values.pop("recipe", None)
     if isinstance(recipe, Mapping):
         values["recipe"] = Recipe.from_dict({"version": 1, **recipe})
+    elif recipe is not None and not isinstance(recipe, str):
+        raise ValueError(
+            f"{path}: recipe {recipe!r} is a {type(recipe).__name__}; name a preset or a file, or write its fields"
+        )
     elif recipe is not None:
-        beside = path.parent / str(recipe)
+        beside = path.parent / recipe
         values["recipe"] = named_recipe(beside if beside.exists() else recipe)[1]
     if isinstance(values.get("metric"), Mapping):
-        values["metric"] = Metric(**values["metric"])
+        values["metric"] = _metric(path, values["metric"])
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _metric(path: Path, given: Mapping[str, Any]) -> Metric:
+    known = [field.name for field in dataclasses.fields(Metric)]
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"{path}: metric.{key} is not known{checks.closest(str(key), known)}; there are {', '.join(known)}"
+            )
+    if "name" not in given:
+        raise ValueError(f"{path}: metric.name is missing; it is what the loop calls what is best")
+    return Metric(**given)
 
 
 def _file(definition: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import checks
 from .records import locked
 from .search_space import Choice, Range, Space
 
@@ -25,8 +25,7 @@ _SECONDS_TO_WAIT = 60  # for another process that writes
 
 def needs_optuna() -> None:
     """Raises an ImportError that says what to install, if Optuna is missing."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ImportError("search needs optuna; install it with: pip install 'fusedopt[search]'")
+    checks.installed("optuna", "search", "'fusedopt[search]'")
 
 
 @contextlib.contextmanager

@@ -57,7 +57,10 @@ def validate(
 
     Raises:
         TypeError: The subject is none of these.
+        ValueError: There are no steps.
     """
+    if steps is not None:
+        checks.count("steps", steps)
     if isinstance(subject, tuple) and len(subject) == 2 and isinstance(unwrapped(subject[0]), Optimizer):
         subject, scheduler = subject
     subject, optimizer = unwrapped(subject), unwrapped(optimizer)

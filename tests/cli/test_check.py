@@ -215,10 +215,11 @@ def test_what_is_not_here_is_said() -> None:
         (("--device", "cuda:99"), "device 'cuda:99' is not here; there are cpu"),
         (("--device", "nonsense"), "device 'nonsense' is not here; there are cpu"),
         (("--backend", "hip"), "backend 'hip' is not known; there are cpu, cuda, triton, eager"),
-        (("--rules", "adamw,lyon"), "rule 'lyon' is not known; there are adafactor, "),
+        (("--rules", "adamw,lyon"), "rule 'lyon' is not known; did you mean 'lion'?; there are adafactor, "),
+        (("--rules", "adamw, wrong"), "rule 'wrong' is not known; there are adafactor, "),
     ):
         result = run(*arguments)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert sentence in str(result.output), arguments
 
 

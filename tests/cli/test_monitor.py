@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,8 +35,7 @@ def path(tmp_path: Path) -> Path:
 def run(*arguments: str | Path, columns: int = 100) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["monitor", *map(str, arguments)], env={"COLUMNS": str(columns)})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    text = str(result.exception) if result.exception is not None and result.exit_code not in (0, 1) else ""
-    return result.exit_code, result.output + text
+    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("columns", [60, 100, 200])
@@ -78,10 +78,23 @@ def test_a_run_without_anomalies_or_records(tmp_path: Path) -> None:
     assert run(tmp_path / "run.jsonl")[0] == 0
 
 
-def test_errors_are_sentences(tmp_path: Path) -> None:
+def test_errors_are_sentences(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("hello\n")
-    result = CliRunner().invoke(app, ["monitor", str(other)])
-    assert "is no record of a run: 'hello'" in str(result.exception)
-    result = CliRunner().invoke(app, ["monitor", str(tmp_path / "none.jsonl")])
-    assert "No such file" in str(result.exception)
+    assert "is no record of a run: 'hello'" in run(other)[1]
+    none = tmp_path / "none.jsonl"
+    assert run(none) == (2, f"{none}: No such file or directory\n")
+    for interval in ("0", "nan", "inf"):
+        status, text = run(path, "--interval", interval)
+        assert status == 2
+        assert text == f"--interval {interval} is no time to wait; pass a number of seconds above 0\n"
+
+
+def test_without_matplotlib_a_page_says_what_to_install(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for option in ("--png", "--html"):
+        status, text = run(path, option, tmp_path / "run")
+        assert status == 2
+        assert "pip install matplotlib" in text

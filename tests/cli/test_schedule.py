@@ -25,7 +25,7 @@ def run() -> Any:
 
     def run(*arguments: Any) -> tuple[int, str]:
         result = testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return result.exit_code, result.output + (str(result.exception) if result.exit_code == 1 else "")
+        return result.exit_code, result.output
 
     return run
 
@@ -48,6 +48,11 @@ def test_plot_writes_a_picture(run: Any, tmp_path: Path) -> None:
     assert run("schedule", "plot", "cosine", "--warmup", 100, "--steps", 1000, "--png", path) == (0, "")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
+    plain = tmp_path / "curve"  # the name that was given, and not another
+    assert run("schedule", "plot", "cosine", "--png", plain) == (0, "")
+    assert plain.read_bytes().startswith(b"\x89PNG")
+    code, output = run("schedule", "plot", "cosine", "--png", tmp_path)
+    assert (code, output) == (2, f"{tmp_path}: Is a directory\n")
 
 
 def test_a_composition_comes_from_a_file(run: Any, tmp_path: Path) -> None:
@@ -77,6 +82,9 @@ def test_list_names_every_schedule(run: Any) -> None:
         (["polynomial"], "pass --lr"),
         (["constant", "--warmup", "3"], "--warmup 3.0 means nothing to 'constant'"),
         (["warmup_stable_decay"], "lacks num_decay_steps"),
+        (["cosine:num_cycles=1,num_cycles=2"], "gives a parameter twice"),
+        (["cosine", "--lr", "nan"], "--lr=nan is not finite"),
+        (["cosine", "--lr=-1"], "--lr=-1.0 is negative"),
         (["gone.json"], "gone.json cannot be read as JSON"),
         (["gone.json", "--warmup", "3"], "gone.json has its own warmup"),
     ],
@@ -84,7 +92,7 @@ def test_list_names_every_schedule(run: Any) -> None:
 def test_errors_are_sentences(run: Any, arguments: list[str], sentence: str) -> None:
     for command in ("plot", "dump"):
         code, output = run("schedule", command, *arguments)
-        assert code == 1
+        assert code == 2
         assert sentence in output
         assert "Traceback" not in output
 

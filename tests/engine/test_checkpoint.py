@@ -53,6 +53,53 @@ def copy_params(source: torch.optim.Optimizer, target: torch.optim.Optimizer) ->
             twin.data.copy_(param.data)
 
 
+@pytest.mark.parametrize(
+    ("passed", "error", "message"),
+    [
+        (None, TypeError, "state_dict is a NoneType; pass what an optimizer's"),
+        ("checkpoint.pt", TypeError, "state_dict is a str"),
+        ({}, ValueError, r"has no 'state' of an optimizer \(it is empty\)"),
+        ({"model": {}, "optimizer": {}}, ValueError, r"has no 'state' .*\(what is there: 'model', 'optimizer'\)"),
+        ({"state": {}}, ValueError, "has no 'param_groups'"),
+        ({"state": [], "param_groups": []}, ValueError, "has no 'state'"),
+        ({"state": {}, "param_groups": [{"lr": 1.0}]}, ValueError, r"param groups of \[0\] parameters"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(passed: Any, error: type[Exception], message: str) -> None:
+    optimizer = fusedopt.AdamW(make_params([(3,)], torch.float32))
+    before = optimizer.state_dict()
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(passed)
+    assert optimizer.state_dict() == before
+
+
+def test_a_hook_may_make_the_state_dict() -> None:
+    optimizer = fusedopt.AdamW(make_params([(3,)], torch.float32))
+    whole = {"model": {}, "optimizer": {**optimizer.state_dict()}}
+    optimizer.register_load_state_dict_pre_hook(lambda _, checkpoint: checkpoint["optimizer"])
+    optimizer.load_state_dict(whole)
+
+
+def test_what_full_weights_are_not_of_is_refused() -> None:
+    model = torch.nn.Linear(2, 2).bfloat16()
+    optimizer = fusedopt.AdamW(model.parameters(), master_weights="split32")
+    weights = fusedopt.fp32_parameters(optimizer, model)
+    for function, more in ((fusedopt.fp32_parameters, ()), (fusedopt.load_fp32_parameters, (weights,))):
+        with pytest.raises(TypeError, match="optimizer is a Linear; pass the optimizer"):
+            function(model, optimizer, *more)
+        with pytest.raises(TypeError, match="model is a list"):
+            function(optimizer, list(model.parameters()), *more)
+    before = model.weight.clone()
+    with pytest.raises(TypeError, match=r"weights\['bias'\] is a list; pass a tensor"):
+        fusedopt.load_fp32_parameters(optimizer, model, {"weight": weights["weight"] + 1, "bias": [0.0, 0.0]})
+    assert torch.equal(model.weight, before)
+    # An optimizer of torch's keeps nothing beside the weights, which are then all there is.
+    theirs = torch.optim.AdamW(model.parameters())
+    assert torch.equal(fusedopt.fp32_parameters(theirs, model)["weight"], before.float())
+    fusedopt.load_fp32_parameters(theirs, model, {name: value + 1 for name, value in weights.items()})
+    assert torch.equal(model.weight, (weights["weight"] + 1).bfloat16())
+
+
 torchs = pytest.mark.parametrize(("case", "kwargs"), [row for row in each_variant() if row.values[0].is_torchs])
 
 

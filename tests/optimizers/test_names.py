@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -147,11 +148,13 @@ def test_arguments_win_over_the_name() -> None:
         ("lomo", {"betas": (0.9, 0.999)}, TypeError, "SGD got an unknown argument betas"),
         ("sgd", {"clip": "exact"}, TypeError, "SGD got an unknown argument clip='exact'"),
         ("paged_muon", {}, ValueError, "'paged_muon' is not known"),
+        (None, {}, TypeError, "name=None is a NoneType; pass one of optimizer_names"),
+        (torch.optim.AdamW, {}, TypeError, "is a type; pass one of optimizer_names"),
         ("lion", {"eps": 1e-8}, TypeError, "Lion got an unknown argument eps=1e-08; it takes params, lr, betas"),
         ("sgd", {"momentun": 0.9}, TypeError, "momentun=0.9; did you mean 'momentum'"),
     ],
 )
-def test_what_is_unknown(name: str, kwargs: dict, error: type[Exception], message: str) -> None:
+def test_what_is_unknown(name: Any, kwargs: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fusedopt.create_optimizer(name, make_params([(3,)], torch.float32), **kwargs)
 

@@ -240,6 +240,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert "per_device_train_batch_size: 8 -> 4" in result.output
     result = testing.CliRunner().invoke(app, [*arguments, "--apply", "2", "--output", str(tmp_path / "better.yaml")])
     assert Recipe.load(tmp_path / "better.yaml").gradient_checkpointing
-    assert "--apply 99 is none of" in str(
-        testing.CliRunner().invoke(app, [*arguments, "--apply", "99", "-o", str(tmp_path / "x.yaml")]).exception
-    )
+    result = testing.CliRunner().invoke(app, [*arguments, "--apply", "99", "-o", str(tmp_path / "x.yaml")])
+    assert result.exit_code == 2
+    assert "--apply 99 is none of" in result.output

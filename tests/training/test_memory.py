@@ -324,7 +324,7 @@ def test_the_commands(tmp_path: Path) -> None:
         "memory", "125M", "--preset", "lora", "--devices", "4", "--distribution", "ddp"
     ).output  # fmt: skip
     for wrong in (("memory", "7B"), ("memory", "--preset", "lora"), ("memory", "7B", "--preset", "x")):
-        assert run(*wrong).exit_code == 1
+        assert run(*wrong).exit_code == 2
     path = tmp_path / "recipe.toml"
     result = run("recommend", "350M", "--memory", "24GB", "--output", str(path))
     assert result.exit_code == 0

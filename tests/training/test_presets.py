@@ -102,5 +102,5 @@ def test_the_command_lists_and_shows() -> None:
     assert run("show", "lora").output == training.find_preset("lora").text
     assert Recipe.from_dict(json.loads(run("show", "lora", "--json").output)) == training.preset("lora")
     wrong = run("show", "laro")
-    assert wrong.exit_code == 1
-    assert "preset 'laro' is not known" in str(wrong.exception)
+    assert wrong.exit_code == 2
+    assert "preset 'laro' is not known" in wrong.output

@@ -261,7 +261,17 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert again.exit_code == 0, again.output + str(again.exception)
     assert told(training.load_search("again")) == told(found)
     assert "best: trial" in again.output
-    (tmp_path / "wrong.yaml").write_text("spaces: {}\n")
-    assert "spaces is not known; did you mean 'space'?" in str(
-        run(app, ["search", str(tmp_path / "wrong.yaml")]).exception
-    )
+    whole = "budget: 2\ntrain: loops:valley\nspace: {lr: [1, 2]}\n"
+    for text, sentence in (
+        ("spaces: {}\n", "spaces is not known; did you mean 'space'?"),
+        ("", "wrong.yaml holds a NoneType; a search is a mapping"),
+        ("- 1\n", "wrong.yaml holds a list; a search is a mapping"),
+        (whole + "recipe: 3\n", "recipe 3 is a int; name a preset or a file"),
+        (whole + "metric: {nam: loss}\n", "metric.nam is not known; did you mean 'name'?"),
+        (whole + "metric: {unit: s}\n", "metric.name is missing"),
+        (whole.replace("loops:valley", "3"), "--train 3 is not MODULE:FUNCTION"),
+    ):
+        (tmp_path / "wrong.yaml").write_text(text)
+        result = run(app, ["search", str(tmp_path / "wrong.yaml")])
+        assert result.exit_code == 2
+        assert sentence in result.output

@@ -382,6 +382,9 @@ def test_the_command_goes_by_severity(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run("good.yaml", "--steps", "100").exit_code == 1
     Path("made_by_a_user.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(64, 64).bfloat16()\n")
     assert "call model.to" in run("good.yaml", "--model", "made_by_a_user:make").output
-    for wrong in ("made_by_a_user", "made_by_a_user:nothing", "json:dumps"):
-        assert run("good.yaml", "--model", wrong).exit_code == 1
-    assert run("none.yaml").exit_code == 1
+    for wrong in ("made_by_a_user", "made_by_a_user:nothing", "json:dumps", "./made_by_a_user:make", ".made:make"):
+        result = run("good.yaml", "--model", wrong)
+        assert result.exit_code == 2
+        assert f"--model {wrong!r}" in result.output
+    for none in (("none.yaml",), ("good.yaml", "--steps", "0"), ("good.yaml", "--steps", "-3")):
+        assert run(*none).exit_code == 2
