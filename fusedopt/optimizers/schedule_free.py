@@ -181,6 +181,7 @@ class SGDScheduleFree(_ScheduleFree):
         super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        checks.number("momentum", group["momentum"])
         super().check_group(group)
         checks.nonnegative("warmup_steps", group["warmup_steps"])
 
