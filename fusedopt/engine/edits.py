@@ -6,7 +6,12 @@ from operator import itemgetter
 from typing import Any
 
 from .. import checks
+from ..storage import masters
+from ..storage.state import EIGHT_BIT, stored_format
 from .contract import Contract
+
+# What says how states and weights are kept. States that are there already are not made anew for it.
+_FORMATS = ("state_dtype", "min_quantized_numel", "master_weights")
 
 
 class Edits:
@@ -28,7 +33,11 @@ class Edits:
         for index, group in enumerate(optimizer.param_groups):
             if not self._is_checked(index, group):
                 complete = {**optimizer.defaults, **group}
-                edited.append((index, group, optimizer.checked_group(optimizer.with_any_lr(complete))))
+                checked = optimizer.checked_group(optimizer.with_any_lr(complete))
+                before = self._checked.get(index)
+                if before is not None:
+                    _check_stored(optimizer, index, dict(zip(self._keys, before)), checked)
+                edited.append((index, group, checked))
         for index, group, checked in edited:  # only after all of them were found to be good
             for key, value in optimizer.defaults.items():
                 group.setdefault(key, value)
@@ -44,6 +53,32 @@ class Edits:
             return bool(self._read(group) == self._checked.get(index)) and isinstance(group["params"], list)
         except (KeyError, RuntimeError, ValueError):  # an option is missing, or is an array and not one number
             return False
+
+
+def _check_stored(optimizer: Contract, index: int, before: dict[str, Any], group: dict[str, Any]) -> None:
+    """Raises ValueError if options ask for other formats than those that a group's states were made in."""
+    changed = [key for key in _FORMATS if before[key] != group[key]]
+    for position, param in enumerate(group["params"] if changed else ()):
+        held = optimizer.state.get(param, {})
+        where = f"parameter {position} of group {index}, of shape {tuple(param.shape)},"
+        kept = [key for key in masters.KEYS.values() if key in held]
+        wanted = masters.KEYS.get(masters.kind_of(group["master_weights"], param) or "")
+        if "master_weights" in changed and kept and wanted not in kept:
+            raise ValueError(
+                f"master_weights={group['master_weights']!r} was set in group {index}, but {where} keeps {kept[0]!r} "
+                f"of master_weights={before['master_weights']!r} beside it, a part of its weights; take the weights "
+                "with fp32_parameters before setting it, and give them back with load_fp32_parameters after it"
+            )
+        for spec in optimizer.states_of(group, param):
+            keys = spec.keys_in(held)
+            stored = stored_format(spec, group, param)
+            found = EIGHT_BIT if len(keys) > 1 else str(held[keys[0]].dtype).removeprefix("torch.") if keys else stored
+            if found != stored and isinstance(stored, str):
+                raise ValueError(
+                    f"{changed[0]}={group[changed[0]]!r} was set in group {index}, but {where} has its state "
+                    f"{spec.name!r} in {found} already; call optimizer.load_state_dict(optimizer.state_dict()) to "
+                    "convert what there is"
+                )
 
 
 def settle(optimizer: Contract) -> None:

@@ -383,6 +383,7 @@ class FusedOptimizer(Partial):
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = ("state", "param_groups", "_repeats")
         before: dict[str, Any] = {key: self.__dict__[key] for key in held if key in self.__dict__}
+        self.__dict__.pop("_edits", None)  # the formats are those of the state that is set
         super().__setstate__(state)
         try:
             self.defaults = {**OWN_DEFAULTS, **self.defaults}  # those of an older version's pickle are fewer

@@ -15,6 +15,7 @@ import torch
 from cases import CASES, Case, assert_same_run, make_params, params_of, set_grads, train
 
 import fusedopt
+from fusedopt.storage import masters
 
 SHAPES = [(3,), (66, 64)]
 # Taken for torch's sake, whatever they are; and the learning rate, which schedulers set.
@@ -157,3 +158,46 @@ def test_released_gradients_are_not_stepped_in_evaluation() -> None:
     with pytest.raises(ValueError, match=r"call the optimizer's train\(\) before step\(\)"):
         params[0].sum().backward()
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("now", ["bfloat16", "8bit", {"exp_avg": "float16"}])
+def test_a_format_for_states_that_there_are_says_how_to_convert_them(now: Any) -> None:
+    edited, loaded = (train(fusedopt.AdamW(groups()), 2) for _ in range(2))
+    edited.param_groups[1]["state_dtype"] = now
+    with pytest.raises(ValueError, match=r"'exp_avg' in float32 already; call optimizer.load_state_dict\("):
+        train(edited, 1)
+    assert_same_run(edited, loaded)
+    edited.load_state_dict(edited.state_dict())
+    state_dict = copy.deepcopy(loaded.state_dict())
+    state_dict["param_groups"][1]["state_dtype"] = now
+    loaded.load_state_dict(state_dict)
+    assert_same_run(train(edited, 2, first=2), train(loaded, 2, first=2))
+    edited.param_groups[1]["min_quantized_numel"] = 2**20  # which asks for nothing else, but where there are 8 bits
+    if now == "8bit":
+        with pytest.raises(ValueError, match=r"min_quantized_numel=1048576 .* 'exp_avg' in 8bit already"):
+            train(edited, 1)
+    else:
+        train(edited, 1)
+
+
+@pytest.mark.parametrize("before", ["kahan", "split24", "split32", "float32", None])
+@pytest.mark.parametrize("now", ["kahan", "split24", "split32", "float32", None])
+def test_weights_that_are_kept_beside_parameters_are_not_lost(before: Any, now: Any) -> None:
+    """They would begin anew with the rounded parameter, or with what they were when they were last asked for."""
+    model = torch.nn.Linear(64, 66, dtype=torch.bfloat16)
+    optimizer = train(fusedopt.AdamW(model.parameters(), master_weights=before), 2)
+    weights = fusedopt.fp32_parameters(optimizer, model)
+    optimizer.param_groups[0]["master_weights"] = now
+    if before not in (now, None):
+        with pytest.raises(ValueError, match="take the weights with fp32_parameters before setting it"):
+            train(optimizer, 1)
+    if before != now:
+        fusedopt.load_fp32_parameters(optimizer, model, weights)
+    if now in ("split32", "float32"):
+        for name, weight in fusedopt.fp32_parameters(optimizer, model).items():
+            assert torch.equal(weight, weights[name])
+    twin = copy.deepcopy((model, optimizer))
+    assert_same_run(train(optimizer, 2, first=2), train(twin[1], 2, first=2))
+    assert {key for key in optimizer.state[model.weight] if "master" in key or key == "compensation"} == (
+        set() if now is None else {masters.KEYS[now]}
+    )
