@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+_PYTHONS_OWN = (float, int, bool, str, type(None))
+
 
 def number(name: str, value: Any) -> float:
     """A finite real number, given as a number or a one-element tensor."""
@@ -27,9 +29,13 @@ def number(name: str, value: Any) -> float:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a tensor of one element")
-    if not math.isfinite(value):
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
         raise ValueError(f"{name}={value!r} is not finite; pass a finite number")
-    return float(value)
+    return result
 
 
 def nonnegative(name: str, value: Any) -> float:
@@ -100,6 +106,11 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass True or False")
     return value
+
+
+def switch(name: str, value: Any) -> bool:
+    """A flag that torch's optimizers have, too, where 1 and 0 do as well as True and False."""
+    return flag(name, bool(value) if type(value) is int and value in (0, 1) else value)
 
 
 def process_group(name: str, value: Any) -> None:
@@ -184,6 +195,8 @@ def _only(cls: type, names: list[str], given: dict[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """A setting as checkpoints can keep it: what numpy or a library for configurations made of it as Python's own."""
+    if type(value) in _PYTHONS_OWN:  # most of them, and the questions below take ten times as long
+        return value
     if isinstance(value, (np.generic, np.ndarray)):
         return plain(value.tolist())  # a number, if there is but one
     if isinstance(value, Real) and not isinstance(value, (int, float)):

@@ -170,11 +170,12 @@ class Contract(Optimizer):
     def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A copy of a complete group with everything checked and in the form that checkpoints keep."""
         group = {key: value if key == "params" else checks.plain(value) for key, value in group.items()}
-        if group["differentiable"]:
+        if checks.switch("differentiable", group["differentiable"]):
             raise ValueError(
                 "differentiable=True is not supported by compiled kernels; "
                 "use torch.optim's optimizer to differentiate through a step"
             )
+        checks.switch("maximize", group["maximize"])
         self.check_group(group)
         checks.one_of("backend", group["backend"], backends.names())
         reason = self.why_no_block_is_skipped
@@ -204,6 +205,10 @@ class Contract(Optimizer):
             "rounding": masters.normalize_rounding(group["rounding"]),
             "master_weights": masters.normalize(group["master_weights"]),
         }
+
+    def with_any_lr(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A complete group with a learning rate that passes every check, in the place of what a scheduler has set."""
+        return {**group, "lr": 1.0}
 
     def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
         """What backends need of a param group, the one of an index, and of its parameters of a layout."""

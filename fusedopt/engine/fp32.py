@@ -92,6 +92,9 @@ def set_full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, 
     """Sets what is held here of a parameter's weights, rounded to nearest where they cannot hold it."""
     local = sharding.local(param)
     kind = None if group is None else masters.kind_of(group.get("master_weights"), param)
+    for other, key in masters.KEYS.items():  # what was kept as the group asked before
+        if other != kind and param in optimizer.state:
+            optimizer.state[param].pop(key, None)
     if kind is None or group is None:
         local.copy_(value)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..storage.quantization import encode
 from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_format, slots_of
 from . import checkpoint, collectives, reports, sharding
 from .contract import Contract
+from .edits import settle
 from .plain import shares_elements
 
 
@@ -176,6 +178,7 @@ def _check_grad(optimizer: Contract, group: dict[str, Any], param: Tensor, grad:
 
 def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None:
     """Makes what is missing of the states of those parameters, all of which are checked first."""
+    settle(optimizer)
     wanted = []
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
@@ -193,7 +196,9 @@ def only_wants_state(optimizer: Contract) -> bool:
     """
 
     def is_zero(lr: Any) -> bool:
-        return lr is not None and (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+        if isinstance(lr, Tensor):
+            return lr.device.type == "cpu" and not lr.any()
+        return isinstance(lr, Real) and lr == 0
 
     if any(optimizer.state.values()) or not all(is_zero(group["lr"]) for group in optimizer.param_groups):
         return False

@@ -19,8 +19,9 @@ from ..offload.stream import STREAM_BYTES
 from ..reference.norm import pairwise_sum
 from . import checkpoint, compiled, members, sharding
 from .collectives import Agreement
+from .edits import settle
 from .gather import Gathered, Ranks
-from .options import note_own_defaults, spell_out
+from .options import OWN_DEFAULTS, note_own_defaults, spell_out
 from .partial import Partial
 from .sessions import all_sessions, size_buffers
 from .shard_sums import shard_sums
@@ -214,9 +215,7 @@ class FusedOptimizer(Partial):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        is_plain = getattr(self, "found_inf", None) is None and not self._repeats and self._release is None
-        is_plain = is_plain and not self.changes_groups and not self._asks_for_host()
-        if torch.compiler.is_compiling() and is_plain:
+        if torch.compiler.is_compiling() and self._is_traceable():
             compiled.step(self)
         else:
             self._take_step()
@@ -321,6 +320,7 @@ class FusedOptimizer(Partial):
         torch.compile knows a method of this name: it runs it while tracing, so that making state is not
         traced, and takes the tensors in the lists for inputs of the graph.
         """
+        settle(self)  # once for each group that is traced: few are
         keys = []
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         positions = [i for i, param in enumerate(group["params"]) if param.grad is not None]
@@ -386,8 +386,10 @@ class FusedOptimizer(Partial):
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = ("state", "param_groups", "_repeats")
         before: dict[str, Any] = {key: self.__dict__[key] for key in held if key in self.__dict__}
+        self.__dict__.pop("_edits", None)  # the formats are those of the state that is set
         super().__setstate__(state)
         try:
+            self.defaults = {**OWN_DEFAULTS, **self.defaults}  # those of an older version's pickle are fewer
             for group in self.param_groups:
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)

@@ -21,6 +21,7 @@ from ..offload.runtime import check_not_captured
 from ..offload.stream import Streamer
 from ..reference.norm import pairwise_sum
 from . import members, sharding
+from .edits import settle
 from .gather import Gathered, Listed, Ranks, clipped
 from .reporting import Reporting, is_captured
 from .sessions import let_go, streamer_of
@@ -69,6 +70,11 @@ class Partial(Reporting):
             self._forget_recorded()
         elif self._norms is not None and not is_captured():
             self._norms.end()
+
+    def before_step(self) -> None:
+        """Raises ValueError or TypeError if no step may be taken now, or not with the options that were set since."""
+        settle(self)
+        super().before_step()
 
     def _before_some(self) -> None:
         """Called before parameters are stepped, their gradients at hand."""
@@ -180,9 +186,11 @@ class Partial(Reporting):
 
     # ---- on the host -----------------------------------------------------------------------------
 
-    def _asks_for_host(self) -> bool:
-        """Whether a param group has step_device="cpu", wherever its parameters are."""
-        return any(group["step_device"] is not None for group in self.param_groups)
+    def _is_traceable(self) -> bool:
+        """Whether torch.compile can trace a step: nothing steps on the host, during a backward pass or repeatedly."""
+        if getattr(self, "found_inf", None) is not None or self._repeats or self._release is not None:
+            return False
+        return not self.changes_groups and all(group["step_device"] is None for group in self.param_groups)
 
     def _uses_host(self) -> bool:
         """Whether some parameters are stepped on the host, though they are on a device."""

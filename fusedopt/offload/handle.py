@@ -189,8 +189,7 @@ class Release:
                 self._passes.enter()
             self._check_first(param)
             if self._settings is None:
-                check_clip(self._optimizer, self._clipping.way)
-                self._settings = self._current_settings()
+                self._begin_step()
             if self._clipping.way == "exact" and self._is_measuring is None:
                 raise ValueError(
                     "clip='exact' has to measure all gradients before any of them is stepped; call "
@@ -236,15 +235,19 @@ class Release:
         """Positions by group, in order."""
         return self._places.positions(params, len(self._optimizer.param_groups))
 
+    def _begin_step(self) -> None:
+        """Raises ValueError or TypeError if no step may be taken now, else notes with which options one is."""
+        self._optimizer.before_step()
+        check_clip(self._optimizer, self._clipping.way)
+        self._settings = self._current_settings()
+
     def _flush(self) -> None:
         """Steps and frees what is pending."""
         params = list(self._pending)
         if not params:
             return
         if self._settings is None:
-            check_clip(self._optimizer, self._clipping.way)
-            self._optimizer.before_step()
-            self._settings = self._current_settings()
+            self._begin_step()
         numel = sum(param.numel() for param in self._hooks)
         for some, scaling, multiplier in self._clipping.parts(params, numel):
             self._step(some, scaling, multiplier)

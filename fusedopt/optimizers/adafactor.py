@@ -192,10 +192,11 @@ class Adafactor(FusedOptimizer):
             _check_lr(group)
 
     def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        group = dict(group)
-        if group["variant"] == "torch" and group["lr"] is None:
-            group["lr"] = _TORCHS_LR
-        return super().checked_group(group)
+        has_none = group["variant"] == "torch" and group["lr"] is None
+        return super().checked_group({**group, "lr": _TORCHS_LR} if has_none else group)
+
+    def with_any_lr(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "lr": None if group["relative_step"] and group["variant"] != "torch" else 1.0}
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -206,8 +207,7 @@ class Adafactor(FusedOptimizer):
                     f"variant={variant!r} in a group of an optimizer with variant={self.defaults['variant']!r}, whose "
                     "defaults are others; make an optimizer for each"
                 )
-            for key, value in _renamed(param_group, variant).items():
-                param_group[key] = value
+            param_group.update(_renamed(param_group, variant))
             for key in _TORCHS_NAMES:
                 param_group.pop(key, None)
         super().add_param_group(param_group)

@@ -91,6 +91,8 @@ class Adam(FusedOptimizer):
         checks.betas(group["betas"], (0.9, 0.999))
         checks.nonnegative("eps", group["eps"])
         checks.nonnegative("weight_decay", group["weight_decay"])
+        checks.switch("amsgrad", group["amsgrad"])
+        checks.switch("decoupled_weight_decay", group["decoupled_weight_decay"])
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         return self.STATES if group["amsgrad"] else self.STATES[:2]

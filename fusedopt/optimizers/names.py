@@ -64,14 +64,19 @@ def refusal(name: str) -> str | None:
 
     Returns:
         The error's sentence.
+
+    Raises:
+        TypeError: It is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is a {type(name).__name__}; pass one of optimizer_names(), such as 'adamw'")
     if name in CLASSES or name in _RELEASED:
         return None
     for beginning, reason in _REFUSED.items():
         if name.startswith(beginning):
             return f"optimizer name {name!r} {reason}"
     return (
-        f"optimizer name {name!r} is not known{checks.closest(name, optimizer_names())}; there are "
+        f"optimizer name {name!r} is not known{checks.closest(name.lower(), optimizer_names())}; there are "
         f"{', '.join(optimizer_names())}"
     )
 
@@ -116,9 +121,9 @@ def create_optimizer(name: str, params: Any, **kwargs: Any) -> FusedOptimizer:
 
     Raises:
         ValueError: The name is unknown, or means something that does not exist.
-        TypeError: The name is no text, or a keyword is unknown.
+        TypeError: The name is no string, or a keyword is unknown.
     """
-    if name not in _RELEASED:
+    if not isinstance(name, str) or name not in _RELEASED:
         cls, arguments = resolved(name, kwargs)
         return cls(params, **arguments)
     of_release = {key: kwargs.pop(key) for key in _OF_RELEASE if key in kwargs}

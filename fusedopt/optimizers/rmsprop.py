@@ -110,7 +110,7 @@ class RMSprop(FusedOptimizer):
         checks.nonnegative("eps", group["eps"])
         checks.nonnegative("weight_decay", group["weight_decay"])
         checks.nonnegative("momentum", group["momentum"])
-        checks.flag("centered", group["centered"])
+        checks.switch("centered", group["centered"])
 
     def states(self, group: dict[str, Any]) -> Sequence[StateSpec]:
         specs = _CENTERED if group["centered"] else _PLAIN

@@ -149,6 +149,7 @@ class SGDScheduleFree(_ScheduleFree):
         warmup_steps: Steps over which lr grows linearly from lr / warmup_steps, >= 0.
         r: Power of the step in the weights of the average; 0 for equal weights.
         weight_lr_power: Power of the largest lr so far in these weights, >= 0.
+        foreach: Accepted for the schedulefree package's sake; every step is fused.
         **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
@@ -163,7 +164,7 @@ class SGDScheduleFree(_ScheduleFree):
     UPDATE_RMS = None
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_sgd": {}}
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # the schedulefree package takes one of the options by position
         self,
         params: Any,
         lr: float | Tensor = 1.0,
@@ -172,15 +173,17 @@ class SGDScheduleFree(_ScheduleFree):
         warmup_steps: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
             **{"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps},
             **{"r": r, "weight_lr_power": weight_lr_power},
         }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        checks.number("momentum", group["momentum"])
         super().check_group(group)
         checks.nonnegative("warmup_steps", group["warmup_steps"])
 
@@ -227,7 +230,7 @@ class AdamWScheduleFree(_ScheduleFree):
     USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_adamw": {}}
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # the schedulefree package takes one of the options by position
         self,
         params: Any,
         lr: float | Tensor = 0.0025,
@@ -237,13 +240,14 @@ class AdamWScheduleFree(_ScheduleFree):
         warmup_steps: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
             **{"lr": lr, "betas": betas, "eps": eps, "r": r, "warmup_steps": warmup_steps},
             **{"weight_lr_power": weight_lr_power, "weight_decay": weight_decay},
         }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.betas(group["betas"], (0.9, 0.999))
@@ -276,7 +280,7 @@ class RAdamScheduleFree(_ScheduleFree):
     USUAL_LR = (1e-7, 0.1)
     NAMES: ClassVar[dict[str, dict[str, Any]]] = {"schedule_free_radam": {}}
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # the schedulefree package takes one of the options by position
         self,
         params: Any,
         lr: float | Tensor = 0.0025,
@@ -285,6 +289,7 @@ class RAdamScheduleFree(_ScheduleFree):
         weight_decay: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
         silent_sgd_phase: bool = True,
         **options: Unpack[Options],
     ) -> None:
@@ -292,7 +297,7 @@ class RAdamScheduleFree(_ScheduleFree):
             **{"lr": lr, "betas": betas, "eps": eps, "r": r, "weight_lr_power": weight_lr_power},
             **{"weight_decay": weight_decay, "silent_sgd_phase": silent_sgd_phase},
         }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_group(self, group: dict[str, Any]) -> None:
         checks.betas(group["betas"], (0.9, 0.999))

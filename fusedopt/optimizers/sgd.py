@@ -79,7 +79,7 @@ class SGD(FusedOptimizer):
         checks.nonnegative("momentum", group["momentum"])
         checks.number("dampening", group["dampening"])
         checks.nonnegative("weight_decay", group["weight_decay"])
-        if checks.flag("nesterov", group["nesterov"]) and (group["momentum"] == 0 or group["dampening"] != 0):
+        if checks.switch("nesterov", group["nesterov"]) and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True needs a momentum and no dampening, and here momentum={group['momentum']!r} and "
                 f"dampening={group['dampening']!r}; pass for example momentum=0.9, dampening=0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class StableAdamW(FusedOptimizer):
         max_lr: The largest learning rate of the schedule, > 0, for decouple_lr; lr by default.
         kahan_sum: True keeps what bfloat16 parameters cannot hold, as ``master_weights="kahan"``; None leaves that to
             master_weights (optimi then does it for all 16-bit parameters).
+        foreach: Accepted for optimi's sake; every step is fused.
         **options: As for `FusedOptimizer`; torch's `maximize`, `foreach` and so on are among them.
 
     Raises:
@@ -56,7 +58,7 @@ class StableAdamW(FusedOptimizer):
         "stable_adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "master_weights": "kahan"}
     }
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # optimi takes one of the options by position
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
@@ -66,6 +68,7 @@ class StableAdamW(FusedOptimizer):
         decouple_lr: bool = False,
         max_lr: float | None = None,
         kahan_sum: bool | None = None,
+        foreach: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
         if kahan_sum is not None:
@@ -76,7 +79,7 @@ class StableAdamW(FusedOptimizer):
             **{"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps},
             **{"decouple_lr": decouple_lr, "max_lr": max_lr},
         }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     @classmethod
     def implied(cls, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class StableAdamW(FusedOptimizer):
         return held
 
 
-def _compensation(kahan_sum: bool, options: Options) -> str | None:
+def _compensation(kahan_sum: bool, options: Mapping[str, Any]) -> str | None:
     """What kahan_sum says of master_weights."""
     wanted = "kahan" if checks.flag("kahan_sum", kahan_sum) else None
     given = options.get("master_weights", wanted)
