@@ -248,7 +248,7 @@ def restore(optimizer: Contract) -> None:
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue
-                sources = [_local_part(kept[key], param, spec.dims_for(param.dim())) for key in keys]
+                sources = [sharding.part_held_here(kept[key], param, spec.dims_for(param.dim())) for key in keys]
                 for key in keys:
                     del held[key]
                 slots = slots_of(spec, group, param, sharding.local(param))
@@ -280,7 +280,7 @@ def _masters(
         return []
     slot = masters.slot_of(group, param, sharding.local(param))
     if slot is not None and slot.key in found:
-        return [(held, param, slot, _local_part(kept[slot.key], param))]
+        return [(held, param, slot, sharding.part_held_here(kept[slot.key], param))]
     for key in found:
         del held[key]
     warnings.warn(
@@ -289,16 +289,3 @@ def _masters(
         stacklevel=2,
     )
     return []
-
-
-def _local_part(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """What this rank holds of a state, which may come whole, or as a DTensor in any placements."""
-    if sharding.is_dtensor(param):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = param.device_mesh, sharding.placements_like(param, dims)  # type: ignore[attr-defined]
-        if not sharding.is_dtensor(tensor):
-            tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
-        elif tensor.placements != placements:  # type: ignore[attr-defined]
-            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    return sharding.local(tensor)

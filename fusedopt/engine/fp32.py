@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ def fp32_parameters(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Te
     Returns:
         {name in ``model.named_parameters()``: new float32 tensor}, float64 and complex ones in their own dtype.
         A sharded parameter gives a DTensor.
+
+    Raises:
+        TypeError: The optimizer is not one of this package.
     """
+    if not all("master_weights" in group for group in optimizer.param_groups):  # wrappers show the groups of ours
+        _check_optimizer(optimizer)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     weights = {}
     for name, param in model.named_parameters():
@@ -45,7 +51,7 @@ def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, para
 
 
 @torch.no_grad()
-def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Sets the weights of a model, and what its optimizer keeps of them beside it; undoes `fp32_parameters`.
 
     What a 16-bit parameter without master weights cannot hold is rounded to nearest.
@@ -53,24 +59,50 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
     Args:
         optimizer: The optimizer that steps the model.
         model: Any module.
-        weights: {name: tensor} for every parameter of the model.
+        weights: {name: tensor} for every parameter of the model. Parameter and tensor may be sharded or not, each as it
+            is, whatever the other; ranks meet where they differ.
 
     Raises:
-        ValueError: A parameter is missing or unknown, or a shape differs. Nothing has changed then.
+        TypeError: What is passed is no such optimizer or mapping.
+        ValueError: A parameter is missing or unknown, or a tensor has another shape or no numbers that the parameter
+            could take. Nothing has changed then.
     """
+    _check_optimizer(optimizer)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is a {type(weights).__name__}; pass the mapping that fp32_parameters gave")
     params = dict(model.named_parameters())
     if params.keys() != weights.keys():
         missing, unknown = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
         raise ValueError(f"weights lack {missing} and have unknown {unknown}; pass what fp32_parameters gave")
     for name, param in params.items():
-        if weights[name].shape != param.shape:
-            raise ValueError(
-                f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
-                "pass the weights of the same model"
-            )
+        _check_weight(f"weights[{name!r}]", weights[name], param)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for name, param in params.items():
-        set_full_precision(optimizer, groups.get(param), param, sharding.local(weights[name]))
+        set_full_precision(optimizer, groups.get(param), param, sharding.part_held_here(weights[name], param))
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"optimizer is of the class {type(optimizer).__name__}, which is not one of this package; pass the "
+            "optimizer that a wrapper holds, or take the parameters as they are"
+        )
+
+
+def _check_weight(where: str, weight: Any, param: Tensor) -> None:
+    """Raises ValueError if a parameter cannot be set to a tensor."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{where} is a {type(weight).__name__}; pass a tensor of shape {tuple(param.shape)}")
+    if weight.shape != param.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(weight.shape)} and the parameter {tuple(param.shape)}; "
+            "pass the weights of the same model"
+        )
+    if weight.is_complex() and not param.is_complex():
+        raise ValueError(f"{where} is {weight.dtype} and the parameter {param.dtype}; pass real numbers")
+    if weight.device.type == "meta" or weight.layout != torch.strided:
+        what = "on the meta device" if weight.device.type == "meta" else f"of layout {weight.layout}"
+        raise ValueError(f"{where} is {what}; pass a dense tensor with values")
 
 
 def set_full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor, value: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 
 import fusedopt
 
@@ -176,3 +177,30 @@ def _assert_same_moments(ours: torch.optim.Optimizer, theirs: torch.optim.Optimi
 
 def test_torchs_checkpoints_both_ways(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2, _torchs_checkpoint, folder=str(tmp_path))
+
+
+def _from_any_mesh(rank: int, world: int) -> None:
+    """State dicts and full weights between models that are whole, sharded, and sharded on another mesh."""
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
+
+    def models() -> list[Any]:
+        return [transformer(seed=1, dtype=DTYPE), *(shard(transformer(1, DTYPE), **kw) for kw in ({}, {"mesh": mesh}))]
+
+    for model, source in zip(models(), ("whole", "sharded", "another mesh")):
+        ours = fusedopt.AdamW(model.parameters(), **KWARGS)
+        step_both(ours, None, range(2), DTYPE)
+        weights = fusedopt.fp32_parameters(ours, model)
+        for other, target in zip(models(), ("whole", "sharded", "another mesh")):
+            again = fusedopt.AdamW(other.parameters(), **KWARGS)
+            again.load_state_dict(ours.state_dict())
+            fusedopt.load_fp32_parameters(again, other, weights)
+            for name, value in fusedopt.fp32_parameters(again, other).items():
+                assert_same_bits(whole(value), whole(weights[name]), f"{name}, {source} to {target}")
+            for param, twin in zip(params_of(again), params_of(ours), strict=True):
+                for key, value in ours.state.get(twin, {}).items():
+                    assert_same_bits(whole(again.state[param][key]), whole(value), f"{key}, {source} to {target}")
+
+
+def test_states_and_weights_come_from_any_mesh_or_none(ranks: Ranks) -> None:
+    """Rows that each rank has one of would have been spread over the whole without an error."""
+    ranks(2, _from_any_mesh)
