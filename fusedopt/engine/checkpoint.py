@@ -7,12 +7,10 @@ converted afterwards to what the param group asks for.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from ..offload.homes import Wanted, place
 from ..storage import masters
 from ..storage.quantization import decode, encode, scales_shape
 from ..storage.state import DTYPES, Slot, StateSpec, slots_of
-from . import sharding
+from . import callers, sharding
 from .contract import Contract
 from .options import OWN_DEFAULTS
 
@@ -178,14 +176,8 @@ def _is_flattened() -> bool:
 
     It looks for every key of param_groups in what it is to load then, and fails if one is missing.
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(12):
-        if frame is None:
-            break
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False))
-        frame = frame.f_back
-    return False
+    found = callers.locals_in("torch.distributed.checkpoint.state_dict")
+    return found is not None and bool(getattr(found.get("info"), "flatten_optimizer_state_dict", False))
 
 
 # ---- loading -----------------------------------------------------------------------------------------
