@@ -57,6 +57,16 @@ class _Kept:
         return self
 
 
+class _Group(_Kept):
+    """A process group, which copies of an optimizer share. It is part of this process, and not of what is pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer with a grad_norm_group cannot be pickled, because the group is part of this process; save "
+            "optimizer.state_dict(), and pass the group to the optimizer that loads it"
+        )
+
+
 @contextmanager
 def hooked(register: Callable[..., Any], hook: Callable[..., Any], **kwargs: Any) -> Iterator[None]:
     """Registers a hook of ours for as long as the context is."""
@@ -180,6 +190,36 @@ def _is_flattened() -> bool:
     return found is not None and bool(getattr(found.get("info"), "flatten_optimizer_state_dict", False))
 
 
+# ---- copies ------------------------------------------------------------------------------------------
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """What copies and pickles of an optimizer are made of."""
+
+    def kept(group: dict[str, Any]) -> dict[str, Any]:
+        spread = group.get("grad_norm_group")
+        return group if spread is None else {**group, "grad_norm_group": _Group(spread)}
+
+    return {**state, "defaults": kept(state["defaults"]), "param_groups": [kept(g) for g in state["param_groups"]]}
+
+
+def take_over(optimizer: Any, take: Callable[[dict[str, Any]], None], state: dict[str, Any]) -> None:
+    """Makes an optimizer what a copy or a state dict says; `take` does what torch does."""
+    held = ("state", "param_groups", "_repeats")
+    before: dict[str, Any] = {key: optimizer.__dict__[key] for key in held if key in optimizer.__dict__}
+    take(state)
+    try:
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            for key, value in optimizer.defaults.items():
+                group.setdefault(key, value)
+            if isinstance(group.get("grad_norm_group"), _Kept):
+                group["grad_norm_group"] = group["grad_norm_group"].tensor
+        restore(optimizer)
+    except BaseException:  # a disk is full, or a device: what was there is as it was
+        optimizer.__dict__.update(before)
+        raise
+
+
 # ---- loading -----------------------------------------------------------------------------------------
 
 
@@ -221,8 +261,6 @@ def restore(optimizer: Contract) -> None:
     targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
     groups: list[dict[str, Any]] = []  # of each of them
     for group in optimizer.param_groups:
-        if isinstance(group["grad_norm_group"], _Kept):
-            group["grad_norm_group"] = group["grad_norm_group"].tensor
         for param in group["params"]:
             held = optimizer.state.get(param)
             if held is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from typing import Any
@@ -138,6 +139,11 @@ def _stages(rank: int, world: int) -> None:
     assert "grad_norm_group" not in optimizer.state_dict()["param_groups"][0]
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0]["grad_norm_group"] is across
+    for copied in (copy.deepcopy(optimizer), copy.copy(optimizer)):
+        assert copied.param_groups[0]["grad_norm_group"] is copied.defaults["grad_norm_group"] is across
+    assert optimizer.param_groups[0]["grad_norm_group"] is optimizer.defaults["grad_norm_group"] is across
+    with pytest.raises(TypeError, match=r"grad_norm_group cannot be pickled.*save optimizer\.state_dict\(\)"):
+        pickle.dumps(optimizer)
     with pytest.raises(TypeError, match=r"grad_norm_group='stages' is a str; pass a process group"):
         fusedopt.AdamW(params, grad_norm_group="stages")
 
