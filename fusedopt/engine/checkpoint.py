@@ -8,7 +8,7 @@ converted afterwards to what the param group asks for.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -87,11 +87,37 @@ def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: 
 # ---- checks ------------------------------------------------------------------------------------------
 
 
-def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
-    """Raises ValueError if a state that `param` has, or is about to get, does not fit it."""
+def check_groups(optimizer: Contract, state_dict: Any) -> None:
+    """Raises ValueError if something is no state dict, or has other param groups than an optimizer."""
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+            found = f"of the keys {', '.join(map(repr, state_dict))}" if isinstance(state_dict, Mapping) else "no dict"
+            raise ValueError(f"state_dict is {found}, and has no {key!r}; pass what an optimizer's state_dict() gave")
+    saved_sizes = [len(group.get("params", ())) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
+            "build the optimizer with the groups that it was saved with"
+        )
+
+
+def check_state(
+    optimizer: Contract,
+    group: dict[str, Any],
+    param: Tensor,
+    held: dict[str, Any],
+    where: str,
+    *,
+    is_cast: bool = False,
+) -> None:
+    """Raises ValueError if a state that `param` has, or with `is_cast` gets a cast copy of, does not fit it."""
+    dtypes = (*DTYPES.values(), param.dtype)
+    if is_cast:
+        dtypes += (torch.float64, *((torch.complex64, torch.complex128) if param.is_complex() else ()))
     for spec in optimizer.states_of(group, param):
         if spec.name in held:
-            _check_tensor(held, spec.name, spec.shape_for(param.shape), (*DTYPES.values(), param.dtype), where)
+            _check_tensor(held, spec.name, spec.shape_for(param.shape), dtypes, where)
         for key, other in ((spec.codes, spec.scales), (spec.scales, spec.codes)):
             if key not in held:
                 continue
@@ -152,7 +178,8 @@ def _check_tensor(
         )
     if value.dtype not in dtypes:
         names = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}")
+        remedy = "; optimizer.load_state_dict(optimizer.state_dict()) casts it" if value.dtype == torch.float64 else ""
+        raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}{remedy}")
 
 
 def _renamed_masters(held: dict[str, Any]) -> dict[str, Any]:
@@ -225,14 +252,8 @@ def take_over(optimizer: Any, take: Callable[[dict[str, Any]], None], state: dic
 
 def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A load_state_dict pre-hook: checks a state dict, fills its groups and wraps its tensors."""
+    check_groups(optimizer, state_dict)
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    sizes = [len(group["params"]) for group in groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
-            "build the optimizer with the groups that it was saved with"
-        )
     filled = []
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
@@ -246,9 +267,15 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if saved_id not in state:
             continue
         # Not from `state`, in which a parameter that is listed twice is wrapped already.
-        held = {key: value for key, value in state_dict["state"][saved_id].items() if value is not None}
+        found = state_dict["state"][saved_id]
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"state_dict: parameter {saved_id} has a {type(found).__name__} in the place of its states; "
+                "load a state dict as it was saved"
+            )
+        held = {key: value for key, value in found.items() if value is not None}
         held = _renamed_masters(optimizer.translated(group, param, held))
-        check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
+        check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}", is_cast=True)
         _check_complete(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
             held.setdefault("step", 1)  # some of torch's count no steps, but had a first one

@@ -173,8 +173,8 @@ def spoiled(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
-        ([], "has no dict 'state'; pass what"),
-        ({"state": {}}, "has no list 'param_groups'"),
+        ([], "is no dict, and has no 'state'; pass what"),
+        ({"state": {}}, "is of the keys 'state', and has no 'param_groups'"),
         ({"state": {}, "param_groups": []}, r"groups of \[\] parameters and the optimizer of \[1\]; build"),
         (spoiled(state1=torch.zeros(3)), r"parameter 0 has 'state1' of shape \(3,\); it must be of shape \(30, 100\)"),
         (spoiled(state2=None), "parameter 0 has no tensor 'state2'"),
