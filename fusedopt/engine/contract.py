@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from ..offload import homes
 from ..offload.handle import Release
 from ..storage import masters
 from ..storage.state import StateSpec, normalize_dtype, normalize_rounding, rounding_of
+from .options import OWN_DEFAULTS
 
 NONFINITE = ("propagate", "skip_block")  # what becomes of weights whose step is not finite
 
@@ -204,6 +206,22 @@ class Contract(Optimizer):
             "rounding": masters.normalize_rounding(group["rounding"]),
             "master_weights": masters.normalize(group["master_weights"]),
         }
+
+    def check_set_options(self) -> None:
+        """Raises what the constructor would of an option of this package that somebody has set in a param group.
+
+        Hyperparameters of the equation are left to whoever sets them, as in torch. What is known to be well is told
+        by being the same objects, since this is asked in every step.
+        """
+        found = [group.get(key) for group in self.param_groups for key in OWN_DEFAULTS]
+        known = self.__dict__.get("_known_options", [])
+        if len(found) == len(known) and all(map(is_, found, known)):
+            return
+        for group in self.param_groups:
+            own = {key: group[key] for key in OWN_DEFAULTS if key in group}
+            checked = self.checked_group({**self.defaults, **own})
+            group.update({key: checked[key] for key in own})
+        self._known_options = [group.get(key) for group in self.param_groups for key in OWN_DEFAULTS]
 
     def group_step(self, group: dict[str, Any], layout: str = "", index: int = 0) -> GroupStep:
         """What backends need of a param group, the one of an index, and of its parameters of a layout."""

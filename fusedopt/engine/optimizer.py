@@ -222,6 +222,7 @@ class FusedOptimizer(Partial):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _take_step(self) -> None:
         with self._lock:
+            self.check_set_options()
             if self._release is not None:
                 self._release.finish()
             else:
