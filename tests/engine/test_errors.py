@@ -200,6 +200,21 @@ def _state_shape(params: list[torch.nn.Parameter]) -> None:
     params[1].grad = torch.ones(6)
 
 
+def _sparse_param(params: list[torch.nn.Parameter]) -> None:
+    params[1] = torch.nn.Parameter(torch.ones(5).to_sparse())
+    params[1].grad = torch.ones(5).to_sparse()
+
+
+def _freed(params: list[torch.nn.Parameter]) -> None:
+    params[1] = torch.nn.Parameter(torch.ones(5))
+    params[1].grad = torch.ones(5)
+    params[1].untyped_storage().resize_(0)
+
+
+def _freed_gradient(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
 @pytest.mark.parametrize(
@@ -210,6 +225,9 @@ def _state_shape(params: list[torch.nn.Parameter]) -> None:
         (_grad_shape, r"parameter 1 of group 0, of shape \(4,\), has a gradient of shape \(5,\)"),
         (_shorter_view, r"parameter 1 of group 0, of shape \(4,\), has a gradient of shape \(5,\)"),
         (_integer, r"parameter 1 of group 0.*cannot be stepped by backend='.*torch.int32"),
+        (_sparse_param, r"parameter 1 of group 0.*is of layout torch.sparse_coo.*to_dense\(\)"),
+        (_freed, r"parameter 1 of group 0.*cannot be stepped: its memory has been freed"),
+        (_freed_gradient, r"parameter 1 of group 0.*has a gradient whose memory has been freed"),
         (_state_shape, r"has a state 'exp_avg' of shape \(5,\); it must be.*\(6,\)"),
     ],
 )
@@ -235,6 +253,20 @@ def test_step(spoil: Callable[[list], None], message: str, backend: str, warm: b
     for param, held in states.items():
         assert all(torch.equal(optimizer.state[param][name], value) for name, value in held.items())
     assert optimizer.last_grad_norm is norm
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_gradients_of_zeros_that_have_no_memory(kwargs: dict, backend: str) -> None:
+    """autograd's tensors of zeros, as forward mode makes them, hold no numbers."""
+    optimizer, twin = (fusedopt.AdamW(make_params([(3, 5), (4,)], torch.float32), **kwargs) for _ in range(2))
+    for steps in range(2):
+        for each, zeros in ((optimizer, torch._efficientzerotensor), (twin, torch.zeros)):
+            params = each.param_groups[0]["params"]
+            set_grads(params, steps)
+            params[0].grad = zeros((3, 5))
+            each.step()
+        assert_same_run(optimizer, twin)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, torch.tensor(NAN)])
