@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import checks
 from ..offload.homes import Wanted, place
 from ..storage import masters
-from ..storage.quantization import decode, encode, scales_shape
+from ..storage.placement import why_blocks_are_cut
+from ..storage.quantization import BLOCK, decode, encode, scales_shape
 from ..storage.state import DTYPES, Slot, StateSpec, slots_of
 from . import callers, sharding
 from .contract import Contract
@@ -305,7 +306,7 @@ def restore(optimizer: Contract) -> None:
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue
-                sources = [sharding.part_held_here(kept[key], param, spec.dims_for(param.dim())) for key in keys]
+                sources = _held_here(spec, param, [kept[key] for key in keys])
                 for key in keys:
                     del held[key]
                 slots = slots_of(spec, group, param, sharding.local(param))
@@ -317,6 +318,15 @@ def restore(optimizer: Contract) -> None:
         tensor.copy_(source)
         is_step = slot.key == "step"
         held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
+
+
+def _held_here(spec: StateSpec, param: Tensor, whole: list[Tensor]) -> list[Tensor]:
+    """What of a state goes with what is held here of a parameter."""
+    if len(whole) == 2 and why_blocks_are_cut(param, scales_shape(param.shape), BLOCK):
+        # Codes are nothing without the scale of their block, which may be another rank's: they are read before the cut.
+        codes, scales = map(sharding.gathered, whole)
+        whole = [decode(codes, scales, is_signed=spec.is_signed).contiguous()]
+    return [sharding.part_held_here(tensor, param, spec.dims_for(param.dim())) for tensor in whole]
 
 
 def _converted(spec: StateSpec, slots: list[Slot], sources: list[Tensor]) -> list[Tensor]:

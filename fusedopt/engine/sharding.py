@@ -119,6 +119,11 @@ def like_param(tensor: Tensor, param: Tensor, shape: torch.Size, dims: tuple[int
     )
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor; the ranks of a DTensor's mesh meet."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def part_held_here(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """What of a whole tensor goes with what is held here of a parameter; `dims` as in `placements_like`.
 
@@ -126,7 +131,7 @@ def part_held_here(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None =
     it does not lie as the parameter does, ranks meet: those of its mesh, and those of the parameter's.
     """
     if is_dtensor(tensor) and (not is_dtensor(param) or tensor.device_mesh != param.device_mesh):  # type: ignore[attr-defined]
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        tensor = gathered(tensor)
     if is_dtensor(param):
         from torch.distributed.tensor import distribute_tensor
 

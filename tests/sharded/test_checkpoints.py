@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import assert_same_bits
-from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer, whole
+from sharded.models import (
+    EIGHT_BIT,
+    assert_same_whole,
+    full_params,
+    params_of,
+    placed,
+    shard,
+    step_both,
+    transformer,
+    whole,
+)
 from sharded.ranks import Ranks, RanksFailedError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
 import fusedopt
 
@@ -204,3 +215,30 @@ def _from_any_mesh(rank: int, world: int) -> None:
 def test_states_and_weights_come_from_any_mesh_or_none(ranks: Ranks) -> None:
     """Rows that each rank has one of would have been spread over the whole without an error."""
     ranks(2, _from_any_mesh)
+
+
+def _blocks_that_are_cut(rank: int, world: int) -> None:
+    """Codes for shards of columns whose edges lie within blocks, which keep float32 states."""
+    mesh = init_device_mesh("cpu", (world,))
+    weights = full_params([(64, 96), (13, 192), (5, 256)])  # three blocks, or four, for two ranks or three
+    theirs = fusedopt.AdamW([torch.nn.Parameter(weight) for weight in weights], **EIGHT_BIT)
+    step_both(None, theirs, range(2))
+    by_rows, by_columns = (
+        fusedopt.AdamW([torch.nn.Parameter(placed(weight, mesh, [Shard(dim)])) for weight in weights], **EIGHT_BIT)
+        for dim in (0, 1)
+    )
+    expected = fusedopt.to_torch_state_dict(theirs)["state"]
+    by_rows.load_state_dict(theirs.state_dict())
+    for source in (theirs, by_rows):
+        by_columns.load_state_dict(source.state_dict())
+        found = fusedopt.to_torch_state_dict(by_columns)["state"]
+        for number, param in enumerate(params_of(by_columns)):
+            columns = param.shape[1]
+            assert ("exp_avg" in by_columns.state[param]) == (columns % (64 * world) != 0), f"{columns} columns"
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert_same_bits(whole(found[number][key]), expected[number][key], f"{key}, {columns} columns")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_codes_whose_blocks_are_cut_are_decoded_whole(ranks: Ranks, world: int) -> None:
+    ranks(world, _blocks_that_are_cut)
