@@ -123,8 +123,13 @@ def check_state(
             if key not in held:
                 continue
             if spec.name in held or other not in held:
-                found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
-                raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
+                found = f"without {other!r}; load a state dict as it was saved"
+                if spec.name in held:  # as set_optimizer_state_dict of torch adds what is here to what it is given
+                    found = (
+                        f"together with {spec.name!r}, which is the same in another format; load a state dict into an "
+                        "optimizer of the state_dtype that it was saved with, and convert it then (docs/guide/fsdp.md)"
+                    )
+                raise ValueError(f"{where} has a state {key!r} {found}")
             if param.dim() < 1 or spec.extent != "elements":
                 raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
             shape = param.shape if key == spec.codes else scales_shape(param.shape)
