@@ -227,6 +227,7 @@ bool read_tensor(PyObject* object, TensorView& view) {
   if (!(names.exchange ? read_through_exchange(object, view) : read_through_attributes(object, view))) return false;
   view.numel = 1;
   for (int i = 0; i < view.ndim; ++i) view.numel *= view.shape[i];
+  if (view.data == nullptr && view.numel > 0) return false;  // freed, or a tensor of zeros that has no memory
   return reinterpret_cast<uintptr_t>(view.data) % size_of(view.dtype) == 0;
 }
 

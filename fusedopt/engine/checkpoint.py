@@ -7,12 +7,10 @@ converted afterwards to what the param group asks for.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,9 +19,10 @@ from torch import Tensor
 from .. import checks
 from ..offload.homes import Wanted, place
 from ..storage import masters
-from ..storage.quantization import decode, encode, scales_shape
+from ..storage.placement import why_blocks_are_cut
+from ..storage.quantization import BLOCK, decode, encode, scales_shape
 from ..storage.state import DTYPES, Slot, StateSpec, slots_of
-from . import sharding
+from . import callers, sharding
 from .contract import Contract
 from .options import OWN_DEFAULTS
 
@@ -59,6 +58,16 @@ class _Kept:
         return self
 
 
+class _Group(_Kept):
+    """A process group, which copies of an optimizer share. It is part of this process, and not of what is pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer with a grad_norm_group cannot be pickled, because the group is part of this process; save "
+            "optimizer.state_dict(), and pass the group to the optimizer that loads it"
+        )
+
+
 @contextmanager
 def hooked(register: Callable[..., Any], hook: Callable[..., Any], **kwargs: Any) -> Iterator[None]:
     """Registers a hook of ours for as long as the context is."""
@@ -79,17 +88,63 @@ def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: 
 # ---- checks ------------------------------------------------------------------------------------------
 
 
-def check_state(optimizer: Contract, group: dict[str, Any], param: Tensor, held: dict[str, Any], where: str) -> None:
-    """Raises ValueError if a state that `param` has, or is about to get, does not fit it."""
+def a_dict(state_dict: Any) -> dict[str, Any]:
+    """What is passed, if it is a mapping at all, which hooks of a user's may make a state dict of."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what an optimizer's state_dict() gave")
+    return state_dict  # type: ignore[return-value]
+
+
+def check_form(state_dict: Any) -> None:
+    """Raises an error that says what was passed instead of a state dict, such as what holds the model's beside it."""
+    a_dict(state_dict)
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            there = f"what is there: {', '.join(map(repr, state_dict))}" if state_dict else "it is empty"
+            raise ValueError(
+                f"state_dict has no {key!r} of an optimizer ({there}); pass what an optimizer's state_dict() gave"
+            )
+
+
+def check_groups(optimizer: Contract, state_dict: Any) -> None:
+    """Raises an error if something is no state dict, or has other param groups than an optimizer."""
+    check_form(state_dict)
+    saved_sizes = [len(group.get("params", ())) for group in state_dict["param_groups"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
+            "build the optimizer with the groups that it was saved with"
+        )
+
+
+def check_state(
+    optimizer: Contract,
+    group: dict[str, Any],
+    param: Tensor,
+    held: dict[str, Any],
+    where: str,
+    *,
+    is_cast: bool = False,
+) -> None:
+    """Raises ValueError if a state that `param` has, or with `is_cast` gets a cast copy of, does not fit it."""
+    dtypes = (*DTYPES.values(), param.dtype)
+    if is_cast:
+        dtypes += (torch.float64, *((torch.complex64, torch.complex128) if param.is_complex() else ()))
     for spec in optimizer.states_of(group, param):
         if spec.name in held:
-            _check_tensor(held, spec.name, spec.shape_for(param.shape), (*DTYPES.values(), param.dtype), where)
+            _check_tensor(held, spec.name, spec.shape_for(param.shape), dtypes, where)
         for key, other in ((spec.codes, spec.scales), (spec.scales, spec.codes)):
             if key not in held:
                 continue
             if spec.name in held or other not in held:
-                found = f"together with {spec.name!r}" if spec.name in held else f"without {other!r}"
-                raise ValueError(f"{where} has a state {key!r} {found}; load a state dict as it was saved")
+                found = f"without {other!r}; load a state dict as it was saved"
+                if spec.name in held:  # as set_optimizer_state_dict of torch adds what is here to what it is given
+                    found = (
+                        f"together with {spec.name!r}, which is the same in another format; load a state dict into an "
+                        "optimizer of the state_dtype that it was saved with, and convert it then (docs/guide/fsdp.md)"
+                    )
+                raise ValueError(f"{where} has a state {key!r} {found}")
             if param.dim() < 1 or spec.extent != "elements":
                 raise ValueError(f"{where} has 8-bit codes {key!r}, but its shape is {tuple(param.shape)}")
             shape = param.shape if key == spec.codes else scales_shape(param.shape)
@@ -144,7 +199,8 @@ def _check_tensor(
         )
     if value.dtype not in dtypes:
         names = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}")
+        remedy = "; optimizer.load_state_dict(optimizer.state_dict()) casts it" if value.dtype == torch.float64 else ""
+        raise ValueError(f"{where} has a state {key!r} of dtype {value.dtype}; it must be one of {names}{remedy}")
 
 
 def _renamed_masters(held: dict[str, Any]) -> dict[str, Any]:
@@ -178,48 +234,47 @@ def _is_flattened() -> bool:
 
     It looks for every key of param_groups in what it is to load then, and fails if one is missing.
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(12):
-        if frame is None:
-            break
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False))
-        frame = frame.f_back
-    return False
+    found = callers.locals_in("torch.distributed.checkpoint.state_dict")
+    return found is not None and bool(getattr(found.get("info"), "flatten_optimizer_state_dict", False))
+
+
+# ---- copies ------------------------------------------------------------------------------------------
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """What copies and pickles of an optimizer are made of."""
+
+    def kept(group: dict[str, Any]) -> dict[str, Any]:
+        spread = group.get("grad_norm_group")
+        return group if spread is None else {**group, "grad_norm_group": _Group(spread)}
+
+    return {**state, "defaults": kept(state["defaults"]), "param_groups": [kept(g) for g in state["param_groups"]]}
+
+
+def take_over(optimizer: Any, take: Callable[[dict[str, Any]], None], state: dict[str, Any]) -> None:
+    """Makes an optimizer what a copy or a state dict says; `take` does what torch does."""
+    held = ("state", "param_groups", "_repeats")
+    before: dict[str, Any] = {key: optimizer.__dict__[key] for key in held if key in optimizer.__dict__}
+    take(state)
+    try:
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            for key, value in optimizer.defaults.items():
+                group.setdefault(key, value)
+            if isinstance(group.get("grad_norm_group"), _Kept):
+                group["grad_norm_group"] = group["grad_norm_group"].tensor
+        restore(optimizer)
+    except BaseException:  # a disk is full, or a device: what was there is as it was
+        optimizer.__dict__.update(before)
+        raise
 
 
 # ---- loading -----------------------------------------------------------------------------------------
 
 
-def a_dict(state_dict: Any) -> dict[str, Any]:
-    """What is passed, if it is a mapping at all, which hooks of a user's may make a state dict of."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what an optimizer's state_dict() gave")
-    return state_dict  # type: ignore[return-value]
-
-
-def check_form(state_dict: Any) -> None:
-    """Raises an error that says what was passed instead of a state dict, such as what holds the model's beside it."""
-    a_dict(state_dict)
-    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if not isinstance(state_dict.get(key), kind):
-            there = f"what is there: {', '.join(map(repr, state_dict))}" if state_dict else "it is empty"
-            raise ValueError(
-                f"state_dict has no {key!r} of an optimizer ({there}); pass what an optimizer's state_dict() gave"
-            )
-
-
 def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A load_state_dict pre-hook: checks a state dict, fills its groups and wraps its tensors."""
-    check_form(state_dict)
+    check_groups(optimizer, state_dict)
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    saved_sizes = [len(group.get("params", ())) for group in saved_groups]
-    sizes = [len(group["params"]) for group in groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
-            "build the optimizer with the groups that it was saved with"
-        )
     filled = []
     for group, saved in zip(groups, saved_groups):
         merged = {**{key: group[key] for key in optimizer.defaults}, **saved}
@@ -233,9 +288,15 @@ def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if saved_id not in state:
             continue
         # Not from `state`, in which a parameter that is listed twice is wrapped already.
-        held = {key: value for key, value in state_dict["state"][saved_id].items() if value is not None}
+        found = state_dict["state"][saved_id]
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"state_dict: parameter {saved_id} has a {type(found).__name__} in the place of its states; "
+                "load a state dict as it was saved"
+            )
+        held = {key: value for key, value in found.items() if value is not None}
         held = _renamed_masters(optimizer.translated(group, param, held))
-        check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
+        check_state(optimizer, group, param, held, f"state_dict: parameter {saved_id}", is_cast=True)
         _check_complete(optimizer, group, param, held, f"state_dict: parameter {saved_id}")
         if any(spec.keys_in(held) for spec in optimizer.states_of(group, param)):
             held.setdefault("step", 1)  # some of torch's count no steps, but had a first one
@@ -248,8 +309,6 @@ def restore(optimizer: Contract) -> None:
     targets: list[tuple[dict[str, Any], Tensor, Slot, Tensor]] = []
     groups: list[dict[str, Any]] = []  # of each of them
     for group in optimizer.param_groups:
-        if isinstance(group["grad_norm_group"], _Kept):
-            group["grad_norm_group"] = group["grad_norm_group"].tensor
         for param in group["params"]:
             held = optimizer.state.get(param)
             if held is None:
@@ -267,7 +326,7 @@ def restore(optimizer: Contract) -> None:
                 keys = spec.keys_in(kept)
                 if not keys:
                     continue
-                sources = [_local_part(kept[key], param, spec.dims_for(param.dim())) for key in keys]
+                sources = _held_here(spec, param, [kept[key] for key in keys])
                 for key in keys:
                     del held[key]
                 slots = slots_of(spec, group, param, sharding.local(param))
@@ -279,6 +338,15 @@ def restore(optimizer: Contract) -> None:
         tensor.copy_(source)
         is_step = slot.key == "step"
         held[slot.key] = tensor if is_step else sharding.like_param(tensor, param, slot.global_shape, slot.dims)
+
+
+def _held_here(spec: StateSpec, param: Tensor, whole: list[Tensor]) -> list[Tensor]:
+    """What of a state goes with what is held here of a parameter."""
+    if len(whole) == 2 and why_blocks_are_cut(param, scales_shape(param.shape), BLOCK):
+        # Codes are nothing without the scale of their block, which may be another rank's: they are read before the cut.
+        codes, scales = map(sharding.gathered, whole)
+        whole = [decode(codes, scales, is_signed=spec.is_signed).contiguous()]
+    return [sharding.part_held_here(tensor, param, spec.dims_for(param.dim())) for tensor in whole]
 
 
 def _converted(spec: StateSpec, slots: list[Slot], sources: list[Tensor]) -> list[Tensor]:
@@ -299,7 +367,7 @@ def _masters(
         return []
     slot = masters.slot_of(group, param, sharding.local(param))
     if slot is not None and slot.key in found:
-        return [(held, param, slot, _local_part(kept[slot.key], param))]
+        return [(held, param, slot, sharding.part_held_here(kept[slot.key], param))]
     for key in found:
         del held[key]
     warnings.warn(
@@ -308,16 +376,3 @@ def _masters(
         stacklevel=checks.callers_level(),
     )
     return []
-
-
-def _local_part(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """What this rank holds of a state, which may come whole, or as a DTensor in any placements."""
-    if sharding.is_dtensor(param):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = param.device_mesh, sharding.placements_like(param, dims)  # type: ignore[attr-defined]
-        if not sharding.is_dtensor(tensor):
-            tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
-        elif tensor.placements != placements:  # type: ignore[attr-defined]
-            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    return sharding.local(tensor)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..reference.norm import numbers
-from . import sharding
+from . import sharding, spread
 from .contract import Contract
 
 T = TypeVar("T")
@@ -235,7 +235,7 @@ class Agreement:
             return self._meshes
         meshes = Meshes(groups)
         if key != self._key:
-            refuse_flat_shards(groups)
+            spread.refuse_unknown(groups)
             self._hashes = {}
             rules = [f"{type(optimizer).__name__} ({optimizer.rule(group)})" for group in groups]
             told = {mesh: meshes.settings(mesh, rules) for mesh in meshes.meshes}
@@ -380,18 +380,3 @@ def largest(param_groups: list[dict[str, Any]], value: int) -> int:
         for group in groups_of(mesh):
             row = gathered(row, group).amax(0)
     return int(row)
-
-
-def refuse_flat_shards(param_groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError for a norm over shards of which nobody says where the others are."""
-    for index, group in enumerate(param_groups):
-        if not Contract.takes_norm(group) or group["grad_norm_group"] is not None:
-            continue
-        asked = "max_grad_norm" if group["max_grad_norm"] is not None else "skip_step_above"
-        for position, param in enumerate(group["params"]):
-            if hasattr(param, "_is_flat_param") or hasattr(param, "_fsdp_flattened"):
-                raise ValueError(
-                    f"parameter {position} of group {index} is a shard of FullyShardedDataParallel, of version 1, and "
-                    f"{asked}={group[asked]!r} would go by the norm of this shard; pass "
-                    "grad_norm_group=model.process_group with it, or clip with model.clip_grad_norm_"
-                )

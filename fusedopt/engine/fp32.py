@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, para
 
 
 @torch.no_grad()
-def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Sets the weights of a model, and what its optimizer keeps of them beside it; undoes `fp32_parameters`.
 
     What a 16-bit parameter without master weights cannot hold is rounded to nearest.
@@ -65,27 +66,44 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: d
     Args:
         optimizer: The optimizer that steps the model.
         model: Any module.
-        weights: {name: tensor} for every parameter of the model.
+        weights: {name: tensor} for every parameter of the model. Parameter and tensor may be sharded or not, each as it
+            is, whatever the other; ranks meet where they differ.
 
     Raises:
-        ValueError: A parameter is missing or unknown, or a shape differs. Nothing has changed then.
-        TypeError: The optimizer is none, the model is no module, or a weight no tensor. Nothing has changed then.
+        TypeError: The optimizer is none or the wrapper of one of ours, the model is no module, or weights are no
+            mapping. Nothing has changed then.
+        ValueError: A parameter is missing or unknown, or a tensor has another shape or no numbers that the parameter
+            could take. Nothing has changed then.
     """
     groups = _groups(optimizer, model)
+    if not isinstance(optimizer, FusedOptimizer) and any("master_weights" in g for g in optimizer.param_groups):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the optimizer of this package that it holds")
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is a {type(weights).__name__}; pass the mapping that fp32_parameters gave")
     params = dict(model.named_parameters())
     if params.keys() != weights.keys():
         missing, unknown = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
         raise ValueError(f"weights lack {missing} and have unknown {unknown}; pass what fp32_parameters gave")
     for name, param in params.items():
-        if not isinstance(weights[name], Tensor):
-            raise TypeError(f"weights[{name!r}] is a {type(weights[name]).__name__}; pass a tensor")
-        if weights[name].shape != param.shape:
-            raise ValueError(
-                f"weights[{name!r}] has shape {tuple(weights[name].shape)} and the parameter {tuple(param.shape)}; "
-                "pass the weights of the same model"
-            )
+        _check_weight(f"weights[{name!r}]", weights[name], param)
     for name, param in params.items():
-        set_full_precision(optimizer, groups.get(param), param, sharding.local(weights[name]))
+        set_full_precision(optimizer, groups.get(param), param, sharding.part_held_here(weights[name], param))
+
+
+def _check_weight(where: str, weight: Any, param: Tensor) -> None:
+    """Raises ValueError if a parameter cannot be set to a tensor."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{where} is a {type(weight).__name__}; pass a tensor of shape {tuple(param.shape)}")
+    if weight.shape != param.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(weight.shape)} and the parameter {tuple(param.shape)}; "
+            "pass the weights of the same model"
+        )
+    if weight.is_complex() and not param.is_complex():
+        raise ValueError(f"{where} is {weight.dtype} and the parameter {param.dtype}; pass real numbers")
+    if weight.device.type == "meta" or weight.layout != torch.strided:
+        what = "on the meta device" if weight.device.type == "meta" else f"of layout {weight.layout}"
+        raise ValueError(f"{where} is {what}; pass a dense tensor with values")
 
 
 def set_full_precision(optimizer: FusedOptimizer, group: dict[str, Any] | None, param: Tensor, value: Tensor) -> None:

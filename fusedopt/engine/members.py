@@ -18,7 +18,7 @@ from ..storage.state import Slot, StateSpec, keeps_own_precision, requested_form
 from . import checkpoint, collectives, reports, sharding
 from .contract import Contract
 from .edits import settle
-from .plain import shares_elements
+from .plain import has_no_memory, shares_elements
 
 
 def parts(
@@ -112,6 +112,8 @@ def check_param(optimizer: Contract, group_index: int, position: int) -> None:
     grad = param.grad
     if param.device.type == "meta":
         raise ValueError(f"{where} is on the meta device and has no values; materialize the model before stepping")
+    if param.layout != torch.strided:
+        raise ValueError(f"{where} is of layout {param.layout}, which cannot be stepped; make it dense with to_dense()")
     if grad is not None:
         _check_grad(optimizer, group, param, grad, where)
     reason = sharding.refusal(param) or sharding.wrapper_refusal(param, param if grad is None else grad)
@@ -146,7 +148,13 @@ def check_param(optimizer: Contract, group_index: int, position: int) -> None:
 
 
 def _check_memory(tensor: Tensor, where: str) -> None:
-    if shares_elements(sharding.local(tensor)):
+    local = sharding.local(tensor)
+    if has_no_memory(local):
+        raise ValueError(
+            f"{where} cannot be stepped: its memory has been freed, as by untyped_storage().resize_(0), which what "
+            "gathers or offloads parameters does between passes; step what it holds between them, or bring it back"
+        )
+    if shares_elements(local):
         raise ValueError(
             f"{where} cannot be stepped: some of its elements are the same place in memory, as expand() makes them; "
             "give each its own with clone(memory_format=torch.contiguous_format)"
@@ -174,6 +182,8 @@ def _check_grad(optimizer: Contract, group: dict[str, Any], param: Tensor, grad:
         raise ValueError(
             f"{where} is {param.dtype} on {param.device} but its gradient {grad.dtype} on {grad.device}; clear it"
         )
+    if has_no_memory(sharding.local(grad)):
+        raise ValueError(f"{where} has a gradient whose memory has been freed; clear it with zero_grad()")
 
 
 def init_state(optimizer: Contract, is_wanted: Callable[[Tensor], bool]) -> None:

@@ -383,21 +383,18 @@ class FusedOptimizer(Partial):
         with self._lock, checkpoint.hooked(self.register_load_state_dict_pre_hook, hook):
             super().load_state_dict(checkpoint.a_dict(state_dict))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return checkpoint.copied(super().__getstate__())
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = ("state", "param_groups", "_repeats")
-        before: dict[str, Any] = {key: self.__dict__[key] for key in held if key in self.__dict__}
         self.__dict__.pop("_edits", None)  # the formats are those of the state that is set
-        super().__setstate__(state)
-        try:
+
+        def take(state: dict[str, Any]) -> None:
+            super(FusedOptimizer, self).__setstate__(state)
             self.defaults = {**OWN_DEFAULTS, **self.defaults}  # those of an older version's pickle are fewer
-            for group in self.param_groups:
-                for key, value in self.defaults.items():
-                    group.setdefault(key, value)
             self._repeats = members.repeats(self.param_groups)
-            checkpoint.restore(self)
-        except BaseException:  # a disk is full, or a device: what was there is as it was
-            self.__dict__.update(before)
-            raise
+
+        checkpoint.take_over(self, take, state)
 
 
 note_own_defaults(FusedOptimizer.__init__)

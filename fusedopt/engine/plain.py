@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..storage.allocation import is_plain
+
 
 def base(tensor: Tensor) -> Tensor:
     """The same numbers as a Tensor, apart from autograd's graph."""
@@ -24,9 +26,21 @@ def shares_elements(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor's elements has been freed."""
+    if not is_plain(tensor) or tensor.layout != torch.strided or tensor._is_zerotensor():
+        return False
+    return tensor.numel() > 0 and tensor.data_ptr() == 0
+
+
 def dense(grad: Tensor) -> Tensor:
-    """A gradient with a number for every element; a sparse one may have several, which are added."""
-    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+    """A gradient with a number for every element.
+
+    A sparse one may have several, which are added; autograd's tensors of zeros have none in their memory.
+    """
+    if grad.layout == torch.sparse_coo:
+        return grad.to_dense()
+    return grad.clone() if grad._is_zerotensor() else grad
 
 
 def nothing() -> Tensor:

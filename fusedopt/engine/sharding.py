@@ -117,3 +117,27 @@ def like_param(tensor: Tensor, param: Tensor, shape: torch.Size, dims: tuple[int
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor; the ranks of a DTensor's mesh meet."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_held_here(tensor: Tensor, param: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """What of a whole tensor goes with what is held here of a parameter; `dims` as in `placements_like`.
+
+    The tensor may come whole, or as a DTensor in any placements on any mesh, which need not be the parameter's. Where
+    it does not lie as the parameter does, ranks meet: those of its mesh, and those of the parameter's.
+    """
+    if is_dtensor(tensor) and (not is_dtensor(param) or tensor.device_mesh != param.device_mesh):  # type: ignore[attr-defined]
+        tensor = gathered(tensor)
+    if is_dtensor(param):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = param.device_mesh, placements_like(param, dims)  # type: ignore[attr-defined]
+        if not is_dtensor(tensor):
+            tensor = distribute_tensor(tensor.to(param.device), mesh, placements)
+        elif tensor.placements != placements:  # type: ignore[attr-defined]
+            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return local(tensor)

@@ -26,15 +26,8 @@ States = Callable[[Sequence[StateSpec], Tensor, dict[str, Any], str], dict[str, 
 
 def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states: States) -> dict[str, Any]:
     """Another package's state dict with our settings and dense states."""
-    checkpoint.check_form(state_dict)
+    checkpoint.check_groups(optimizer, state_dict)
     saved_groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group.get("params", ())) for group in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict has param groups of {saved_sizes} parameters and the optimizer of {sizes}; "
-            "build the optimizer with the groups that it was saved with"
-        )
     groups = [deepcopy(settings(saved, f"state_dict: group {i}")) for i, saved in enumerate(saved_groups)]
     # Settings decide which states there are.
     merged = [

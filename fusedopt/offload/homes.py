@@ -153,6 +153,7 @@ def note_of(group: dict[str, Any], local: Tensor) -> str:
     return ""
 
 
+@torch.inference_mode(False)  # tensors that are made in it can be written to in it only
 def place(wanted: Iterable[Wanted]) -> list[Tensor]:
     """Zeroed tensors where their groups want them, in the order asked for.
 

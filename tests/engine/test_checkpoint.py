@@ -258,6 +258,37 @@ def test_state_is_converted_to_the_asked_format() -> None:
     train(ours, 1)
 
 
+@pytest.mark.parametrize("source", [torch.optim.AdamW, fusedopt.AdamW], ids=["torchs", "ours"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_states_of_a_run_in_double_precision(source: Callable[..., Any], dtype: torch.dtype) -> None:
+    """They are cast, as torch casts them."""
+    double = torch.complex128 if dtype.is_complex else torch.float64
+    theirs = train(source(make_params(SHAPES, double)), 2)
+    for kwargs in [{}] if dtype.is_complex else [{}, {"state_dtype": "8bit"}]:
+        ours = fusedopt.AdamW(make_params(SHAPES, dtype), **kwargs)
+        ours.load_state_dict(theirs.state_dict())
+        held = fusedopt.to_torch_state_dict(ours)["state"]
+        for number, state in theirs.state_dict()["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                kept, expected = held[number][key], state[key].to(dtype if dtype.is_complex else torch.float32)
+                if kwargs and state[key].dim() == 2 and state[key].numel() > 4096:  # as 8 bits hold it
+                    parts = quantization.encode(expected, is_signed=key == "exp_avg")
+                    expected = quantization.decode(*parts, is_signed=key == "exp_avg")
+                assert_same_bits(kept, expected, key)
+        train(ours, 1, first=2)
+
+
+def test_a_model_that_leaves_double_precision_casts_its_states_by_loading_them() -> None:
+    model = torch.nn.Linear(9, 5).double()
+    optimizer = train(fusedopt.AdamW(model.parameters()), 2)
+    model.float()
+    with pytest.raises(ValueError, match=r"dtype torch.float64.*load_state_dict\(optimizer\.state_dict\(\)\) casts it"):
+        train(optimizer, 1, first=2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, 1, first=2)
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.float32
+
+
 def test_strided_states_and_plain_step_counts_are_taken() -> None:
     """torch keeps the parameter's memory format, and older versions an int for a step."""
     param = torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
@@ -306,6 +337,15 @@ def _drop_group(state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"] = []
 
 
+def _a_whole_checkpoint(state_dict: dict[str, Any]) -> None:
+    state_dict["optimizer"] = {key: state_dict.pop(key) for key in list(state_dict)}
+    state_dict["model"] = {}
+
+
+def _nothing_of_a_parameter(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][1] = None  # as ZeroRedundancyOptimizer leaves what other ranks hold in what it has loaded
+
+
 def _other_shape(state_dict: dict[str, Any]) -> None:
     state_dict["state"][1]["exp_avg_sq"] = torch.zeros(299)
 
@@ -349,6 +389,11 @@ def _bad_betas(state_dict: dict[str, Any]) -> None:
     ("spoil", "message"),
     [
         (_drop_group, r"param groups of \[\] parameters and the optimizer of \[4\]"),
+        (
+            _a_whole_checkpoint,
+            r"state_dict has no 'state' .*what is there: 'optimizer', 'model'.; pass what",
+        ),
+        (_nothing_of_a_parameter, r"parameter 1 has a NoneType in the place of its states"),
         (_other_shape, r"parameter 1 has a state 'exp_avg_sq' of shape \(299,\).*\(300,\)"),
         (_not_a_tensor, r"parameter 1 has a state 'exp_avg' of type float"),
         (_codes, r"'exp_avg' of dtype torch.uint8"),

@@ -16,6 +16,46 @@ NAN = float("nan")
 INF = float("inf")
 
 
+SET_LATER = [
+    ("state_dtype", "8 bit", ValueError, "state_dtype='8 bit' is not known; pass one of 'float32', 'bfloat16'"),
+    ("state_rounding", "up", ValueError, "state_rounding='up' is not known; pass one of"),
+    ("min_quantized_numel", 1e3, TypeError, "min_quantized_numel=1000.0 is a float"),
+    ("rounding", "up", ValueError, "rounding='up' is not known; pass one of"),
+    ("master_weights", "split16", ValueError, "master_weights='split16' is not known; pass one of"),
+    ("nonfinite", "skip", ValueError, "nonfinite='skip' is not known; pass one of"),
+    ("seed", -1, ValueError, r"seed=-1 is outside \[0, 2\*\*32\)"),
+    ("max_grad_norm", 0, ValueError, "max_grad_norm=0 would make every gradient zero"),
+    ("skip_step_above", -1.0, ValueError, "skip_step_above=-1.0"),
+    ("backend", "gpu", ValueError, "backend='gpu' is not known; pass one of"),
+]
+
+
+@rows
+@pytest.mark.parametrize(("key", "value", "error", "message"), SET_LATER, ids=[key for key, *_ in SET_LATER])
+def test_options_that_are_set_in_param_groups(
+    case: Case, key: str, value: object, error: type[Exception], message: str
+) -> None:
+    """As in the constructor, whether states are there or not, and with nothing changed."""
+    optimizer, twin = (case.ours(make_params([(3, 5), (4,)], torch.bfloat16)) for _ in range(2))
+    for steps in range(2):
+        before = optimizer.param_groups[0][key]
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(error, match=message):
+            train(optimizer, 1, first=steps)
+        optimizer.param_groups[0][key] = before
+        assert_same_run(train(optimizer, 1, first=steps), train(twin, 1, first=steps))
+
+
+def test_options_that_are_set_in_param_groups_are_kept_as_the_constructor_keeps_them() -> None:
+    optimizer = fusedopt.AdamW(make_params([(3, 5)], torch.bfloat16))
+    optimizer.param_groups[0].update(state_dtype="bf16", master_weights=torch.float32)
+    train(optimizer, 1)
+    assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
+    assert optimizer.param_groups[0]["master_weights"] == "float32"
+    (held,) = optimizer.state.values()
+    assert (held["exp_avg"].dtype, held["master"].dtype) == (torch.bfloat16, torch.float32)
+
+
 @rows
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
@@ -160,6 +200,21 @@ def _state_shape(params: list[torch.nn.Parameter]) -> None:
     params[1].grad = torch.ones(6)
 
 
+def _sparse_param(params: list[torch.nn.Parameter]) -> None:
+    params[1] = torch.nn.Parameter(torch.ones(5).to_sparse())
+    params[1].grad = torch.ones(5).to_sparse()
+
+
+def _freed(params: list[torch.nn.Parameter]) -> None:
+    params[1] = torch.nn.Parameter(torch.ones(5))
+    params[1].grad = torch.ones(5)
+    params[1].untyped_storage().resize_(0)
+
+
+def _freed_gradient(params: list[torch.nn.Parameter]) -> None:
+    params[1].grad.untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
 @pytest.mark.parametrize(
@@ -170,6 +225,9 @@ def _state_shape(params: list[torch.nn.Parameter]) -> None:
         (_grad_shape, r"parameter 1 of group 0, of shape \(4,\), has a gradient of shape \(5,\)"),
         (_shorter_view, r"parameter 1 of group 0, of shape \(4,\), has a gradient of shape \(5,\)"),
         (_integer, r"parameter 1 of group 0.*cannot be stepped by backend='.*torch.int32"),
+        (_sparse_param, r"parameter 1 of group 0.*is of layout torch.sparse_coo.*to_dense\(\)"),
+        (_freed, r"parameter 1 of group 0.*cannot be stepped: its memory has been freed"),
+        (_freed_gradient, r"parameter 1 of group 0.*has a gradient whose memory has been freed"),
         (_state_shape, r"has a state 'exp_avg' of shape \(5,\); it must be.*\(6,\)"),
     ],
 )
@@ -195,6 +253,20 @@ def test_step(spoil: Callable[[list], None], message: str, backend: str, warm: b
     for param, held in states.items():
         assert all(torch.equal(optimizer.state[param][name], value) for name, value in held.items())
     assert optimizer.last_grad_norm is norm
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_gradients_of_zeros_that_have_no_memory(kwargs: dict, backend: str) -> None:
+    """autograd's tensors of zeros, as forward mode makes them, hold no numbers."""
+    optimizer, twin = (fusedopt.AdamW(make_params([(3, 5), (4,)], torch.float32), **kwargs) for _ in range(2))
+    for steps in range(2):
+        for each, zeros in ((optimizer, torch._efficientzerotensor), (twin, torch.zeros)):
+            params = each.param_groups[0]["params"]
+            set_grads(params, steps)
+            params[0].grad = zeros((3, 5))
+            each.step()
+        assert_same_run(optimizer, twin)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, torch.tensor(NAN)])

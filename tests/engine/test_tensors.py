@@ -239,3 +239,18 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert (param[:1000] == 1.25).all()
     assert (param[2**31 - 500 : 2**31 + 500] == 1.0).all()
     assert optimizer.state[param]["exp_avg"][tail].float().mean().item() == pytest.approx(0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("kwargs", [{}, {"state_dtype": "8bit"}, {"master_weights": "float32"}], ids=str)
+def test_states_that_are_made_in_inference_mode(kwargs: dict, backend: str) -> None:
+    """By loading, or by a step: later steps are outside of it."""
+    params, twins = (make_params([(70, 96), (5,)], torch.bfloat16) for _ in range(2))
+    optimizer, twin = (fusedopt.AdamW(each, backend=backend, **kwargs) for each in (params, twins))
+    train(twin, 1)
+    with torch.inference_mode():
+        train(optimizer, 1)
+    for step in (1, 2):
+        assert_same_run(train(optimizer, 1, first=step), train(twin, 1, first=step))
+        with torch.inference_mode():
+            optimizer.load_state_dict(optimizer.state_dict())

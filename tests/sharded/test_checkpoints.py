@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import assert_same_bits
-from sharded.models import EIGHT_BIT, assert_same_whole, params_of, shard, step_both, transformer, whole
+from sharded.models import (
+    EIGHT_BIT,
+    assert_same_whole,
+    full_params,
+    params_of,
+    placed,
+    shard,
+    step_both,
+    transformer,
+    whole,
+)
 from sharded.ranks import Ranks, RanksFailedError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
 import fusedopt
 
@@ -176,3 +188,57 @@ def _assert_same_moments(ours: torch.optim.Optimizer, theirs: torch.optim.Optimi
 
 def test_torchs_checkpoints_both_ways(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2, _torchs_checkpoint, folder=str(tmp_path))
+
+
+def _from_any_mesh(rank: int, world: int) -> None:
+    """State dicts and full weights between models that are whole, sharded, and sharded on another mesh."""
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
+
+    def models() -> list[Any]:
+        return [transformer(seed=1, dtype=DTYPE), *(shard(transformer(1, DTYPE), **kw) for kw in ({}, {"mesh": mesh}))]
+
+    for model, source in zip(models(), ("whole", "sharded", "another mesh")):
+        ours = fusedopt.AdamW(model.parameters(), **KWARGS)
+        step_both(ours, None, range(2), DTYPE)
+        weights = fusedopt.fp32_parameters(ours, model)
+        for other, target in zip(models(), ("whole", "sharded", "another mesh")):
+            again = fusedopt.AdamW(other.parameters(), **KWARGS)
+            again.load_state_dict(ours.state_dict())
+            fusedopt.load_fp32_parameters(again, other, weights)
+            for name, value in fusedopt.fp32_parameters(again, other).items():
+                assert_same_bits(whole(value), whole(weights[name]), f"{name}, {source} to {target}")
+            for param, twin in zip(params_of(again), params_of(ours), strict=True):
+                for key, value in ours.state.get(twin, {}).items():
+                    assert_same_bits(whole(again.state[param][key]), whole(value), f"{key}, {source} to {target}")
+
+
+def test_states_and_weights_come_from_any_mesh_or_none(ranks: Ranks) -> None:
+    """Rows that each rank has one of would have been spread over the whole without an error."""
+    ranks(2, _from_any_mesh)
+
+
+def _blocks_that_are_cut(rank: int, world: int) -> None:
+    """Codes for shards of columns whose edges lie within blocks, which keep float32 states."""
+    mesh = init_device_mesh("cpu", (world,))
+    weights = full_params([(64, 96), (13, 192), (5, 256)])  # three blocks, or four, for two ranks or three
+    theirs = fusedopt.AdamW([torch.nn.Parameter(weight) for weight in weights], **EIGHT_BIT)
+    step_both(None, theirs, range(2))
+    by_rows, by_columns = (
+        fusedopt.AdamW([torch.nn.Parameter(placed(weight, mesh, [Shard(dim)])) for weight in weights], **EIGHT_BIT)
+        for dim in (0, 1)
+    )
+    expected = fusedopt.to_torch_state_dict(theirs)["state"]
+    by_rows.load_state_dict(theirs.state_dict())
+    for source in (theirs, by_rows):
+        by_columns.load_state_dict(source.state_dict())
+        found = fusedopt.to_torch_state_dict(by_columns)["state"]
+        for number, param in enumerate(params_of(by_columns)):
+            columns = param.shape[1]
+            assert ("exp_avg" in by_columns.state[param]) == (columns % (64 * world) != 0), f"{columns} columns"
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert_same_bits(whole(found[number][key]), expected[number][key], f"{key}, {columns} columns")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_codes_whose_blocks_are_cut_are_decoded_whole(ranks: Ranks, world: int) -> None:
+    ranks(world, _blocks_that_are_cut)

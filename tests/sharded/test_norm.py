@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -137,6 +139,11 @@ def _stages(rank: int, world: int) -> None:
     assert "grad_norm_group" not in optimizer.state_dict()["param_groups"][0]
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0]["grad_norm_group"] is across
+    for copied in (copy.deepcopy(optimizer), copy.copy(optimizer)):
+        assert copied.param_groups[0]["grad_norm_group"] is copied.defaults["grad_norm_group"] is across
+    assert optimizer.param_groups[0]["grad_norm_group"] is optimizer.defaults["grad_norm_group"] is across
+    with pytest.raises(TypeError, match=r"grad_norm_group cannot be pickled.*save optimizer\.state_dict\(\)"):
+        pickle.dumps(optimizer)
     with pytest.raises(TypeError, match=r"grad_norm_group='stages' is a str; pass a process group"):
         fusedopt.AdamW(params, grad_norm_group="stages")
 
@@ -208,6 +215,45 @@ def _flat_shards(rank: int, world: int) -> None:
 
 def test_flat_shards(ranks: Ranks) -> None:
     ranks(2, _flat_shards)
+
+
+def _shared_out(rank: int, world: int, option: str) -> None:
+    """torch's ZeroRedundancyOptimizer, under which each rank steps some of the parameters."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def new(params: Any, **kwargs: Any) -> ZeroRedundancyOptimizer:
+        kwargs = {"optimizer_class": fusedopt.AdamW, option: 0.5, **kwargs}
+        return ZeroRedundancyOptimizer([torch.nn.Parameter(p.clone()) for p in params], **kwargs)
+
+    params = full_params(SHAPES)
+    optimizer = new(params)
+    set_grads(optimizer, 0)
+    with pytest.raises(ValueError, match=rf"ZeroRedundancyOptimizer gives.*{option}=0\.5.*grad_norm_group=.*WORLD"):
+        optimizer.step()
+    for param, before in zip(optimizer.param_groups[0]["params"], params):
+        assert torch.equal(param, before), "the step was refused"
+    optimizer = new(params, grad_norm_group=torch.distributed.group.WORLD)
+    set_grads(optimizer, 0)
+    optimizer.step()
+    expected = exact_norm(full_grads(SHAPES, 0))
+    assert optimizer.optim.last_grad_norm.item() == pytest.approx(expected, rel=1e-6)  # is a float32
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict() if rank == 0 else {}
+    for group in state.get("param_groups", ()):  # as docs/distributed.md says
+        del group["grad_norm_group"]
+    shared = [pickle.dumps(state)]
+    torch.distributed.broadcast_object_list(shared)
+    again = new(params, grad_norm_group=torch.distributed.group.WORLD)
+    again.load_state_dict(pickle.loads(shared[0]))
+    set_grads(again, 1)
+    again.step()
+    expected = exact_norm(full_grads(SHAPES, 1))
+    assert again.optim.last_grad_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_step_above"])
+def test_parameters_that_are_shared_out(ranks: Ranks, option: str) -> None:
+    ranks(2, _shared_out, option=option)
 
 
 def _disagreement(rank: int, world: int, kwargs: list[dict[str, Any]], message: str) -> None:

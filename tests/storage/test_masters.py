@@ -207,7 +207,24 @@ def test_full_weights_that_do_not_fit() -> None:
         fusedopt.load_fp32_parameters(optimizer, model, {"weight": given["weight"] + 1, "b": given["bias"]})
     with pytest.raises(ValueError, match=r"weights\['bias'\] has shape \(3,\) and the parameter \(2,\)"):
         fusedopt.load_fp32_parameters(optimizer, model, {"weight": given["weight"] + 1, "bias": torch.zeros(3)})
+    for bias, message in (
+        ([0.0, 0.0], r"weights\['bias'\] is a list; pass a tensor of shape \(2,\)"),
+        (
+            torch.zeros(2, dtype=torch.complex64),
+            r"weights\['bias'\] is torch.complex64 and the parameter",
+        ),
+        (torch.zeros(2, device="meta"), r"weights\['bias'\] is on the meta device"),
+        (torch.zeros(2).to_sparse(), r"weights\['bias'\] is of layout torch.sparse_coo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusedopt.load_fp32_parameters(optimizer, model, {"weight": given["weight"] + 1, "bias": bias})
+    with pytest.raises(TypeError, match="weights is a list; pass the mapping"):
+        fusedopt.load_fp32_parameters(optimizer, model, list(given.values()))
     assert torch.equal(model.weight, before)
+    torchs = torch.optim.AdamW(model.parameters())
+    for call in (fusedopt.fp32_parameters, lambda *args: fusedopt.load_fp32_parameters(*args, given)):
+        with pytest.raises(TypeError, match="optimizer is of the class AdamW, which is not one of this package"):
+            call(torchs, model)
 
 
 def test_anyprecision_is_the_same_under_other_names() -> None:
