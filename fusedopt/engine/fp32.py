@@ -70,8 +70,8 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: M
             is, whatever the other; ranks meet where they differ.
 
     Raises:
-        TypeError: The optimizer is none or the wrapper of one of ours, the model is no module, or weights are no
-            mapping. Nothing has changed then.
+        TypeError: The optimizer is none or the wrapper of one of ours, the model is no module, weights are no mapping,
+            or one of them is no tensor. Nothing has changed then.
         ValueError: A parameter is missing or unknown, or a tensor has another shape or no numbers that the parameter
             could take. Nothing has changed then.
     """
@@ -91,9 +91,9 @@ def load_fp32_parameters(optimizer: FusedOptimizer, model: nn.Module, weights: M
 
 
 def _check_weight(where: str, weight: Any, param: Tensor) -> None:
-    """Raises ValueError if a parameter cannot be set to a tensor."""
+    """Raises ValueError or TypeError if a parameter cannot be set to something."""
     if not isinstance(weight, Tensor):
-        raise ValueError(f"{where} is a {type(weight).__name__}; pass a tensor of shape {tuple(param.shape)}")
+        raise TypeError(f"{where} is a {type(weight).__name__}; pass a tensor of shape {tuple(param.shape)}")
     if weight.shape != param.shape:
         raise ValueError(
             f"{where} has shape {tuple(weight.shape)} and the parameter {tuple(param.shape)}; "
