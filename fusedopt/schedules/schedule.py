@@ -213,9 +213,13 @@ class Schedule(Value):
             return self.curve(base_lr)(step)
         if isinstance(step, np.ndarray):
             return self.curve(base_lr).at(_array_of_steps(step))
-        if not isinstance(step, bool) and hasattr(step, "__index__"):
-            return self.curve(base_lr)(checks.whole("step", operator.index(step)))
-        raise TypeError(f"step={step!r} is a {type(step).__name__}; pass an int or a numpy array of integers")
+        try:
+            index = None if isinstance(step, bool) else operator.index(step)
+        except TypeError:  # as for a tensor of several elements, which has __index__ all the same
+            index = None
+        if index is None:
+            raise TypeError(f"step={step!r} is a {type(step).__name__}; pass an int or a numpy array of integers")
+        return self.curve(base_lr)(checks.whole("step", index))
 
     # What these make is defined in terms of this class, so it is made by name.
     def __rshift__(self, other: Any) -> Schedule:
@@ -252,8 +256,12 @@ class Schedule(Value):
 
     @staticmethod
     def from_json(text: str) -> Schedule:
-        """The schedule that `to_json` wrote."""
-        return Schedule.from_dict(json.loads(text))
+        """The schedule that `to_json` wrote. Raises a ValueError for any other text."""
+        try:
+            description = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"text is not JSON ({error}); pass what to_json() gave") from error
+        return Schedule.from_dict(description)
 
     def plot(self, steps: int | None = None, base_lr: float | None = None, ax: Axes | None = None) -> Axes:
         """Draws the schedule with matplotlib.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fusedopt import schedules
 from fusedopt.schedules import (
@@ -256,6 +257,10 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: Linear(0, 10)(-1), ValueError, "step=-1"),
     (lambda: Linear(0, 10)(1.0), TypeError, "step=1.0"),
     (lambda: Linear(0, 10)(True), TypeError, "step=True"),
+    (lambda: Linear(0, 10)(torch.arange(4)), TypeError, r"step=tensor\(.*is a Tensor; pass an int or a numpy array"),
+    (lambda: Schedule.from_json("linear"), ValueError, "text is not JSON .*; pass what to_json"),
+    (lambda: Linear(0, 10).sketch(base_lr=math.nan), ValueError, "base_lr=nan is not finite"),
+    (lambda: Linear(0, 10).sketch(base_lr=-1.0), ValueError, "base_lr=-1.0 is negative"),
     (lambda: Linear(0, 10)(np.arange(3) - 1), ValueError, "negative element -1"),
     (lambda: Linear(0, 10)(np.arange(3.0)), TypeError, "float64"),
     (lambda: create_schedule("cosin"), ValueError, "did you mean 'cosine'"),
