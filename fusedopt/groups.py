@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import checks
@@ -53,7 +53,7 @@ def param_groups(
     weight_decay: float = 0.01,
     no_decay: str | Iterable[str] = (),
     *,
-    lr: float | None = None,
+    lr: float | Tensor | None = None,
     layer_decay: float | None = None,
     layers: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -103,8 +103,8 @@ def param_groups(
         model: Any module.
         weight_decay: Of the parameters that decay, >= 0.
         no_decay: Parts of names of parameters that are not to decay.
-        lr: The learning rate of all groups, or with ``layer_decay`` that of the last layer. None leaves it to the
-            optimizer.
+        lr: The learning rate of all groups, or with ``layer_decay`` that of the last layer. Each group has a copy
+            of a one-element tensor. None leaves it to the optimizer.
         layer_decay: What the learning rate is multiplied by for each layer towards the input, in (0, 1]. Needs ``lr``.
         layers: The name of the ModuleList or Sequential whose entries are the layers, such as "transformer.h". By
             default it is the longest one of the model that has parameters. Every entry counts as a layer, also one
@@ -121,7 +121,9 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is a {type(model).__name__}; pass a torch.nn.Module")
     weight_decay = checks.nonnegative("weight_decay", weight_decay)
-    lr = None if lr is None else checks.nonnegative("lr", lr)
+    if lr is not None:
+        number = checks.nonnegative("lr", lr)
+        lr = lr.detach() if isinstance(lr, Tensor) else number
     params = _parameters(model)
     _apply_no_decay(params, no_decay)
     depths, count = _depths(model, params, lr, layer_decay, layers)
@@ -135,7 +137,8 @@ def param_groups(
         group["params"].append((param.names[0], param.value))
         group["weight_decay"] = weight_decay if param.decays else 0.0
         if lr is not None:
-            group["lr"] = lr if layer_decay is None else lr * float(layer_decay) ** max(count - depth, 0)
+            factor = 1.0 if layer_decay is None else float(layer_decay) ** max(count - depth, 0)
+            group.setdefault("lr", lr * factor)
     return list(groups.values())
 
 
@@ -225,7 +228,7 @@ def _apply_no_decay(params: list[_Parameter], no_decay: Any) -> None:
 
 
 def _depths(
-    model: nn.Module, params: list[_Parameter], lr: float | None, layer_decay: Any, layers: Any
+    model: nn.Module, params: list[_Parameter], lr: float | Tensor | None, layer_decay: Any, layers: Any
 ) -> tuple[list[int], int]:
     """Each parameter's depth and the number L of layers: 0 before them, i + 1 in layer i, L + 1 after them."""
     if layer_decay is None:

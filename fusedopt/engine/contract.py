@@ -149,6 +149,14 @@ class Contract(Optimizer):
         """A parameter's state from a state dict that another package may have written, with our names and shapes."""
         return held
 
+    def as_torchs_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A complete group of ours as torch's optimizer of the same name has it; undone by `translated_group`."""
+        return group
+
+    def as_torchs_state(self, group: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's dense state, with the names and shapes of torch's optimizer; undone by `translated`."""
+        return held
+
     # ---- what follows ----------------------------------------------------------------------------
 
     def sparse_refusal(self, group: dict[str, Any]) -> str | None:

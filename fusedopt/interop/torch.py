@@ -44,9 +44,9 @@ def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
         specs = optimizer.all_states(group)
         converted = {*masters.KEYS.values(), *(key for spec in specs for key in spec.keys_in(held))}
         others = {key: deepcopy(value) for key, value in held.items() if key not in converted}
-        state[index] = {**others, **dense(specs, param, held)}
+        state[index] = optimizer.as_torchs_state(group, {**others, **dense(specs, param, held)})
     groups = [
-        {key: deepcopy(value) for key, value in group.items() if key not in _OWN_SETTINGS}
+        {key: deepcopy(value) for key, value in optimizer.as_torchs_group(group).items() if key not in _OWN_SETTINGS}
         for group in packed["param_groups"]
     ]
     return {**packed, "state": state, "param_groups": groups}

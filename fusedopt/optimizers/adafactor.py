@@ -27,6 +27,7 @@ from ..reference.adafactor import (
     scaled_lr,
 )
 from ..storage.state import StateSpec
+from .adafactor_torch import TORCHS_NAMES, check_switches, is_torchs, renamed, torchs_group, torchs_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,20 +40,11 @@ _FOLDED = (replace(_ROW, is_folded=True), replace(_COL, is_folded=True))
 _VECTOR = StateSpec("exp_avg_sq", is_signed=False, always_float32=_SMALL)
 
 _VARIANTS = ("transformers", "torch")
-_TORCHS_NAMES = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
 _SHARED_DEFAULTS = {"decay_rate": -0.8, "clip_threshold": 1.0}
 _TORCHS_LR = 1e-2
 _TORCHS_EPS = (None, 1e-3)
 # The constructor tells by identity whether eps was given: torch's default is another.
 _EPS: tuple[float | None, float] = (1e-30, 1e-3)
-# What torch's equation has no knob for, and does.
-_TORCHS_SWITCHES = {
-    "scale_parameter": True,
-    "relative_step": True,
-    "warmup_init": False,
-    "beta1": None,
-    "compat": False,
-}
 
 
 class Adafactor(FusedOptimizer):
@@ -146,14 +138,14 @@ class Adafactor(FusedOptimizer):
             "compat": compat,
             "fold_conv": fold_conv,
         }
-        for theirs, ours in _TORCHS_NAMES.items():
+        for theirs, ours in TORCHS_NAMES.items():
             if given[theirs] is not None and settings[ours] not in (_SHARED_DEFAULTS[ours], given[theirs]):
                 raise ValueError(
                     f"{theirs}={given[theirs]!r} and {ours}={settings[ours]!r} are the same knob; pass one"
                 )
         # Of groups that will be asked for, by index: the number of a step, and the first parameter's RMS before it.
         self._rms_before: dict[int, tuple[Any, Tensor]] = {}
-        settings.update(_renamed({key: value for key, value in given.items() if value is not None}, variant))
+        settings.update(renamed({key: value for key, value in given.items() if value is not None}, variant))
         super().__init__(params, settings, **options)
 
     @classmethod
@@ -187,7 +179,7 @@ class Adafactor(FusedOptimizer):
         if group["beta1"] is not None:
             checks.fraction("beta1", group["beta1"])
         if variant == "torch":
-            _check_switches_of_torch(group)
+            check_switches(group)
         else:
             _check_lr(group)
 
@@ -207,8 +199,8 @@ class Adafactor(FusedOptimizer):
                     f"variant={variant!r} in a group of an optimizer with variant={self.defaults['variant']!r}, whose "
                     "defaults are others; make an optimizer for each"
                 )
-            param_group.update(_renamed(param_group, variant))
-            for key in _TORCHS_NAMES:
+            param_group.update(renamed(param_group, variant))
+            for key in TORCHS_NAMES:
                 param_group.pop(key, None)
         super().add_param_group(param_group)
 
@@ -244,7 +236,7 @@ class Adafactor(FusedOptimizer):
         return None
 
     def translated_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        group = _renamed(group, group["variant"])
+        group = renamed(group, group["variant"])
         if group["relative_step"] and group["variant"] != "torch":
             group["lr"] = None  # transformers' schedule leaves there what it reports
         return group
@@ -262,6 +254,12 @@ class Adafactor(FusedOptimizer):
                 del held[name]
                 held[spec.name] = value.reshape(spec.shape_for(param.shape))
         return held
+
+    def as_torchs_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        return torchs_group(group) if is_torchs(group) else group
+
+    def as_torchs_state(self, group: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+        return torchs_state(held) if is_torchs(group) else held
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -360,28 +358,6 @@ class Adafactor(FusedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._rms_before = {}
-
-
-def _renamed(group: dict[str, Any], variant: Any) -> dict[str, Any]:
-    """A group with our names for torch's. Raises ValueError if they are not asked for."""
-    renamed = {key: value for key, value in group.items() if key not in _TORCHS_NAMES}
-    for theirs, ours in _TORCHS_NAMES.items():
-        if theirs not in group:
-            continue
-        if variant != "torch":
-            raise ValueError(
-                f"{theirs}={group[theirs]!r} is a knob of torch's; pass variant='torch' with it, or {ours} instead"
-            )
-        renamed[ours] = group[theirs]
-    return renamed
-
-
-def _check_switches_of_torch(group: dict[str, Any]) -> None:
-    for name, value in _TORCHS_SWITCHES.items():
-        if group[name] != value:
-            raise ValueError(
-                f"{name}={group[name]!r} is no knob of variant='torch'; leave it out, or use variant='transformers'"
-            )
 
 
 def _check_lr(group: dict[str, Any]) -> None:

@@ -215,6 +215,16 @@ def test_layer_decay(layers: str | None) -> None:
     assert sorted(n for g in groups if g["weight_decay"] for n in names(g)) == sorted(split(model)[0])
 
 
+def test_a_tensor_stays_one() -> None:
+    """torch.compile does not compile anew for it; schedules write to it, in each group apart."""
+    lr = torch.tensor(0.5)
+    for decay, rates in ((None, {0.5}), (0.5, {0.5, 0.25, 0.125, 0.0625})):
+        groups = param_groups(Transformer(), lr=lr, layer_decay=decay)
+        assert all(isinstance(group["lr"], torch.Tensor) for group in groups)
+        assert {group["lr"].item() for group in groups} >= rates
+        assert len({group["lr"].data_ptr() for group in [*groups, {"lr": lr}]}) == len(groups) + 1
+
+
 def test_layer_decay_of_one_changes_no_lr() -> None:
     assert set(learning_rates(param_groups(Transformer(), lr=0.1, layer_decay=1)).values()) == {0.1}
 

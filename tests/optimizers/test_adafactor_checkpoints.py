@@ -94,7 +94,10 @@ def test_a_run_with_the_schedule_of_transformers_is_continued() -> None:
         torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_of_torch_is_continued() -> None:
+TORCH = {"variant": "torch"}
+
+
+def test_a_run_of_torch_is_continued_and_goes_back() -> None:
     theirs = train(torch.optim.Adafactor(make_params(SHAPES, torch.float32), lr=0.1, beta2_decay=-0.5, d=2.0), 4)
     ours = Adafactor(copied(theirs.param_groups[0]["params"]), variant="torch")
     ours.load_state_dict(saved(theirs.state_dict()))
@@ -106,6 +109,16 @@ def test_a_run_of_torch_is_continued() -> None:
     for param, twin in zip(group["params"], theirs.param_groups[0]["params"]):
         assert not {"row_var", "col_var", "variance"} & ours.state[param].keys()
         torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+    state_dict = saved(fusedopt.to_torch_state_dict(ours))
+    again, back = (cls(copied(group["params"]), **kw) for cls, kw in ((Adafactor, TORCH), (torch.optim.Adafactor, {})))
+    for optimizer in (again, back):  # torch's steps with the tensors that it loads
+        optimizer.load_state_dict(state_dict)
+        train(optimizer, 3, first=7)
+    assert back.param_groups[0].keys() - theirs.param_groups[0].keys() == {"fused", "capturable", "differentiable"}
+    assert [h.keys() for h in back.state.values()] == [h.keys() for h in theirs.state.values()]
+    assert_same_run(again, train(ours, 3, first=7))
+    for param, twin in zip(group["params"], back.param_groups[0]["params"]):
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)  # the order of roundings is another
     other = Adafactor(make_params(SHAPES, torch.float32))
     with pytest.raises(ValueError, match="is a knob of torch's; pass variant='torch'"):
         other.load_state_dict(saved(theirs.state_dict()))

@@ -75,3 +75,30 @@ def test_state_whose_data_is_rebound_is_read_anew() -> None:
         for value in held.values():
             value.data = value.data.clone()
     assert_same_run(train(optimizer, 2, first=2), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_state_of_none_is_one_that_is_not_there(case: Case, backend: str) -> None:
+    """Thus momentum is begun anew in torch's SGD, whose state is None before there is any."""
+    runs = []
+    for is_none in (True, False):
+        optimizer = train(case.ours(make_params(SHAPES, torch.float32), **case.kwargs, backend=backend), 2)
+        for held in optimizer.state.values():
+            for key in [key for key in held if key != "step"]:
+                held[key] = None
+                if not is_none:
+                    del held[key]
+        runs.append(train(optimizer, 2, first=2))
+    assert_same_run(*runs)
+
+
+def test_momentum_of_none_begins_anew_as_in_torch() -> None:
+    runs = []
+    for cls in (fusedopt.SGD, torch.optim.SGD):
+        optimizer = train(cls(make_params(SHAPES, torch.float32), lr=0.5, momentum=0.5, dampening=0.25), 2)
+        for held in optimizer.state.values():
+            held["momentum_buffer"] = None
+        runs.append(train(optimizer, 2, first=2))
+    for ours, theirs in zip(*(run.param_groups[0]["params"] for run in runs)):
+        torch.testing.assert_close(ours, theirs)  # the order of roundings is another
