@@ -138,8 +138,13 @@ def adopt_written(codes, kept, DTYPE: tl.constexpr):
 
 @triton.jit
 def join(codes, low):
-    """A weight whose upper half (uint16) and the rest below it (int32) are kept apart."""
-    return float_of((codes.to(tl.uint32) << 16) + low.to(tl.uint32))
+    """A weight whose upper half (uint16) and the rest below it (int32) are kept apart.
+
+    The upper half alone if that is NaN: what was split has none, so that something else has written the parameter.
+    """
+    upper = codes.to(tl.uint32) << 16
+    u = upper + low.to(tl.uint32)
+    return float_of(tl.where((u & 0x7FFFFFFF) > _INFINITY, upper, u))
 
 
 @triton.jit

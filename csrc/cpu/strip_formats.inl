@@ -115,7 +115,9 @@ struct Split24Weights {
     UpperHalves high;
     const int8_t* low;
     FUSEDOPT_FN Lanes at(int j) const {
-      return lanes_of(add(high.at(j), shift_left<8>(load_bytes<true>(low + kVector * j))));
+      const Bits upper = high.at(j);
+      const Lanes joined = lanes_of(add(upper, shift_left<8>(load_bytes<true>(low + kVector * j))));
+      return select(is_nan(joined), lanes_of(upper), joined);  // as `join`
     }
   };
   FUSEDOPT_FN Joined load(int64_t i) const { return {UpperHalves(p + i), low + i}; }

@@ -21,8 +21,12 @@ struct Split {
 // NaN as one pattern: others would become -0 or inf by the carry.
 FUSEDOPT_FN uint32_t canonical(uint32_t u) { return (u & ~kSignBit) > kInfinity ? 0x7FC00000u : u; }
 
+// What was split has a remainder of 0 where it is NaN. Any other NaN means that something else has written the
+// parameter since, a zero for example, which has no negative remainder: the written value counts.
 FUSEDOPT_FN float join(uint16_t high, int16_t low) {
-  return float_of((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+  const uint32_t upper = static_cast<uint32_t>(high) << 16;
+  const float w = float_of(upper + static_cast<uint32_t>(static_cast<int32_t>(low)));
+  return w == w ? w : float_of(upper);
 }
 
 FUSEDOPT_FN Split split_bits(uint32_t u) {

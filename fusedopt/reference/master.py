@@ -24,7 +24,10 @@ def join(kind: str, param: Tensor, master: Tensor) -> Tensor:
         return torch.where((code == down) | (code == up), master, param.float())
     high = param.view(torch.int16).int() << 16
     low = master.int() << 8 if kind == "split24" else master.view(torch.int16).int()
-    return (high + low).view(torch.float32)
+    joined = (high + low).view(torch.float32)
+    # What was split has a remainder of 0 where it is NaN. Any other NaN means that something else has written the
+    # parameter, a zero for example, which has no negative remainder: the written value counts.
+    return torch.where(joined.isnan(), param.float(), joined)
 
 
 def split(kind: str, weights: Tensor, param: Tensor, master: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, assert_same_bits, make_params, set_grads, train
+from cases import CASES, assert_paths_agree, assert_same_bits, assert_same_run, make_params, set_grads, train
 from torch import Tensor
 
 import fusedopt
@@ -161,6 +161,40 @@ def test_a_parameter_that_somebody_wrote_counts(kind: str, backend: str) -> None
     params[0].grad = torch.zeros(100, dtype=torch.bfloat16)
     optimizer.step()
     assert ((params[0] - 5.0).abs() < 0.05).all()
+
+
+def zeroed(backend: str, **kwargs: object) -> torch.optim.Optimizer:
+    """A run in which somebody sets weights to zero, as pruning does. Zero has no lower half with a sign of its own."""
+    params = make_params([(7, 257), (4, 64), (33,)], torch.bfloat16)
+    optimizer = train(fusedopt.AdamW(params, lr=1e-3, backend=backend, **kwargs), 3)
+    with torch.no_grad():
+        for param in params:
+            param.view(-1)[::3] = 0.0
+            param.view(-1)[1::3] = -0.0
+    for value in weights(optimizer):
+        assert (value.view(-1)[::3].abs().max() < 0.1) & (value.view(-1)[1::3].abs().max() < 0.1)
+    return train(optimizer, 2, first=3)
+
+
+zeroed_formats = pytest.mark.parametrize("kwargs", [{}, {"state_dtype": "8bit", "min_quantized_numel": 1}], ids=str)
+
+
+@zeroed_formats
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_that_somebody_wrote_count(kind: str, kwargs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what splits keep beside them would make them NaN."""
+    assert_paths_agree(lambda backend: zeroed(backend, master_weights=kind, **kwargs), monkeypatch)
+
+
+@zeroed_formats
+@pytest.mark.parametrize("kind", ["split24", "split32"])
+@pytest.mark.parametrize(("backend", "fixture"), [("cuda", "emulated"), ("triton", "interpreted")])
+def test_zeros_that_somebody_wrote_count_in_kernels_of_gpus(
+    backend: str, fixture: str, kind: str, kwargs: dict, request: pytest.FixtureRequest
+) -> None:
+    expected = zeroed("eager", master_weights=kind, **kwargs)
+    request.getfixturevalue(fixture)
+    assert_same_run(zeroed(backend, master_weights=kind, **kwargs), expected)
 
 
 def test_float16_with_a_float32_master() -> None:
