@@ -26,6 +26,7 @@ States = Callable[[Sequence[StateSpec], Tensor, dict[str, Any], str], dict[str, 
 
 def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states: States) -> dict[str, Any]:
     """Another package's state dict with our settings and dense states."""
+    _check_optimizer(optimizer)
     checkpoint.check_form(state_dict)
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -58,6 +59,7 @@ def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states:
 
 def written(optimizer: FusedOptimizer, package: str, settings: Settings, states: States) -> dict[str, Any]:
     """Our state dict with another package's settings and states."""
+    _check_optimizer(optimizer)
     packed = Optimizer.state_dict(optimizer)  # with all settings, whatever their defaults
     groups = []
     for i, group in enumerate(packed["param_groups"]):
@@ -78,6 +80,11 @@ def written(optimizer: FusedOptimizer, package: str, settings: Settings, states:
             raise ValueError(f"{where} has no state {', '.join(missing) or 'step'} yet; take a step before converting")
         state[index] = states(specs, param, {"step": held["step"], **dense(specs, param, held)}, where)
     return {"state": state, "param_groups": groups}
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an optimizer of fusedopt")
 
 
 def members(
