@@ -26,6 +26,7 @@ States = Callable[[Sequence[StateSpec], Tensor, dict[str, Any], str], dict[str, 
 
 def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states: States) -> dict[str, Any]:
     """Another package's state dict with our settings and dense states."""
+    _check_optimizer(optimizer)
     checkpoint.check_groups(optimizer, state_dict)
     saved_groups = state_dict["param_groups"]
     groups = [deepcopy(settings(saved, f"state_dict: group {i}")) for i, saved in enumerate(saved_groups)]
@@ -51,6 +52,7 @@ def read(optimizer: FusedOptimizer, state_dict: Any, settings: Settings, states:
 
 def written(optimizer: FusedOptimizer, package: str, settings: Settings, states: States) -> dict[str, Any]:
     """Our state dict with another package's settings and states."""
+    _check_optimizer(optimizer)
     packed = Optimizer.state_dict(optimizer)  # with all settings, whatever their defaults
     groups = []
     for i, group in enumerate(packed["param_groups"]):
@@ -71,6 +73,11 @@ def written(optimizer: FusedOptimizer, package: str, settings: Settings, states:
             raise ValueError(f"{where} has no state {', '.join(missing) or 'step'} yet; take a step before converting")
         state[index] = states(specs, param, {"step": held["step"], **dense(specs, param, held)}, where)
     return {"state": state, "param_groups": groups}
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an optimizer of fusedopt")
 
 
 def members(

@@ -63,6 +63,8 @@ def get_scheduler(
         schedule: Any = named_schedule(str(getattr(name, "value", name)), num_warmup_steps, num_training_steps, kwargs)
     else:
         schedule = name
+        if not isinstance(schedule, (Schedule, Feedback, Guided, list, tuple)):
+            raise TypeError(f"name={name!r} is a {type(name).__name__}; pass a name, a schedule or a rule")
         for argument, value in (
             ("num_warmup_steps", num_warmup_steps),
             ("scheduler_specific_kwargs", scheduler_specific_kwargs),

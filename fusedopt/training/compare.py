@@ -31,7 +31,7 @@ def compare(
     budget: int,
     *,
     seeds: int | Sequence[int] = 3,
-    metrics: Sequence[Metric | str] = ("loss",),
+    metrics: Sequence[Metric | str] | Metric | str = ("loss",),
     halving: int | None = None,
     level: float = 0.95,
     folder: str | Path | None = None,
@@ -151,6 +151,8 @@ def load_comparison(folder: str | Path) -> Comparison:
 def named(candidates: Candidates) -> dict[str, Recipe]:
     """Candidates by name. Raises a ValueError or TypeError."""
     recipes: dict[str, Recipe] = {}
+    if isinstance(candidates, (str, Path, Recipe)):
+        raise TypeError(f"candidates={candidates!r} is a single one; pass several, in a list or by name")
     if isinstance(candidates, Mapping):
         recipes = dict(candidates)
     else:
@@ -178,6 +180,8 @@ def named_recipe(each: Recipe | str | Path) -> tuple[str, Recipe]:
     """A recipe, a file of one or a preset's name: what it is called, and the recipe."""
     if isinstance(each, Recipe):
         return each.optimizer, each
+    if not isinstance(each, (str, Path)):
+        raise TypeError(f"recipe={each!r} is a {type(each).__name__}; pass a Recipe, its file or a preset's name")
     path = Path(each)
     if path.suffix in (".yaml", ".yml", ".toml", ".json"):
         return path.stem, Recipe.load(path)

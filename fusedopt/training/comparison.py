@@ -320,7 +320,7 @@ def percent(level: float) -> str:
     return f"{math.floor(1e4 * level) / 100:g} %"
 
 
-def with_measured(metrics: Sequence[Metric | str]) -> tuple[Metric, ...]:
+def with_measured(metrics: Sequence[Metric | str] | Metric | str) -> tuple[Metric, ...]:
     """Metrics, and those that are measured of every training."""
     given = Evaluator(metrics).metrics
     return (*given, *(metric for metric in MEASURED if metric.name not in [m.name for m in given]))

@@ -152,13 +152,16 @@ class Evaluator:
     accuracy are never added as if they had one unit. Ranks and the Pareto front need no scales at all.
 
     Args:
-        metrics: What is measured, with direction, scale and weight. A name alone is one to minimize.
+        metrics: What is measured, with direction, scale and weight. A name alone is one to minimize. A single one need
+            not be in a list.
 
     Raises:
         ValueError: There is no metric, none has a weight, or a name is there twice.
     """
 
-    def __init__(self, metrics: Iterable[Metric | str]) -> None:
+    def __init__(self, metrics: Iterable[Metric | str] | Metric | str) -> None:
+        if isinstance(metrics, (Metric, str)):  # a single one
+            metrics = [metrics]
         self.metrics = tuple(Metric(metric) if isinstance(metric, str) else metric for metric in metrics)
         for metric in self.metrics:
             if not isinstance(metric, Metric):

@@ -74,7 +74,7 @@ def shape_of_size(size: str) -> Shape:
         The shape.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: It is no size, or none that language models of this kind have.
     """
     name = size.strip().upper()
     if name in _KNOWN:
@@ -90,7 +90,13 @@ def shape_of_size(size: str) -> Shape:
         for more in range(-8, 9)
         if round(hidden / 128) + more >= 1
     ]
-    return min(candidates, key=lambda shape: abs(parameters_of(shape) - wanted))
+    found = min(candidates, key=lambda shape: abs(parameters_of(shape) - wanted))
+    if abs(parameters_of(found) - wanted) > wanted / 3:
+        raise ValueError(
+            f"size {size!r} is far from any shape that is known here, the nearest of which has "
+            f"{parameters_of(found):,} parameters; pass the model itself"
+        )
+    return found
 
 
 def _like_llama(hidden: int, layers: int) -> Shape:

@@ -244,3 +244,10 @@ def test_what_to_install_is_said(package: str, module: str, monkeypatch: pytest.
     write = getattr(fusedopt, "to_" + package)
     with pytest.raises(ImportError, match=f"pip install {package}"):
         write(fusedopt.AdamW(make_params([(2, 3)], torch.float32)))
+
+
+@pytest.mark.parametrize("convert", [fusedopt.from_bitsandbytes, fusedopt.from_torchao])
+def test_an_optimizer_of_others_is_refused(convert: Any) -> None:
+    theirs = torch.optim.AdamW(make_params([(3,)], torch.float32))
+    with pytest.raises(TypeError, match="optimizer is a AdamW; pass an optimizer of fusedopt"):
+        convert(theirs, theirs.state_dict())

@@ -258,6 +258,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: Linear(0, 10)(1.0), TypeError, "step=1.0"),
     (lambda: Linear(0, 10)(True), TypeError, "step=True"),
     (lambda: Linear(0, 10)(torch.arange(4)), TypeError, r"step=tensor\(.*is a Tensor; pass an int or a numpy array"),
+    (lambda: schedules.get_scheduler(None, None, 5, 10), TypeError, "name=None is a NoneType; pass a name, a schedule"),
+    (lambda: schedules.get_scheduler(len, None, 5, 10), TypeError, "is a builtin_function_or_method; pass a name"),
     (lambda: Schedule.from_json("linear"), ValueError, "text is not JSON .*; pass what to_json"),
     (lambda: Linear(0, 10).sketch(base_lr=math.nan), ValueError, "base_lr=nan is not finite"),
     (lambda: Linear(0, 10).sketch(base_lr=-1.0), ValueError, "base_lr=-1.0 is negative"),

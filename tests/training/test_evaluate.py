@@ -31,6 +31,11 @@ def test_a_score_counts_points_by_scale_and_weight() -> None:
     assert math.isclose(found.points["a"]["seconds"] - found.points["b"]["seconds"], 1.0)
 
 
+def test_a_single_metric_needs_no_list() -> None:
+    assert [metric.name for metric in Evaluator("lr").metrics] == ["lr"]
+    assert Evaluator(LOSS).metrics == (LOSS,)
+
+
 def test_a_unit_is_no_argument() -> None:
     """Percent instead of fractions, with the scale in percent: the same score. The brief's (accuracy + 1 - loss) / 2
     would have called the one with the worse loss and 100 times the accuracy better."""

@@ -298,6 +298,10 @@ def test_a_full_7b_fits_on_a_card_of_24_gb() -> None:
     assert recommend("7B", "24GB")[0].fits
 
 
+def parameters(size: str) -> float:
+    return float(size[:-1]) * {"M": 1e6, "T": 1e12}[size[-1]]
+
+
 def test_sizes_are_told_apart() -> None:
     assert memory_bytes("24GB") == 24 * 10**9
     assert memory_bytes("80 GiB") == 80 * 2**30
@@ -307,6 +311,12 @@ def test_sizes_are_told_apart() -> None:
             memory_bytes(wrong)
     with pytest.raises(ValueError, match="write for example 7B"):
         recommend("seven", "24GB")
+    # No other size stands in for one that no such model has.
+    for far in ("1M", "100T", "99999T"):
+        with pytest.raises(ValueError, match=f"size '{far}' is far from any shape that is known here.*pass the model"):
+            estimate(far, Recipe())
+    for near in ("9M", "10M", "14M", "50M", "2T"):
+        assert estimate(near, Recipe()).parameters == pytest.approx(parameters(near), rel=1 / 3)
     with pytest.raises(ValueError, match="devices=0"):
         estimate("7B", Recipe(), devices=0)
 
