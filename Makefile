@@ -12,11 +12,14 @@ SOURCES := $(CORE) $(shell find fusedopt triton_kernels -name '*.py' -o -name '*
 # Where there is nvcc, one architecture is enough to look at and quick to build; a plain `pip install` takes all.
 export FUSEDOPT_CUDA_ARCHITECTURES ?= 90
 
-# The CUDA kernels, compiled for the CPU, as the tests run them (tests/cuda_on_cpu).
+# The CUDA kernels, compiled for the CPU, as the tests run them (tests/cuda_on_cpu): not every rule with every format,
+# because they take long to compile, or else all.
 EMULATED := $(VENV)/emulated
+EMULATED_ALL := $(VENV)/emulated-all
+test-all sanitize-all: EMULATED := $(EMULATED_ALL)
 
 # Tests step with more threads than cores; waiting for each other asleep keeps that quick.
-PYTEST := OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN)/pytest
+PYTEST = OMP_WAIT_POLICY=passive FUSEDOPT_EMULATED=$(abspath $(EMULATED)) $(BIN)/pytest
 
 CPP = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 
@@ -66,12 +69,14 @@ $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.requirements-% $(WHEEL)
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out out
 
-$(EMULATED)/.installed: $(VENV)/.test $(CORE) $(wildcard tests/cuda_on_cpu/*)
-	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUSEDOPT_CUDA_ON_CPU=ON \
+$(EMULATED)/.installed $(EMULATED_ALL)/.installed: $(VENV)/%/.installed: $(VENV)/.test $(CORE) \
+		$(wildcard tests/cuda_on_cpu/*)
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFUSEDOPT_CUDA_ON_CPU=ON \
+		-DFUSEDOPT_FEW_KERNELS=$(if $(filter emulated,$*),ON,OFF) \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
-	MAKEFLAGS= $(BIN)/cmake --build build/emulated --target _cuda
-	mkdir -p $(EMULATED)
-	cp build/emulated/_cuda*.so $(EMULATED)
+	MAKEFLAGS= $(BIN)/cmake --build build/$* --target _cuda
+	mkdir -p $(@D)
+	cp build/$*/_cuda*.so $(@D)
 	@touch $@
 
 emulated: $(EMULATED)/.installed
@@ -79,7 +84,7 @@ emulated: $(EMULATED)/.installed
 test: $(VENV)/.test $(EMULATED)/.installed
 	$(PYTEST) -n 2 --dist worksteal -m "not slow and not thorough"
 
-test-all: $(VENV)/.test $(EMULATED)/.installed sanitize-all
+test-all: $(VENV)/.test $(EMULATED_ALL)/.installed sanitize-all
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 	$(PYTEST) -m slow
 
@@ -134,7 +139,7 @@ $(SANITIZED)/.installed: $(VENV)/.test $(SOURCES)
 		FUSEDOPT_BUILD_DIR=build/sanitize $(PIP) --no-build-isolation --no-deps --target $(SANITIZED) .
 	@touch $@
 
-SANITIZED_PYTEST := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+SANITIZED_PYTEST = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) FUSEDOPT_SANITIZED=1 \
 	$(PYTEST) -s -p no:cacheprovider
 SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafactor_bits.py storage/test_formats.py \
@@ -144,7 +149,7 @@ SANITIZED_TESTS := $(addprefix tests/,backends/test_bits.py backends/test_adafac
 sanitize: $(SANITIZED)/.installed $(EMULATED)/.installed
 	$(SANITIZED_PYTEST) -m "not slow and not thorough" $(SANITIZED_TESTS)
 
-sanitize-all: $(SANITIZED)/.installed $(EMULATED)/.installed
+sanitize-all: $(SANITIZED)/.installed $(EMULATED_ALL)/.installed
 	$(SANITIZED_PYTEST) -m "not slow" $(SANITIZED_TESTS)
 
 ci: test lint sanitize docs

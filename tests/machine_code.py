@@ -62,13 +62,22 @@ def named(path: Path, architecture: str) -> list[Any]:
 
 @functools.cache
 def kernels_of(path: Path, architecture: str, every: int = SOME) -> list[Any]:
-    """With their instructions; if not all, those that have USUAL rules and formats, and some."""
+    """With their instructions: every so many-th kernel, and sums of squares."""
     if every == 1:
         return sass().parse(dump(path, "-sass", "-arch", architecture))
-    # To take kernels out one by one takes half a second for each, which is less than all of them only if they are few.
-    others = named(path, architecture)
-    chosen = [kernel.name for kernel in others if kernel.rule in USUAL and kernel.formats is not None]
-    chosen += [
-        kernel.name for number, kernel in enumerate(others) if number % every == 0 or "square_sum" in kernel.name
-    ]
-    return sass().parse(dump(path, "-sass", "-arch", architecture, "-fun", ",".join(sorted(set(chosen)))))
+    kernels = enumerate(named(path, architecture))
+    return _taken_out(
+        path, architecture, [k.name for number, k in kernels if number % every == 0 or "square_sum" in k.name]
+    )
+
+
+@functools.cache
+def usual_kernels_of(path: Path, architecture: str) -> list[Any]:
+    """With their instructions: those that have USUAL rules and formats."""
+    chosen = [k.name for k in named(path, architecture) if k.rule in USUAL and k.formats is not None]
+    return _taken_out(path, architecture, chosen)
+
+
+def _taken_out(path: Path, architecture: str, chosen: list[str]) -> list[Any]:
+    # One by one, which takes half a second for each, and so is less than all of them only if they are few.
+    return sass().parse(dump(path, "-sass", "-arch", architecture, "-fun", ",".join(sorted(chosen))))

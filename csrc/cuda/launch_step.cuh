@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cuda/launch.cuh"
@@ -51,17 +52,31 @@ struct Kernel {
   void (*function)(StepParams<Rule, kQuantized>);
 };
 
-template <class Rule, bool kQuantized, class... Each>
-std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>) {
+// Where kernels are emulated, and many at once take minutes to compile, a rule has those for every other of the usual
+// formats: each rule meets some formats, and each format some rules. The general kernel steps the rest.
+#ifdef FUSEDOPT_FEW_KERNELS
+constexpr size_t kEvery = 2;
+#else
+constexpr size_t kEvery = 1;
+#endif
+
+template <class Rule, bool kQuantized, class... Each, size_t... kPlaces>
+std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...>, std::index_sequence<kPlaces...>) {
   std::vector<Kernel<Rule, kQuantized>> kernels;
-  const auto add = [&](auto* formats) {
+  const auto add = [&](auto* formats, auto place) {
     using TensorFormats = std::remove_pointer_t<decltype(formats)>;
-    if constexpr (kMayHave<Rule, TensorFormats>) {
+    constexpr bool kIsGeneral = std::is_same_v<TensorFormats, Formats>;
+    if constexpr (kIsGeneral || (kMayHave<Rule, TensorFormats> && (place() + Rule::kStates) % kEvery == 0)) {
       kernels.push_back({TensorFormats::fit, step_kernel<Rule, kQuantized, TensorFormats>});
     }
   };
-  (add(static_cast<Each*>(nullptr)), ...);
+  (add(static_cast<Each*>(nullptr), std::integral_constant<size_t, kPlaces>{}), ...);
   return kernels;
+}
+
+template <class Rule, bool kQuantized, class... Each>
+std::vector<Kernel<Rule, kQuantized>> kernels_for(FormatsList<Each...> list) {
+  return kernels_for<Rule, kQuantized>(list, std::index_sequence_for<Each...>{});
 }
 
 // A launch for each of the formats that tensors have. The last kernel takes any, and it alone can sum squares.

@@ -68,28 +68,18 @@ FUSEDOPT_DEVICE void load_weights(const void* param, const void* master, const T
 // more: to keep what was loaded at first would take registers that the step needs.
 template <class TensorFormats>
 FUSEDOPT_DEVICE void sum_tile(const void* param, const void* master, const TensorFormats& formats, const Place& place,
-                              const Place& stored, const Raw& raw_param, const Raw& raw_master, const BlockSums& sums) {
+                              const Place& stored, bool is_left_out, const Raw& raw_param, const Raw& raw_master,
+                              const BlockSums& sums) {
   float weights[kLane], updates[kLane];
   load_weights(param, master, formats, place, updates);
   decode_param(raw_param, raw_master, formats, weights);
 #pragma unroll
   for (int j = 0; j < kLane; ++j) {
     if (!stored.holds(j)) weights[j] = updates[j];
-    updates[j] = weights[j] - updates[j];
+    updates[j] = is_left_out ? 0.0f : weights[j] - updates[j];  // also of weights that are infinite
   }
   sum_squares(updates, place, sums.updates);
   sum_squares(weights, place, sums.weights);
-}
-
-// Of a tile that is not stepped.
-template <class TensorFormats>
-FUSEDOPT_DEVICE void sum_unchanged_tile(const void* param, const void* master, const TensorFormats& formats,
-                                        const Place& place, const BlockSums& sums) {
-  float weights[kLane];
-  load_weights(param, master, formats, place, weights);
-  sum_squares(weights, place, sums.weights);
-  const float none[kLane] = {};
-  sum_squares(none, place, sums.updates);
 }
 
 }  // namespace

@@ -156,16 +156,19 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
 
   const Numbers roots = Rule::update(param, grad * multiplier, states, derived.hyper);
 
-  Place stored = place;
+  // A step that is left out is here to sum what stays as it was.
+  const bool is_left_out = TensorFormats::kMaySum && derived.skips;
+  uint32_t spoilt = is_left_out ? ~0u : 0;
   if (formats.skips_blocks()) {
-    uint32_t spoilt = spoilt_of(param.at, place);
+    spoilt |= spoilt_of(param.at, place);
     bool has_blocks = false;
     for_each_state<Rule>([&](auto k) {
       spoilt |= spoilt_of(states[k].at, place);
       has_blocks |= has_codes(k);
     });
-    stored = place.leaving(has_blocks ? spread_over_blocks(spoilt, place) : spoilt);
+    if (has_blocks) spoilt = spread_over_blocks(spoilt, place);
   }
+  const Place stored = place.leaving(spoilt);
 
   // What was loaded is not needed any more, so what is stored takes its place.
   const Source source(first_index + place.begin);
@@ -211,7 +214,7 @@ FUSEDOPT_DEVICE void step_tile(const DeviceTensor<Rule, kQuantized>& tensor, con
     with_whole(stored, store_states);
     // Between the two, when states are out of the way and weights are still as they were in memory.
     if (all_sums.updates != nullptr) {
-      sum_tile(tensor.param, tensor.master, formats, place, stored, raw_param, raw_master,
+      sum_tile(tensor.param, tensor.master, formats, place, stored, is_left_out, raw_param, raw_master,
                all_sums.from(4 * static_cast<int64_t>(tensor.first_four) + first_block));
     }
     with_whole(stored, store_weights);
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
     step_kernel(const __grid_constant__ StepParams<Rule, kQuantized> params) {
   const auto& tensor = params.tensors[find_tensor(params.tensors, params.count, blockIdx.x)];
   const Derived<Rule> derived = params.derived[tensor.index];  // a copy: stores below might alias it
-  if (derived.skips && !TensorFormats::kMaySum) return;
+  if (derived.skips && (!TensorFormats::kMaySum || params.sums.updates == nullptr)) return;
   const TensorFormats formats(tensor.formats);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t tile = static_cast<int64_t>(blockIdx.x - tensor.first_block) * kBlockTiles + warp;
@@ -238,38 +241,23 @@ __global__ void __launch_bounds__(kThreads, TensorFormats::resident_blocks(Rule:
   int64_t begin = row * tensor.row + row_tile * kTile, left = tensor.row - row_tile * kTile;
   int64_t first_block = row * row_blocks + row_tile * (kTile / kBlock), first_index = tensor.first_index;
   if constexpr (kQuantized) first_index += row * tensor.row_gap;
-  const auto for_each_tile = [&](const auto& use) {
 #pragma unroll 1
-    for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
-      const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile),
-                                   tensor.formats.is_aligned, formats.is_split());
-      use(place, first_block, first_index);
-      begin += kWarps * kTile;
-      left -= kWarps * kTile;
-      first_block += kWarps * (kTile / kBlock);
-      if constexpr (kQuantized) {
-        while (left <= 0) {  // in a later row, whose blocks begin anew
-          begin += tensor.row - row_tiles * kTile;
-          left += row_tiles * kTile;
-          first_block += row_blocks - row_tiles * (kTile / kBlock);
-          first_index += tensor.row_gap;
-        }
+  for (int i = 0; i < kTilesEach && begin < tensor.numel; ++i) {
+    const Place place = place_of(lane, begin, static_cast<int>(left < kTile ? left : kTile), tensor.formats.is_aligned,
+                                 formats.is_split());
+    step_tile(tensor, formats, derived, place, first_block, first_index, params.sums);
+    begin += kWarps * kTile;
+    left -= kWarps * kTile;
+    first_block += kWarps * (kTile / kBlock);
+    if constexpr (kQuantized) {
+      while (left <= 0) {  // in a later row, whose blocks begin anew
+        begin += tensor.row - row_tiles * kTile;
+        left += row_tiles * kTile;
+        first_block += row_blocks - row_tiles * (kTile / kBlock);
+        first_index += tensor.row_gap;
       }
     }
-  };
-  if constexpr (TensorFormats::kMaySum) {
-    if (derived.skips) {  // in a loop of its own: in that of steps it would take registers
-      if (params.sums.updates == nullptr) return;
-      for_each_tile([&](const Place& place, int64_t block, int64_t) {
-        sum_unchanged_tile(tensor.param, tensor.master, formats, place,
-                           params.sums.from(4 * static_cast<int64_t>(tensor.first_four) + block));
-      });
-      return;
-    }
   }
-  for_each_tile([&](const Place& place, int64_t block, int64_t index) {
-    step_tile(tensor, formats, derived, place, block, index, params.sums);
-  });
 }
 
 }  // namespace

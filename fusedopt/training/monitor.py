@@ -217,11 +217,15 @@ class Monitor:
         optimizer = self.optimizer
         if not isinstance(optimizer, FusedOptimizer):
             return
-        if self._asks:
-            optimizer.record_norms(False)
+        self._stop_asking()
         self._asks = self._looks_at(self.last_step + 1) and not optimizer.records_norms
         if self._asks:
             optimizer.record_norms()
+
+    def _stop_asking(self) -> None:
+        if self._asks and isinstance(self.optimizer, FusedOptimizer):
+            self.optimizer.record_norms(False)
+        self._asks = False
 
     def _norms(self) -> dict[str, Any]:
         """What the optimizer has measured of the step: in all, of each group, and of the parameters that moved most."""
@@ -340,6 +344,7 @@ class Monitor:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._stop_asking()
         if self._lines is not None:
             self._lines.write({"ended": time.time()})
             self._lines.close()

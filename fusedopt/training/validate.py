@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks
 from ..engine.optimizer import CLASSES, FusedOptimizer
+from ..integrations.watching import unwrapped
 from ..schedules import ScheduleLR
 from ..storage.state import DTYPES
 from .arguments import was_recipe
@@ -44,7 +45,7 @@ def validate(
 
     Args:
         subject: A `Recipe`, a path of one or a dict of its fields, transformers' TrainingArguments, an optimizer, or
-            an (optimizer, scheduler) pair.
+            an (optimizer, scheduler) pair, also as trainers wrap them.
         model: The model, whose weights and param groups are then looked at, too. After a backward pass, groups that no
             gradient reached are found.
         steps: Steps of the whole training; a recipe's own by default.
@@ -57,8 +58,10 @@ def validate(
     Raises:
         TypeError: The subject is none of these.
     """
-    if isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[0], Optimizer):
+    if isinstance(subject, tuple) and len(subject) == 2 and isinstance(unwrapped(subject[0]), Optimizer):
         subject, scheduler = subject
+    subject, optimizer = unwrapped(subject), unwrapped(optimizer)
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate wraps it, too
     if isinstance(subject, Optimizer):
         return Findings(_of_optimizer(subject, scheduler, model, steps))
     if isinstance(subject, (str, Path, Mapping)):

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from machine_code import ROOT, USUAL, dump, installed, is_for, kernels_of, sass
+from machine_code import ROOT, USUAL, dump, installed, is_for, sass, usual_kernels_of
 
 BF16 = "bfloat16"
 # Parameter and gradient, master, states; how many accesses a lane makes to load a tile, and to store it.
@@ -44,7 +44,7 @@ class Compiled:
     """The usual kernels for one architecture."""
 
     def __init__(self, architecture: str, path: Path) -> None:
-        usual = [kernel for kernel in kernels_of(path, architecture) if kernel.rule in USUAL and kernel.formats]
+        usual = usual_kernels_of(path, architecture)
         self.kernels = {(USUAL[kernel.rule], *kernel.formats): kernel for kernel in usual}
         self.registers = sass().registers(path, "-arch", architecture)
 

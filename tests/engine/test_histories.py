@@ -264,10 +264,11 @@ class Histories(RuleBasedStateMachine):
 @pytest.mark.filterwarnings(
     "ignore:Seems like `optimizer.step"
 )  # a copy of the scheduler does not know the copy's step
+@pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_any_history_is_torchs(name: str) -> None:
+def test_any_history_is_torchs(name: str, examples: int) -> None:
     machine = type(name, (Histories,), {"name": name})
     machine.TestCase.settings = settings(
-        max_examples=100, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
     )
     machine.TestCase().runTest()

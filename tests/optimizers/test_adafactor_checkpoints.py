@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_same_run, copied, make_params, saved, train
+from cases import assert_same_run, copied, make_params, peer, saved, train
 from matrices import ADAFACTOR_LOW as LOW
 from matrices import ADAFACTOR_SHAPES as SHAPES
 from matrices import EXTERNAL
-from transformers.optimization import Adafactor as Transformers
-from transformers.optimization import AdafactorSchedule as TransformersSchedule
 
 import fusedopt
 from fusedopt import Adafactor
@@ -60,7 +58,7 @@ def test_state_stays_float32_when_it_is_reloaded(beta1: float | None) -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"beta1": 0.9, **EXTERNAL}], ids=["relative", "momentum"])
 def test_a_run_of_transformers_is_continued_and_goes_back(kwargs: dict) -> None:
-    theirs = train(Transformers(make_params(SHAPES, torch.float32), **kwargs), 4)
+    theirs = train(peer("transformers.optimization").Adafactor(make_params(SHAPES, torch.float32), **kwargs), 4)
     ours = Adafactor(copied(theirs.param_groups[0]["params"]), compat=True)
     ours.load_state_dict(saved(theirs.state_dict()))
     for param, twin in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"]):
@@ -70,7 +68,7 @@ def test_a_run_of_transformers_is_continued_and_goes_back(kwargs: dict) -> None:
             assert torch.equal(value, torch.tensor(4.0) if key == "step" else held[key])
     for name, value in theirs.param_groups[0].items():
         assert name == "params" or ours.param_groups[0][name] == value
-    back = Transformers(copied(theirs.param_groups[0]["params"]))
+    back = peer("transformers.optimization").Adafactor(copied(theirs.param_groups[0]["params"]))
     back.load_state_dict(saved(ours.state_dict()))
     for run in (ours, theirs, back):
         train(run, 3, first=4)
@@ -81,8 +79,8 @@ def test_a_run_of_transformers_is_continued_and_goes_back(kwargs: dict) -> None:
 
 def test_a_run_with_the_schedule_of_transformers_is_continued() -> None:
     """Which leaves in the param groups what it reports."""
-    theirs = Transformers(make_params(SHAPES, torch.float32), warmup_init=True)
-    schedule = TransformersSchedule(theirs)
+    theirs = peer("transformers.optimization").Adafactor(make_params(SHAPES, torch.float32), warmup_init=True)
+    schedule = peer("transformers.optimization").AdafactorSchedule(theirs)
     train(theirs, 1)
     schedule.step()
     state_dict = saved(theirs.state_dict())

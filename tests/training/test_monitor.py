@@ -187,6 +187,17 @@ def test_what_a_warmup_saw_is_not_taken_for_a_captured_step(tmp_path: Path, monk
     assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([3 * math.sqrt(10) / 2])
 
 
+def test_what_it_asks_of_an_optimizer_ends_with_it(tmp_path: Path) -> None:
+    optimizer = fusedopt.AdamW(optimizer_of().param_groups[0]["params"], lr=0.1)
+    with Monitor(tmp_path / "run.jsonl", optimizer, norms_every=1):
+        assert optimizer.records_norms
+    assert not optimizer.records_norms
+    optimizer.record_norms()
+    with Monitor(tmp_path / "other.jsonl", optimizer, norms_every=1):
+        pass
+    assert optimizer.records_norms  # a user's own wish
+
+
 def test_every_tenth_step(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path / "run.jsonl", optimizer_of(), every=10, norms_every=None)
     for _ in range(25):

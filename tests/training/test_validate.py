@@ -275,6 +275,20 @@ def test_biases_and_norms_that_decay() -> None:
 # ---- optimizers, schedulers, TrainingArguments -------------------------------------------------------
 
 
+def test_what_a_trainer_has_wrapped_is_judged_alike() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = _model()
+    optimizer = fusedopt.AdamW(model.parameters(), lr=10.0)
+    scheduler = fusedopt.get_scheduler("cosine", optimizer, 50, 100)
+    plain = str(validate((optimizer, scheduler), model, steps=10))
+    assert "scheduler" in plain
+    assert "AdamW is known" in plain
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer, scheduler = accelerator.prepare_optimizer(optimizer), accelerator.prepare_scheduler(scheduler)
+    assert str(validate((optimizer, scheduler), model, steps=10)) == plain
+    assert str(validate(optimizer, model, steps=10, scheduler=scheduler)) == plain
+
+
 def test_an_optimizer_with_its_scheduler() -> None:
     model = _model()
     optimizer = fusedopt.Lion(model.parameters(), lr=1e-2)
