@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import optimizer_of
 
 import fusedopt
 
@@ -23,15 +24,6 @@ pytest.importorskip("pydantic")
 
 from fusedopt.training import Monitor, StopTraining, TrainingWarning, preset, read_run
 from fusedopt.training.monitor_runs import Reader
-
-
-def optimizer_of(**kwargs: Any) -> fusedopt.AdamW:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 2)
-    optimizer = fusedopt.AdamW(model.named_parameters(), **{"lr": 1e-3, **kwargs})
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    return optimizer
 
 
 def test_what_is_recorded(tmp_path: Path) -> None:
@@ -124,38 +116,6 @@ def test_the_norm_of_a_captured_step_is_without_its_scale(tmp_path: Path, monkey
         monitor._before_step(optimizer)
     monitor.step(1.0)  # after a replay, which calls no hook
     assert read_run(tmp_path / "run.jsonl").series("grad_norm")[1] == pytest.approx([math.sqrt(10) / 2])
-
-
-@pytest.mark.parametrize("name", ["step", "version", "ended", "groups", "time", "anomalies", "update_norm"])
-def test_names_that_the_file_uses_itself_are_refused(name: str, tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path / "run.jsonl", optimizer_of())
-    with pytest.raises(ValueError, match=f"^{name}= is a name that the file of a run uses itself; record it under"):
-        monitor.step(1.0, **{name: 1})
-    assert monitor.last_step == 0
-    assert read_run(tmp_path / "run.jsonl").records == []
-
-
-def test_all_that_is_written_is_refused_as_a_name(tmp_path: Path) -> None:
-    optimizer = optimizer_of(max_grad_norm=1.0)
-    monitor = Monitor(tmp_path / "run.jsonl", optimizer, scaler=torch.amp.GradScaler("cpu"), recipe=preset("lora"))
-    optimizer.step()
-    with pytest.warns(TrainingWarning):
-        monitor.step(math.nan, tokens=1)
-    run = read_run(tmp_path / "run.jsonl")
-    for name in {*run.records[0], "version"} - {"loss", "tokens", "grad_norm", "lr"}:  # all but lr are arguments
-        with pytest.raises(ValueError, match=name):
-            monitor.step(1.0, **{name: 1})
-
-
-def test_names_that_do_no_harm_are_recorded(tmp_path: Path) -> None:
-    names = ("lr", "scale", "optimizer", "torch", "started", "recipe", "fingerprint")
-    monitor = Monitor(tmp_path / "run.jsonl", optimizer_of(), recipe=preset("lora"))
-    for _ in range(2):
-        monitor.step(1.0, **dict.fromkeys(names, 3.0))
-    run = read_run(tmp_path / "run.jsonl")
-    assert [run.series(name) for name in names] == [([1, 2], [3.0, 3.0])] * len(names)
-    assert run.header["optimizer"] == "AdamW"
-    assert run.anomalies == []
 
 
 def test_a_monitor_that_nobody_holds_leaves_its_optimizer(tmp_path: Path) -> None:
