@@ -16,46 +16,6 @@ NAN = float("nan")
 INF = float("inf")
 
 
-SET_LATER = [
-    ("state_dtype", "8 bit", ValueError, "state_dtype='8 bit' is not known; pass one of 'float32', 'bfloat16'"),
-    ("state_rounding", "up", ValueError, "state_rounding='up' is not known; pass one of"),
-    ("min_quantized_numel", 1e3, TypeError, "min_quantized_numel=1000.0 is a float"),
-    ("rounding", "up", ValueError, "rounding='up' is not known; pass one of"),
-    ("master_weights", "split16", ValueError, "master_weights='split16' is not known; pass one of"),
-    ("nonfinite", "skip", ValueError, "nonfinite='skip' is not known; pass one of"),
-    ("seed", -1, ValueError, r"seed=-1 is outside \[0, 2\*\*32\)"),
-    ("max_grad_norm", 0, ValueError, "max_grad_norm=0 would make every gradient zero"),
-    ("skip_step_above", -1.0, ValueError, "skip_step_above=-1.0"),
-    ("backend", "gpu", ValueError, "backend='gpu' is not known; pass one of"),
-]
-
-
-@rows
-@pytest.mark.parametrize(("key", "value", "error", "message"), SET_LATER, ids=[key for key, *_ in SET_LATER])
-def test_options_that_are_set_in_param_groups(
-    case: Case, key: str, value: object, error: type[Exception], message: str
-) -> None:
-    """As in the constructor, whether states are there or not, and with nothing changed."""
-    optimizer, twin = (case.ours(make_params([(3, 5), (4,)], torch.bfloat16)) for _ in range(2))
-    for steps in range(2):
-        before = optimizer.param_groups[0][key]
-        optimizer.param_groups[0][key] = value
-        with pytest.raises(error, match=message):
-            train(optimizer, 1, first=steps)
-        optimizer.param_groups[0][key] = before
-        assert_same_run(train(optimizer, 1, first=steps), train(twin, 1, first=steps))
-
-
-def test_options_that_are_set_in_param_groups_are_kept_as_the_constructor_keeps_them() -> None:
-    optimizer = fusedopt.AdamW(make_params([(3, 5)], torch.bfloat16))
-    optimizer.param_groups[0].update(state_dtype="bf16", master_weights=torch.float32)
-    train(optimizer, 1)
-    assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
-    assert optimizer.param_groups[0]["master_weights"] == "float32"
-    (held,) = optimizer.state.values()
-    assert (held["exp_avg"].dtype, held["master"].dtype) == (torch.bfloat16, torch.float32)
-
-
 @rows
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
