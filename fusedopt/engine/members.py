@@ -141,7 +141,7 @@ def check_param(optimizer: Contract, group_index: int, position: int) -> None:
             )
     held = optimizer.state.get(param, {})
     for key in [key for key, value in held.items() if value is None and key in checkpoint.STATE_KEYS]:
-        del held[key]  # torch's SGD says so that there is no momentum yet
+        del held[key]  # torch says so that there is no momentum yet
     checkpoint.check_state(optimizer, group, param, held, where)
     _check_memory(param, where)
     for key in checkpoint.state_keys(optimizer, group, param, held):

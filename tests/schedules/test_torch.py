@@ -200,7 +200,7 @@ def errors() -> list[tuple[Any, type[Exception], str]]:
         (lambda: get_scheduler("cosine", optimizer, 1, 9, {"num_warmup_steps": 2}), TypeError, "given twice"),
         (lambda: get_scheduler(Linear(0, 9), optimizer, 3), ValueError, "num_warmup_steps=3"),
         (lambda: get_scheduler(Linear(0, 9), optimizer, None, 9, {"a": 1}), ValueError, "scheduler_specific_kwargs"),
-        (lambda: get_scheduler(3, optimizer), TypeError, "schedule=3"),
+        (lambda: get_scheduler(3, optimizer), TypeError, "name=3 is a int"),
         (lambda: get_scheduler(warmup(0.1), optimizer), ValueError, "num_training_steps"),
         (lambda: get_scheduler(warmup(5) >> decay("linear", 9), optimizer, None, 10), ValueError, "14 steps"),
         (lambda: GradientLR(optimizer, Plateau()), TypeError, "MetricLR"),
