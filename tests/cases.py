@@ -26,9 +26,21 @@ ISAS = _core.available_isas()
 PATHS = [(isa, 2) for isa in ISAS] + [(ISAS[-1], threads) for threads in (1, 5) if not SANITIZED]
 
 
+# Who imports the parts of itself when they are asked for, and only then says that it does not load.
+_LAZY = {"transformers": "transformers.trainer"}
+
+
 def peer(module: str) -> Any:
     """A module to compare with; where it is not installed, or does not load with this torch, the test is skipped."""
-    return pytest.importorskip(module, exc_type=Exception)  # torchao raises an AttributeError
+    for name in (_LAZY.get(module, module), module):
+        found = pytest.importorskip(name, exc_type=Exception)  # torchao raises an AttributeError
+    return found
+
+
+def needs_fsdp2() -> None:
+    """Skips a test where torch's FSDP2 does not run on the CPU, as that of 2.6."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 of this torch does not run on a CPU")
 
 
 def _peers(package: str, name: str) -> Callable[[], type[torch.optim.Optimizer]]:

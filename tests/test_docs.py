@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import peer
+from cases import needs_fsdp2, peer
 from torch import distributed
 
 import fusedopt
@@ -62,8 +62,8 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     code = "".join(code for _, code, _ in blocks(page))
     for module in dict.fromkeys(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)):
         peer(module)  # a framework that is not installed
-    if page.stem == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("FSDP2 of this torch does not run on a CPU")
+    if page.stem == "fsdp":
+        needs_fsdp2()
     monkeypatch.chdir(tmp_path)
     forget_accelerators()
     # Inductor takes most of a minute; test_compile.py has it.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import peer
+from cases import needs_fsdp2, peer
 from torch import nn
 from trainers import same
 
@@ -158,8 +158,7 @@ def fsdp2(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], torch.dt
 
     Accelerate offers its plugin on accelerators only, so its state is told that it is there.
     """
-    if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("FSDP2 of this torch does not run on a CPU")
+    needs_fsdp2()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))

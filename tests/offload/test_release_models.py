@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import assert_same_bits, assert_same_run, params_of
+from cases import assert_same_bits, assert_same_run, needs_fsdp2, params_of
 from released import Tied, fit
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def world() -> Iterator[None]:
 
 
 def test_fsdp2(world: None) -> None:
+    needs_fsdp2()
     from torch.distributed.fsdp import fully_shard
 
     def model() -> torch.nn.Module:

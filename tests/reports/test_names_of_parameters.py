@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import peer
 from torch import nn
 
 from fusedopt.groups import param_groups
@@ -217,7 +218,7 @@ def test_twenty_models() -> None:
 @pytest.mark.parametrize("config", ["Bert", "T5", "Qwen3", "GPT2", "Mamba", "Swin"])
 def test_transformers_models_of_today(config: str) -> None:
     """All parameters: what has one dimension or a name with "bias" does not decay, but for scales."""
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     with torch.device("meta"):  # so that sizes do not matter
         model = getattr(transformers, f"{config}Model")(getattr(transformers, f"{config}Config")())
     expected = {n for n, p in model.named_parameters() if (p.ndim > 1 or n.endswith(".D")) and "bias" not in n}

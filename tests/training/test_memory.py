@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import peer
 from queued import queued  # noqa: F401
 from torch import distributed, nn
 
@@ -206,7 +207,7 @@ def _saved(model: nn.Module, **inputs: Any) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_activations_are_about_what_a_model_keeps(name: str, dtype: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 128, "vocab_size": 256}
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = {

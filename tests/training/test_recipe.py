@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import peer
 from torch import nn
 
 pytest.importorskip("pydantic")
@@ -230,7 +231,7 @@ UNSAYABLE = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_goes_through_training_arguments(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     recipe = RECIPES[name]
     warnings.simplefilter("ignore")
     if name.startswith("schedule ") and recipe.schedule["name"] in ("gradient_norm", "gradient_sparsity"):
@@ -249,7 +250,7 @@ def test_a_recipe_goes_through_training_arguments(name: str, tmp_path: Path) -> 
 
 
 def test_training_arguments_win_over_what_was_kept_beside_them(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     recipe = Recipe(task="x", lr=1e-4, options={"state_dtype": "8bit"}, schedule={"name": "cosine"}, warmup=0.1)
     args = recipe.to_training_arguments(str(tmp_path))
     assert (args.optim.value, args.optim_args, args.learning_rate) == ("adamw_torch_8bit", None, 1e-4)
@@ -262,7 +263,7 @@ def test_training_arguments_win_over_what_was_kept_beside_them(tmp_path: Path) -
 
 
 def test_a_warning_says_what_trainer_has_to_be_told(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     with pytest.warns(UserWarning, match=r"no_decay=\('embed',\): pass optimizers=recipe\.build"):
         Recipe(no_decay=("embed",)).to_training_arguments(str(tmp_path))
     with pytest.raises(ValueError, match="set loss_scaling to 'dynamic'"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cases import peer
 from torch import nn
 
 pytest.importorskip("pydantic")
@@ -38,7 +39,7 @@ def test_what_is_not_known_of_a_model_is_said() -> None:
 
 
 def test_shapes_are_read_where_the_formula_holds() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     text = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)
     whole = shape_of_model(_WithConfig(text))
     assert whole is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import peer
 from torch import nn
 
 pytest.importorskip("pydantic")
@@ -319,7 +320,7 @@ def test_schedules_of_optimizers_that_average(name: str, warns: bool) -> None:
 
 
 def test_training_arguments_and_clipping_twice(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     args = transformers.TrainingArguments(str(tmp_path), learning_rate=0.5, warmup_steps=500, max_steps=100)
     assert [f.field for f in validate(args).errors] == ["lr", "warmup"]
     args = transformers.TrainingArguments(str(tmp_path), max_grad_norm=1.0)
@@ -335,7 +336,7 @@ def test_training_arguments_and_clipping_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", ["whole", "norms in float32"])
 def test_arguments_are_judged_with_the_dtype_of_the_model(kept: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).bfloat16()
     if kept == "norms in float32":
         model[1].float()
