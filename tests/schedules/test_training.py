@@ -112,6 +112,7 @@ def test_trainer_resumes(tmp_path: Path) -> None:
 
 
 def test_trainer_drives_a_plateau_by_its_evaluations_and_warms_it_up(tmp_path: Path) -> None:
+    peer("transformers")
     model = Model()
     optimizer = make_optimizer(model)
     # Nothing is better by a thousand: every evaluation but the first is bad.

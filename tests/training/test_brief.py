@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import peer
 from torch import nn
 
 pytest.importorskip("pydantic")
@@ -65,6 +66,7 @@ def test_rows_33_and_34_gradients_drive_the_rate() -> None:
 
 
 def test_rows_35_and_36_a_recipe_clips_and_accumulates(tmp_path: Path) -> None:
+    peer("transformers")
     pytest.importorskip("accelerate")
     recipe = Recipe(max_grad_norm=0.5, gradient_accumulation_steps=4)
     optimizer, _ = recipe.build(model(), 10)
@@ -74,6 +76,7 @@ def test_rows_35_and_36_a_recipe_clips_and_accumulates(tmp_path: Path) -> None:
 
 
 def test_row_37_a_recipe_says_precision_and_checkpointing(tmp_path: Path) -> None:
+    peer("transformers")
     pytest.importorskip("accelerate")
     recipe = Recipe(precision="bfloat16", gradient_checkpointing=True)
     arguments = recipe.to_training_arguments(str(tmp_path), use_cpu=True)
@@ -101,6 +104,7 @@ def test_row_39_troubles_are_found_with_remedies() -> None:
 
 
 def test_row_40_a_recipe_says_compile(tmp_path: Path) -> None:
+    peer("transformers")
     pytest.importorskip("accelerate")
     assert Recipe(compile=True).to_training_arguments(str(tmp_path), use_cpu=True).torch_compile
 
