@@ -52,8 +52,9 @@ struct Kernel {
   void (*function)(StepParams<Rule, kQuantized>);
 };
 
-// Where kernels are emulated, and many at once take minutes to compile, a rule has those for every other of the usual
-// formats: each rule meets some formats, and each format some rules. The general kernel steps the rest.
+// Emulated kernels take minutes to compile, so tests may ask for few: a rule then has kernels for every other one of
+// the usual formats, so that each rule meets some formats and each format some rules. The general kernel steps the
+// rest.
 #ifdef FUSEDOPT_FEW_KERNELS
 constexpr size_t kEvery = 2;
 #else

@@ -89,7 +89,7 @@ def state_keys(optimizer: Contract, group: dict[str, Any], param: Tensor, held: 
 
 
 def a_dict(state_dict: Any) -> dict[str, Any]:
-    """What is passed, if it is a mapping at all, which hooks of a user's may make a state dict of."""
+    """The mapping that was passed. A user's own hooks may make a state dict of it, so nothing else is asked yet."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}; pass what an optimizer's state_dict() gave")
     return state_dict  # type: ignore[return-value]
@@ -245,8 +245,8 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
     """What copies and pickles of an optimizer are made of."""
 
     def kept(group: dict[str, Any]) -> dict[str, Any]:
-        spread = group.get("grad_norm_group")
-        return group if spread is None else {**group, "grad_norm_group": _Group(spread)}
+        ranks = group.get("grad_norm_group")
+        return group if ranks is None else {**group, "grad_norm_group": _Group(ranks)}
 
     return {**state, "defaults": kept(state["defaults"]), "param_groups": [kept(g) for g in state["param_groups"]]}
 

@@ -153,8 +153,8 @@ def _check_memory(tensor: Tensor, where: str) -> None:
     local = sharding.local(tensor)
     if has_no_memory(local):
         raise ValueError(
-            f"{where} cannot be stepped: its memory has been freed, as by untyped_storage().resize_(0), which what "
-            "gathers or offloads parameters does between passes; step what it holds between them, or bring it back"
+            f"{where} cannot be stepped: its memory has been freed, as libraries do that gather or offload parameters "
+            "between passes; step the parameters that such a library holds meanwhile, or bring this one back first"
         )
     if shares_elements(local):
         raise ValueError(

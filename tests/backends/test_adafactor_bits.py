@@ -52,6 +52,13 @@ def test_every_path_gives_the_same_bits(variant: str, dtype: str, monkeypatch: p
     assert_all_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch, shapes)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "fp32"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_largest_shape_in_other_formats(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_all_agree(VARIANTS[variant], DTYPES[dtype], monkeypatch, [(641, 4100)])
+
+
 @pytest.mark.parametrize(
     "how",
     [
