@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from operator import itemgetter
 from typing import Any
 
@@ -93,3 +94,10 @@ def settle(optimizer: Contract) -> None:
     if "_edits" not in optimizer.__dict__:  # copies and pickles of an optimizer make their own
         optimizer.__dict__["_edits"] = Edits(optimizer)
     optimizer.__dict__["_edits"].settle(optimizer)
+
+
+def begin_anew(optimizer: Contract) -> None:
+    """Notes the options of an optimizer whose states and groups were just set, for its next step to compare with."""
+    optimizer.__dict__.pop("_edits", None)
+    with contextlib.suppress(ValueError, TypeError):  # what no step can be taken with, the next one refuses
+        settle(optimizer)

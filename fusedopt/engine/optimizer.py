@@ -19,7 +19,7 @@ from ..offload.stream import STREAM_BYTES
 from ..reference.norm import pairwise_sum
 from . import checkpoint, compiled, members, sharding
 from .collectives import Agreement
-from .edits import settle
+from .edits import begin_anew, settle
 from .gather import Gathered, Ranks
 from .options import OWN_DEFAULTS, note_own_defaults, spell_out
 from .partial import Partial
@@ -387,14 +387,13 @@ class FusedOptimizer(Partial):
         return checkpoint.copied(super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.pop("_edits", None)  # the formats are those of the state that is set
-
         def take(state: dict[str, Any]) -> None:
             super(FusedOptimizer, self).__setstate__(state)
             self.defaults = {**OWN_DEFAULTS, **self.defaults}  # those of an older version's pickle are fewer
             self._repeats = members.repeats(self.param_groups)
 
         checkpoint.take_over(self, take, state)
+        begin_anew(self)
 
 
 note_own_defaults(FusedOptimizer.__init__)

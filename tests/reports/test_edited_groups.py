@@ -7,6 +7,7 @@ formats as torch.dtypes.
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,25 @@ def test_a_list_that_is_written_to_is_an_edit() -> None:
     optimizer.param_groups[1]["betas"][1] = 2
     with pytest.raises(ValueError, match=r"betas\[1\]=2.0 is outside"):
         train(optimizer, 1)
+
+
+@pytest.mark.parametrize("way", ["stepped", "loaded", "copied", "pickled"])
+def test_formats_that_are_set_before_the_next_step_are_noticed(way: str) -> None:
+    optimizer = train(fusedopt.AdamW(groups(), min_quantized_numel=1), 1)
+    if way == "loaded":
+        loaded = fusedopt.AdamW(groups(), min_quantized_numel=1)
+        loaded.load_state_dict(optimizer.state_dict())
+        optimizer = loaded
+    elif way == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    elif way == "pickled":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    optimizer.param_groups[1]["state_dtype"] = "8bit"
+    with pytest.raises(ValueError, match="state_dtype='8bit' was set in group 1, but parameter 0"):
+        train(optimizer, 1, first=1)
+    optimizer.load_state_dict(optimizer.state_dict())  # as the error says
+    train(optimizer, 1, first=1)
+    assert "exp_avg_codes" in optimizer.state[params_of(optimizer)[1]]
 
 
 def test_forms_of_the_constructor_are_taken() -> None:
